@@ -1,0 +1,12 @@
+"""Compute backend of LocoProp: the local problems of all layers, solved together.
+
+Start with :func:`local_steps_` and :class:`LocalProblem`. The algorithm is in :mod:`locoprop_kernels.reference`.
+"""
+
+from locoprop_kernels import rules, transfers
+from locoprop_kernels.problem import LocalProblem
+from locoprop_kernels.reference import closed_form
+from locoprop_kernels.steps import ProblemReport, StepReport, local_steps_
+
+__all__ = ["LocalProblem", "ProblemReport", "StepReport", "closed_form", "local_steps_", "rules", "transfers"]
+__version__ = "0.1.0"

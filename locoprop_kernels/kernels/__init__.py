@@ -1,0 +1,1 @@
+"""Triton kernels. This package is the only one that imports Triton."""

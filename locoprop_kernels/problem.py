@@ -1,0 +1,173 @@
+"""A layer's local problem, and the checks that every backend relies on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locoprop_kernels.rules import Rule
+from locoprop_kernels.transfers import Transfer
+from locoprop_kernels.transfers import get as get_transfer
+
+__all__ = ["COMPUTE_DTYPES", "REDUCTIONS", "LocalProblem", "accumulation_dtype", "check_schedule", "rule_state"]
+
+REDUCTIONS = ("mean", "sum")
+COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(eq=False)
+class LocalProblem:
+    """The local problem of one layer: ``B`` examples, ``K`` inputs, ``N`` outputs.
+
+    Minimise over ``W``, ``b`` the matching loss between ``f(X Wᵀ + b)`` and a target, plus the proximal term
+    ``λ/2 (‖W - W_0‖² + ‖b - b_0‖²)``. The target enters through the gradient at the start, ``G_0``, alone.
+
+    Attributes:
+        x: input of the layer, ``[B, K]``.
+        preactivation: ``A0 = X W_0ᵀ + b_0`` of the forward pass, ``[B, N]``.
+        weight: ``W``, ``[N, K]``; updated in place.
+        bias: ``b``, ``[N]``, updated in place; or ``None``.
+        grad_weight: ``G_0 = γ ∂L/∂W``, ``[N, K]``; ``None`` freezes the weight.
+        grad_bias: ``g_0 = γ ∂L/∂b``, ``[N]``; ``None`` freezes the bias.
+        transfer: name of ``f``, or a :class:`locoprop_kernels.transfers.Transfer`.
+        state: the update rule's state, ``{"weight": {slot: tensor}, "bias": {slot: tensor}}``; filled at the first step.
+
+    ``x`` and ``preactivation`` have the dtype of the weight, or bfloat16 / float16 as autocast leaves them.
+    """
+
+    x: Tensor
+    preactivation: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
+    transfer: str | Transfer = "identity"
+    state: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.transfer = get_transfer(self.transfer)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(B, K, N)``."""
+        return self.x.shape[0], self.x.shape[1], self.weight.shape[0]
+
+    def trained(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """``{"weight": (W, G_0), "bias": (b, g_0)}`` without what is frozen."""
+        pairs = {"weight": (self.weight, self.grad_weight), "bias": (self.bias, self.grad_bias)}
+        return {name: (p, g) for name, (p, g) in pairs.items() if p is not None and g is not None}
+
+    def validate(self, label: str) -> None:
+        """Check shapes, dtypes and devices; ``label`` begins every message.
+
+        Raises:
+            TypeError: something that should be a tensor is not.
+            ValueError: a shape, dtype, device or layout does not fit.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name in ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias"):
+            tensor = getattr(self, name)
+            if tensor is None and name not in ("x", "preactivation", "weight"):
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{label}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+            if tensor.layout != torch.strided:
+                raise ValueError(f"{label}: {name} must be a dense tensor, got layout {tensor.layout}")
+            tensors[name] = tensor
+        if self.x.dim() != 2 or self.weight.dim() != 2:
+            raise ValueError(
+                f"{label}: x must be [B, K] and weight [N, K], got {list(self.x.shape)} and {list(self.weight.shape)}"
+            )
+        b, k, n = self.shape
+        expected = {"x": [b, k], "weight": [n, k], "preactivation": [b, n], "grad_weight": [n, k]}
+        for name, tensor in tensors.items():
+            want = expected.get(name, [n])
+            if list(tensor.shape) != want:
+                raise ValueError(
+                    f"{label}: {name} must have shape {want} (B={b} rows of x, K={k}, N={n}), got {list(tensor.shape)}"
+                )
+            if tensor.device != self.weight.device:
+                raise ValueError(
+                    f"{label}: {name} must be on the weight's device {self.weight.device}, got {tensor.device}"
+                )
+            low_precision_activation = name in ("x", "preactivation") and tensor.dtype in (
+                torch.bfloat16,
+                torch.float16,
+            )
+            if tensor.dtype != self.weight.dtype and not low_precision_activation:
+                raise ValueError(
+                    f"{label}: {name} must have the weight's dtype {self.weight.dtype}, got {tensor.dtype}"
+                )
+        if self.weight.dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"{label}: weight must have one of the dtypes {COMPUTE_DTYPES}, got {self.weight.dtype}")
+        if 0 in (b, k, n):
+            raise ValueError(f"{label}: the batch and the layer must not be empty, got B={b}, K={k}, N={n}")
+        if self.grad_bias is not None and self.bias is None:
+            raise ValueError(f"{label}: grad_bias was given for a layer without bias")
+        if not self.trained():
+            raise ValueError(f"{label}: grad_weight or grad_bias must be given, got neither")
+        if not isinstance(self.state, dict):
+            raise TypeError(f"{label}: state must be a dict, got {type(self.state).__name__}")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of increments, gradients and rule state for parameters of ``dtype``: float64 stays, all else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rule_state(problem: LocalProblem, name: str, rule: Rule, label: str) -> dict[str, Tensor]:
+    """The rule's state for the parameter ``name`` of ``problem``, created where there is none yet; never written to.
+
+    State that was kept on another device or in another dtype (the model was moved) is converted.
+
+    Raises:
+        ValueError: the state has other slots or shapes than ``rule`` needs.
+    """
+    parameter = getattr(problem, name)
+    dtype = accumulation_dtype(parameter.dtype)
+    stored = problem.state.get(name) or {}
+    wanted = [*rule.slots, *(["step"] if rule.counts_steps else [])]
+    if stored and set(stored) != set(wanted):
+        raise ValueError(
+            f"{label}: state of {name} must have {wanted or 'no entries'} for {rule}, got {sorted(stored)}"
+        )
+    state: dict[str, Tensor] = {}
+    for slot, start in rule.slots.items():
+        if slot not in stored:
+            state[slot] = torch.full(parameter.shape, start, dtype=dtype, device=parameter.device)
+        elif stored[slot].shape != parameter.shape:
+            raise ValueError(
+                f"{label}: state {slot!r} of {name} must have shape {list(parameter.shape)}, got {list(stored[slot].shape)}"
+            )
+        else:
+            state[slot] = stored[slot].to(device=parameter.device, dtype=dtype)
+    if rule.counts_steps:
+        state["step"] = stored.get("step", torch.zeros((), dtype=torch.int64)).to(device=parameter.device)
+    return state
+
+
+def check_schedule(lr: Sequence[float], prox: float, reduction: str) -> list[float]:
+    """Check the arguments that all problems of a call share; returns the learning rates as floats.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if isinstance(lr, (int, float)) or not hasattr(lr, "__iter__"):
+        raise TypeError(f"lr must be a sequence of one learning rate per local iteration, got {lr!r}")
+    rates = [float(rate) for rate in lr]
+    if not rates:
+        raise ValueError("lr must have at least one entry (one per local iteration), got none")
+    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        raise ValueError(f"lr must hold finite numbers >= 0, got {rates}")
+    if isinstance(prox, bool) or not isinstance(prox, (int, float)):
+        raise TypeError(f"prox must be a number, got {prox!r}")
+    if not (math.isfinite(prox) and prox >= 0):
+        raise ValueError(f"prox must be finite and >= 0, got {prox!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    return rates

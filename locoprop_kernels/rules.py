@@ -1,0 +1,231 @@
+"""First-order update rules that drive the local iterations.
+
+Each rule works on the *increment* ``Δ`` of one tensor since the forward pass and keeps its state in a dictionary of
+tensors that persists over local and outer steps. ``flavor="torch"`` is the arithmetic of ``torch.optim``;
+``flavor="tensorflow"`` that of TensorFlow 1, which the paper's notebook uses:
+
+* RMSprop starts its mean square at one, keeps ``eps`` inside the root and the learning rate inside the momentum buffer;
+* Adam's ``eps`` is not bias-corrected;
+* Adagrad has no ``eps``, only its initial accumulator.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["SGD", "Adagrad", "Adam", "RMSprop", "Rule", "get"]
+
+_FLAVORS = ("torch", "tensorflow")
+
+
+def _check_interval(rule: Rule, name: str, value: float, below: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} of {type(rule).__name__} must be a number, got {value!r}")
+    if not 0 <= value < below:
+        bound = f"< {below:g}" if below < math.inf else "finite"
+        raise ValueError(f"{name} of {type(rule).__name__} must be >= 0 and {bound}, got {value!r}")
+
+
+def _check_flavor(rule: Rule, flavor: str) -> None:
+    if flavor not in _FLAVORS:
+        raise ValueError(f"flavor of {type(rule).__name__} must be one of {', '.join(_FLAVORS)}; got {flavor!r}")
+
+
+class Rule(ABC):
+    """An update rule: what :func:`locoprop_kernels.local_steps_` asks of it."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> dict[str, float]:
+        """Names of the state tensors and the value that each one starts at."""
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the update depends on the number of steps taken so far (the state then has an integer ``"step"``)."""
+        return False
+
+    @abstractmethod
+    def update_(self, delta: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
+        """One step, in place on ``delta`` and the tensors of ``state``.
+
+        Args:
+            delta: increment ``Δ`` of the parameter, any shape.
+            grad: gradient of the local objective, same shape; left as it is.
+            state: one tensor per slot, same shape.
+            lr: learning rate of this local iteration.
+            step: number of steps of this rule so far, this one included (1 at the first).
+        """
+
+
+@dataclass(frozen=True)
+class SGD(Rule):
+    """Gradient descent with optional (Nesterov) momentum: ``buf = momentum * buf + g``; torch and TensorFlow agree on it."""
+
+    momentum: float = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        _check_interval(self, "momentum", self.momentum)
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov of SGD needs a momentum > 0, got momentum=0.0")
+
+    @property
+    def slots(self) -> dict[str, float]:
+        return {"momentum_buffer": 0.0} if self.momentum else {}
+
+    def update_(self, delta: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
+        if not self.momentum:
+            delta.add_(grad, alpha=-lr)
+            return
+        buffer = state["momentum_buffer"].mul_(self.momentum).add_(grad)
+        if self.nesterov:
+            delta.add_(grad, alpha=-lr).add_(buffer, alpha=-lr * self.momentum)
+        else:
+            delta.add_(buffer, alpha=-lr)
+
+
+@dataclass(frozen=True)
+class RMSprop(Rule):
+    """RMSprop, the paper's local rule; defaults as in its experiments with torch's arithmetic.
+
+    Args:
+        alpha: decay of the mean square.
+        momentum: 0 for none.
+        eps: added to the root (torch) or inside it (tensorflow).
+        centered: subtract the squared mean gradient from the mean square.
+        flavor: ``"torch"`` or ``"tensorflow"``, see the module.
+    """
+
+    alpha: float = 0.9
+    momentum: float = 0.999
+    eps: float = 1e-6
+    centered: bool = False
+    flavor: str = "torch"
+
+    def __post_init__(self) -> None:
+        _check_interval(self, "alpha", self.alpha, below=1.0)
+        _check_interval(self, "momentum", self.momentum)
+        _check_interval(self, "eps", self.eps)
+        _check_flavor(self, self.flavor)
+
+    @property
+    def slots(self) -> dict[str, float]:
+        slots = {"square_avg": 1.0 if self.flavor == "tensorflow" else 0.0}
+        if self.centered:
+            slots["grad_avg"] = 0.0
+        if self.momentum:
+            slots["momentum_buffer"] = 0.0
+        return slots
+
+    def update_(self, delta: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
+        mean_square = state["square_avg"].mul_(self.alpha).addcmul_(grad, grad, value=1 - self.alpha)
+        if self.centered:
+            mean = state["grad_avg"].lerp_(grad, 1 - self.alpha)
+            mean_square = mean_square.addcmul(mean, mean, value=-1).clamp_min_(
+                0
+            )  # a rounded difference may be negative
+        if self.flavor == "tensorflow":
+            denominator = (mean_square + self.eps).sqrt_()
+            if self.momentum:
+                delta.sub_(state["momentum_buffer"].mul_(self.momentum).addcdiv_(grad, denominator, value=lr))
+            else:
+                delta.addcdiv_(grad, denominator, value=-lr)
+            return
+        denominator = mean_square.sqrt().add_(self.eps)
+        if self.momentum:
+            delta.add_(state["momentum_buffer"].mul_(self.momentum).addcdiv_(grad, denominator), alpha=-lr)
+        else:
+            delta.addcdiv_(grad, denominator, value=-lr)
+
+
+@dataclass(frozen=True)
+class Adam(Rule):
+    """Adam; ``flavor="tensorflow"`` leaves ``eps`` out of the bias correction."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    flavor: str = "torch"
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise ValueError(f"betas of Adam must be two numbers, got {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for i, beta in enumerate(self.betas):
+            _check_interval(self, f"betas[{i}]", beta, below=1.0)
+        _check_interval(self, "eps", self.eps)
+        _check_flavor(self, self.flavor)
+
+    @property
+    def slots(self) -> dict[str, float]:
+        return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+
+    @property
+    def counts_steps(self) -> bool:
+        return True
+
+    def update_(self, delta: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
+        beta1, beta2 = self.betas
+        mean = state["exp_avg"].lerp_(grad, 1 - beta1)
+        mean_square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        correction1, root_correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
+        if self.flavor == "tensorflow":
+            delta.addcdiv_(mean, mean_square.sqrt().add_(self.eps), value=-lr * root_correction2 / correction1)
+        else:
+            delta.addcdiv_(mean, mean_square.sqrt().div_(root_correction2).add_(self.eps), value=-lr / correction1)
+
+
+@dataclass(frozen=True)
+class Adagrad(Rule):
+    """Adagrad; ``flavor="tensorflow"`` has no ``eps`` (an accumulator of zero, which only zero gradients leave, moves nothing)."""
+
+    eps: float = 1e-10
+    initial_accumulator_value: float = 0.0
+    flavor: str = "torch"
+
+    def __post_init__(self) -> None:
+        _check_interval(self, "eps", self.eps)
+        _check_interval(self, "initial_accumulator_value", self.initial_accumulator_value)
+        _check_flavor(self, self.flavor)
+
+    @property
+    def slots(self) -> dict[str, float]:
+        return {"sum": self.initial_accumulator_value}
+
+    def update_(self, delta: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
+        total = state["sum"].addcmul_(grad, grad)
+        if self.flavor == "tensorflow":
+            denominator = total.clamp_min(torch.finfo(total.dtype).tiny).sqrt_()
+        else:
+            denominator = total.sqrt().add_(self.eps)
+        delta.addcdiv_(grad, denominator, value=-lr)
+
+
+_BY_NAME: dict[str, Rule] = {
+    "sgd": SGD(),
+    "momentum": SGD(momentum=0.9),
+    "nesterov": SGD(momentum=0.9, nesterov=True),
+    "rmsprop": RMSprop(),
+    "adam": Adam(),
+    "adagrad": Adagrad(),
+}
+
+
+def get(rule: str | Rule) -> Rule:
+    """The rule called ``rule`` with its default hyper-parameters; a :class:`Rule` is passed through.
+
+    Raises:
+        TypeError: ``rule`` is neither a string nor a :class:`Rule`.
+        ValueError: unknown name.
+    """
+    if isinstance(rule, Rule):
+        return rule
+    if not isinstance(rule, str):
+        raise TypeError(f"rule must be a string or a locoprop_kernels.rules.Rule, got {type(rule).__name__}")
+    if rule not in _BY_NAME:
+        raise ValueError(f"rule must be one of {', '.join(_BY_NAME)}, or a Rule; got {rule!r}")
+    return _BY_NAME[rule]

@@ -1,0 +1,249 @@
+"""The public function of the backend: all local iterations of all layers, as one transaction."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from locoprop_kernels import reference, rules
+from locoprop_kernels.problem import COMPUTE_DTYPES, LocalProblem, check_schedule, rule_state
+from locoprop_kernels.reference import Increment
+
+__all__ = ["BACKENDS", "ProblemReport", "StepReport", "local_steps_"]
+
+BACKENDS = ("auto", "triton", "reference")
+_log = logging.getLogger("locoprop_kernels")
+_logged_reasons: set[str] = set()
+
+
+@dataclass(eq=False)
+class ProblemReport:
+    """One layer's part of a :class:`StepReport`.
+
+    Attributes:
+        delta_weight: increment ``Δ`` ``[N, K]`` of the weight; ``None`` after a commit, and for a frozen weight.
+        delta_bias: increment ``δ`` ``[N]`` of the bias; likewise.
+        driver: the form or kernel driver that ran.
+        trace: with ``trace=True`` the local objective (matching loss plus proximal term, relative to its value at the
+            start) before every local step and at the end: ``[T + 1]``, float64.
+    """
+
+    delta_weight: Tensor | None
+    delta_bias: Tensor | None
+    driver: str
+    trace: Tensor | None
+
+
+@dataclass(eq=False)
+class StepReport:
+    """What :func:`local_steps_` did.
+
+    Attributes:
+        backend: ``"reference"`` or ``"triton"``.
+        reason: why that backend.
+        problems: one :class:`ProblemReport` per problem, in order.
+    """
+
+    backend: str
+    reason: str
+    problems: list[ProblemReport]
+    _finite: Tensor
+    _pending: list[tuple[LocalProblem, Increment]] = field(repr=False)
+    _rule: rules.Rule = field(repr=False)
+    _commit_asked: bool = False
+
+    @property
+    def driver(self) -> str:
+        """The drivers that ran, joined with ``+`` where layers differ."""
+        return "+".join(sorted({problem.driver for problem in self.problems}))
+
+    @property
+    def finite(self) -> bool:
+        """Whether all new weights and states are finite (waits for the device)."""
+        return bool(self._finite)
+
+    @property
+    def committed(self) -> bool:
+        """Whether weights and states were updated (waits for the device)."""
+        return self._commit_asked and self.finite
+
+    @property
+    def delta_weight(self) -> list[Tensor | None]:
+        """The weights' increments, one per problem."""
+        return [problem.delta_weight for problem in self.problems]
+
+    @property
+    def delta_bias(self) -> list[Tensor | None]:
+        """The biases' increments, one per problem."""
+        return [problem.delta_bias for problem in self.problems]
+
+    @property
+    def trace(self) -> list[Tensor | None]:
+        """The local objectives, one ``[T + 1]`` tensor per problem; ``None`` unless asked for."""
+        return [problem.trace for problem in self.problems]
+
+    @torch.no_grad()
+    def commit_(self) -> None:
+        """Apply the increments and the new state, unless something in them is not finite. A second call does nothing."""
+        pending, self._pending = self._pending, []
+        self._commit_asked = True
+        on_host = self._finite.device.type == "cpu"
+        if on_host and not self._finite:
+            return
+        for problem, increment in pending:
+            for name, delta in increment.delta.items():
+                parameter = getattr(problem, name)
+                if on_host:
+                    parameter.add_(delta)
+                else:
+                    parameter.copy_(torch.where(self._finite, parameter + delta, parameter))
+                stored = problem.state.setdefault(name, {})
+                old = rule_state(problem, name, self._rule, "problem")
+                for slot, new in increment.state[name].items():
+                    if old[slot] is stored.get(slot):
+                        old[slot].copy_(new if on_host else torch.where(self._finite, new, old[slot]))
+                    else:
+                        stored[slot] = new if on_host else torch.where(self._finite, new, old[slot])
+
+
+def _all_finite(pending: list[tuple[LocalProblem, Increment]]) -> Tensor:
+    """Whether a commit would write finite numbers only; on the device, without waiting for it."""
+    sizes = []
+    for problem, increment in pending:
+        for name, delta in increment.delta.items():
+            parameter = getattr(problem, name)
+            sizes.append(torch.linalg.vector_norm((parameter + delta).to(parameter.dtype), torch.inf))
+            sizes.extend(
+                torch.linalg.vector_norm(value, torch.inf)
+                for value in increment.state[name].values()
+                if value.is_floating_point()
+            )
+    return torch.isfinite(torch.stack([size.double() for size in sizes])).all()
+
+
+def triton_unavailable() -> str | None:
+    """Why the Triton backend cannot run at all in this process, or ``None`` when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton, on Linux)"
+    return None
+
+
+def _choose_backend(
+    backend: str, problems: list[LocalProblem], rule: rules.Rule, compute_dtype: torch.dtype | None
+) -> tuple[str, str]:
+    """The backend to run and why; an explicit choice is taken or refused, never replaced."""
+    if backend == "reference":
+        return "reference", "asked for by name"
+    reason = triton_unavailable()
+    if reason is None and backend == "auto" and problems[0].weight.device.type != "cuda":
+        reason = f"the tensors are on {problems[0].weight.device}"
+    if reason is None:
+        from locoprop_kernels import kernels
+
+        reason = kernels.unsupported(problems, rule, compute_dtype)
+    if reason is None:
+        return "triton", "asked for by name" if backend == "triton" else "the tensors are on a GPU"
+    if backend == "triton":
+        raise ValueError(f"backend 'triton' cannot run this step: {reason}; backend='reference' would work")
+    if reason not in _logged_reasons:
+        _logged_reasons.add(reason)
+        _log.info("backend 'auto' takes the reference backend: %s", reason)
+    return "reference", reason
+
+
+@torch.no_grad()
+def local_steps_(
+    problems: Sequence[LocalProblem],
+    rule: str | rules.Rule = "rmsprop",
+    lr: Sequence[float] = (),
+    prox: float = 0.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+    compute_dtype: torch.dtype | None = None,
+    commit: bool = True,
+    trace: bool = False,
+) -> StepReport:
+    """Run ``T = len(lr)`` local iterations of every problem, and update weights, biases and state in place.
+
+    All or nothing: if the call raises, or any new weight or state would be non-finite, everything is as before.
+
+    Args:
+        problems: the layers' local problems, all on one device.
+        rule: name of an update rule, or an instance from :mod:`locoprop_kernels.rules`.
+        lr: learning rate of each local iteration, all ``>= 0``.
+        prox: proximal coefficient ``λ >= 0``; acts on weight and bias.
+        reduction: ``"sum"`` over the batch, or ``"mean"``: all but the proximal term is divided by ``B``.
+        backend: ``"auto"`` (the reason is logged once), ``"triton"`` or ``"reference"``.
+        compute_dtype: dtype of the operands of the matrix products (float64, float32, bfloat16, float16); ``None``
+            takes the parameters'. Sums, increments and state stay in float32 (float64 for float64 parameters).
+        commit: ``False`` leaves everything as it was and puts the increments into the report.
+        trace: also evaluate the local objectives, see :class:`ProblemReport`.
+
+    Returns:
+        A :class:`StepReport`: backend, drivers, whether the step was committed, traces, and with ``commit=False`` the
+        increments (``report.commit_()`` applies them later).
+
+    Raises:
+        TypeError, ValueError: before anything is changed; the message names the argument, what was expected and what came.
+    """
+    problems = list(problems)
+    if not problems:
+        raise ValueError("problems must hold at least one LocalProblem, got none")
+    rule = rules.get(rule)
+    rates = check_schedule(lr, prox, reduction)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if compute_dtype is not None and compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype must be None or one of {COMPUTE_DTYPES}, got {compute_dtype!r}")
+    owners: dict[int, str] = {}
+    for i, problem in enumerate(problems):
+        label = f"problem {i}"
+        if not isinstance(problem, LocalProblem):
+            raise TypeError(f"{label} must be a LocalProblem, got {type(problem).__name__}")
+        problem.validate(label)
+        if problem.weight.device != problems[0].weight.device:
+            raise ValueError(
+                f"{label} must be on the device of problem 0, {problems[0].weight.device}, got {problem.weight.device}"
+            )
+        for name, (parameter, _) in problem.trained().items():
+            rule_state(problem, name, rule, label)
+            other = owners.setdefault(id(parameter), label)
+            if other != label:
+                raise ValueError(
+                    f"{label}: its {name} is also that of {other}; one problem must hold all rows of a tensor"
+                )
+
+    chosen, reason = _choose_backend(backend, problems, rule, compute_dtype)
+    if chosen == "triton":
+        from locoprop_kernels import kernels
+
+        increments = kernels.local_loops(problems, rule, rates, prox, reduction, compute_dtype, trace)
+    else:
+        increments = [
+            reference.local_loop(problem, rule, rates, prox, reduction, compute_dtype, trace) for problem in problems
+        ]
+    pending = list(zip(problems, increments, strict=True))
+    report = StepReport(
+        backend=chosen,
+        reason=reason,
+        problems=[
+            ProblemReport(
+                None if commit else increment.delta.get("weight"),
+                None if commit else increment.delta.get("bias"),
+                increment.driver,
+                increment.trace,
+            )
+            for increment in increments
+        ],
+        _finite=_all_finite(pending),
+        _pending=pending,
+        _rule=rule,
+    )
+    if commit:
+        report.commit_()
+    return report

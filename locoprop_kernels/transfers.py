@@ -1,0 +1,184 @@
+"""Transfer functions ``f`` and their matching losses.
+
+The matching loss of a layer with transfer function ``f`` is the Bregman divergence of the potential ``F = ∫ f``
+(LocoProp paper, section 3). Its gradient with respect to the pre-activation is the *activation difference*
+``f(a) - y``, free of ``f'``: that is all that the local loop needs. The potentials are here for reports and tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Transfer", "available", "get"]
+
+
+def _identity(a: Tensor) -> Tensor:
+    return a
+
+
+def _half_square(a: Tensor) -> Tensor:
+    return a.square() / 2
+
+
+def _log_cosh(a: Tensor) -> Tensor:
+    return a.abs() + F.softplus(-2 * a.abs()) - math.log(2.0)
+
+
+def _softplus(a: Tensor) -> Tensor:
+    # torch's softplus turns linear above 20; this one is the same function without the step.
+    return torch.clamp_min(a, 0) + torch.log1p(torch.exp(-a.abs()))
+
+
+# Bernoulli numbers over factorials, B_n / (n + 1)!, for even n: Li2(1 - e^x) = sum_n B_n (-x)^(n+1) / (n+1)!.
+_DILOGARITHM_SERIES = (
+    2.777777777777778e-02,
+    -2.7777777777777778e-04,
+    4.72411186696901e-06,
+    -9.185773074661964e-08,
+    1.8978869988971e-09,
+    -4.0647616451442256e-11,
+    8.921691020456452e-13,
+    -1.9939295860721074e-14,
+)
+
+
+def _softplus_potential(a: Tensor) -> Tensor:
+    """``-Li2(-exp(a))``, the integral of ``log(1 + exp(a))`` from minus infinity."""
+    y = torch.log1p(torch.exp(-a.abs()))
+    y2 = y.square()
+    series = torch.zeros_like(a)
+    for coefficient in reversed(_DILOGARITHM_SERIES):
+        series = (series + coefficient) * y2
+    tail = y + y2 / 4 + series * y  # -Li2(-exp(-|a|))
+    return torch.where(a > 0, a.square() / 2 + math.pi**2 / 6 - tail, tail)
+
+
+def _squared_relu(a: Tensor) -> Tensor:
+    return torch.relu(a).square()
+
+
+def _elu_potential(a: Tensor, alpha: float) -> Tensor:
+    negative = torch.clamp_max(a, 0)
+    return torch.relu(a).square() / 2 + alpha * (torch.expm1(negative) - negative)
+
+
+@dataclass(frozen=True)
+class _Definition:
+    function: Callable[..., Tensor]
+    potential: Callable[..., Tensor]
+    parameters: tuple[tuple[str, float], ...] = ()
+    elementwise: bool = True
+
+
+_DEFINITIONS: dict[str, _Definition] = {
+    "identity": _Definition(_identity, _half_square),
+    "tanh": _Definition(torch.tanh, _log_cosh),
+    "sigmoid": _Definition(torch.sigmoid, _softplus),
+    "relu": _Definition(torch.relu, lambda a: torch.relu(a).square() / 2),
+    "leaky_relu": _Definition(
+        lambda a, slope: F.leaky_relu(a, slope),
+        lambda a, slope: a * F.leaky_relu(a, slope) / 2,
+        (("negative_slope", 0.01),),
+    ),
+    "squared_relu": _Definition(_squared_relu, lambda a: torch.relu(a).pow(3) / 3),
+    "softplus": _Definition(
+        lambda a, beta: _softplus(beta * a) / beta,
+        lambda a, beta: _softplus_potential(beta * a) / beta**2,
+        (("beta", 1.0),),
+    ),
+    "elu": _Definition(lambda a, alpha: F.elu(a, alpha), _elu_potential, (("alpha", 1.0),)),
+    "arctan": _Definition(torch.atan, lambda a: a * torch.atan(a) - torch.log1p(a.square()) / 2),
+    "softmax": _Definition(
+        lambda a: torch.softmax(a, -1),
+        lambda a: torch.logsumexp(a, -1),
+        elementwise=False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A transfer function by name, with its parameters; make one with :func:`get`.
+
+    Attributes:
+        name: name in the table of :func:`available`.
+        parameters: values of the function's parameters (the slope of a leaky ReLU, say), in the table's order.
+    """
+
+    name: str
+    parameters: tuple[float, ...] = ()
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether an output element depends on its own input element alone (softmax acts on rows instead)."""
+        return _DEFINITIONS[self.name].elementwise
+
+    def __call__(self, a: Tensor) -> Tensor:
+        """``f(a)``: post-activation of the pre-activation ``a`` ``[..., N]``, same shape and dtype."""
+        return _DEFINITIONS[self.name].function(a, *self.parameters)
+
+    def potential(self, a: Tensor) -> Tensor:
+        """``F(a) = ∫ f``: same shape as ``a`` for an elementwise ``f``, ``[...]`` (without the last dimension) otherwise."""
+        return _DEFINITIONS[self.name].potential(a, *self.parameters)
+
+    def matching_loss(self, a: Tensor, reference: Tensor, target: Tensor | None = None) -> Tensor:
+        """Matching loss of pre-activation ``a``, relative to its value at ``reference``: ``∫_reference^a (f(z) - target) dz``.
+
+        Its gradient with respect to ``a`` is the activation difference ``f(a) - target``.
+
+        Args:
+            a: pre-activation, ``[..., N]``.
+            reference: pre-activation at which the loss counts as zero, ``[..., N]``.
+            target: target of the post-activation, ``[..., N]``; it may lie outside the range of ``f``. ``None`` means
+                ``f(reference)``: the loss is then the Bregman divergence of ``F``, which is never negative.
+
+        Returns:
+            Elementwise losses ``[..., N]``, or ``[...]`` where ``f`` is not elementwise.
+        """
+        if target is None:
+            target = self(reference)
+        linear = (a - reference) * target
+        return self.potential(a) - self.potential(reference) - (linear if self.elementwise else linear.sum(-1))
+
+    def __str__(self) -> str:
+        names = (name for name, _ in _DEFINITIONS[self.name].parameters)
+        arguments = ", ".join(f"{name}={value:g}" for name, value in zip(names, self.parameters, strict=True))
+        return f"{self.name}({arguments})" if arguments else self.name
+
+
+def available() -> tuple[str, ...]:
+    """Names of the known transfer functions."""
+    return tuple(_DEFINITIONS)
+
+
+def get(transfer: str | Transfer, **parameters: float) -> Transfer:
+    """The transfer function called ``transfer``; a :class:`Transfer` is passed through.
+
+    Args:
+        transfer: one of :func:`available`, or a ready :class:`Transfer`.
+        parameters: parameters of the function by name, as in ``get("leaky_relu", negative_slope=0.2)``.
+
+    Raises:
+        TypeError: ``transfer`` is neither a string nor a :class:`Transfer`.
+        ValueError: unknown name or parameter.
+    """
+    if isinstance(transfer, Transfer):
+        return transfer
+    if not isinstance(transfer, str):
+        raise TypeError(f"transfer must be a string or a Transfer, got {type(transfer).__name__}")
+    if transfer not in _DEFINITIONS:
+        raise ValueError(f"transfer must be one of {', '.join(_DEFINITIONS)}; got {transfer!r}")
+    defaults = dict(_DEFINITIONS[transfer].parameters)
+    unknown = set(parameters) - set(defaults)
+    if unknown:
+        raise ValueError(f"transfer {transfer!r} takes the parameters {sorted(defaults)}, got {sorted(unknown)}")
+    values = {name: float(value) for name, value in {**defaults, **parameters}.items()}
+    if not all(math.isfinite(value) for value in values.values()):
+        raise ValueError(f"parameters of transfer {transfer!r} must be finite, got {parameters}")
+    return Transfer(transfer, tuple(values.values()))
