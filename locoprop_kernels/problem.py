@@ -36,6 +36,7 @@ class LocalProblem:
         grad_bias: ``g_0 = γ ∂L/∂b``, ``[N]``; ``None`` freezes the bias.
         transfer: name of ``f``, or a :class:`locoprop_kernels.transfers.Transfer`.
         state: the update rule's state, ``{"weight": {slot: tensor}, "bias": {slot: tensor}}``; filled at the first step.
+        name: what error messages call this problem; its place in the list where empty.
 
     ``x`` and ``preactivation`` have the dtype of the weight, or bfloat16 / float16 as autocast leaves them.
     """
@@ -48,6 +49,7 @@ class LocalProblem:
     grad_bias: Tensor | None = None
     transfer: str | Transfer = "identity"
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
+    name: str = ""
 
     def __post_init__(self) -> None:
         self.transfer = get_transfer(self.transfer)

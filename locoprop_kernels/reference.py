@@ -126,7 +126,8 @@ class _GramForm:
     def divergence(self, delta: dict[str, Tensor]) -> Tensor:
         weight, bias = self.change(delta)
         change = {"weight": weight, "bias": bias}
-        return sum((d.double() * change[name]).sum() for name, d in delta.items()) / 2
+        products = [(d.double() * change[name]).sum() for name, d in delta.items()]
+        return torch.stack(products).sum() / 2
 
 
 def _gram_is_cheaper(problem: LocalProblem, transfer: Transfer, iterations: int) -> bool:

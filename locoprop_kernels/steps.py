@@ -47,15 +47,16 @@ class StepReport:
         backend: ``"reference"`` or ``"triton"``.
         reason: why that backend.
         problems: one :class:`ProblemReport` per problem, in order.
+        finite: whether all new weights and states are finite: a bool tensor ``[]`` on the problems' device.
     """
 
     backend: str
     reason: str
     problems: list[ProblemReport]
-    _finite: Tensor
+    finite: Tensor
     _pending: list[tuple[LocalProblem, Increment]] = field(repr=False)
     _rule: rules.Rule = field(repr=False)
-    _commit_asked: bool = False
+    _committed: Tensor | None = field(default=None, repr=False)
 
     @property
     def driver(self) -> str:
@@ -63,14 +64,9 @@ class StepReport:
         return "+".join(sorted({problem.driver for problem in self.problems}))
 
     @property
-    def finite(self) -> bool:
-        """Whether all new weights and states are finite (waits for the device)."""
-        return bool(self._finite)
-
-    @property
     def committed(self) -> bool:
         """Whether weights and states were updated (waits for the device)."""
-        return self._commit_asked and self.finite
+        return self._committed is not None and bool(self._committed)
 
     @property
     def delta_weight(self) -> list[Tensor | None]:
@@ -88,27 +84,34 @@ class StepReport:
         return [problem.trace for problem in self.problems]
 
     @torch.no_grad()
-    def commit_(self) -> None:
-        """Apply the increments and the new state, unless something in them is not finite. A second call does nothing."""
+    def commit_(self, condition: Tensor | None = None) -> None:
+        """Apply the increments and the new state, unless something in them is not finite. A second call does nothing.
+
+        Args:
+            condition: a further bool tensor ``[]`` that must hold, on the problems' device.
+        """
+        if self._committed is not None:
+            return
+        self._committed = ok = self.finite if condition is None else self.finite & condition
         pending, self._pending = self._pending, []
-        self._commit_asked = True
-        on_host = self._finite.device.type == "cpu"
-        if on_host and not self._finite:
+        on_host = ok.device.type == "cpu"
+        if on_host and not ok:
             return
         for problem, increment in pending:
             for name, delta in increment.delta.items():
                 parameter = getattr(problem, name)
                 if on_host:
                     parameter.add_(delta)
-                else:
-                    parameter.copy_(torch.where(self._finite, parameter + delta, parameter))
+                else:  # the decision stays on the device
+                    parameter.copy_(torch.where(ok, parameter + delta, parameter))
                 stored = problem.state.setdefault(name, {})
                 old = rule_state(problem, name, self._rule, "problem")
                 for slot, new in increment.state[name].items():
+                    value = new if on_host else torch.where(ok, new, old[slot])
                     if old[slot] is stored.get(slot):
-                        old[slot].copy_(new if on_host else torch.where(self._finite, new, old[slot]))
+                        old[slot].copy_(value)
                     else:
-                        stored[slot] = new if on_host else torch.where(self._finite, new, old[slot])
+                        stored[slot] = value
 
 
 def _all_finite(pending: list[tuple[LocalProblem, Increment]]) -> Tensor:
@@ -202,9 +205,9 @@ def local_steps_(
         raise ValueError(f"compute_dtype must be None or one of {COMPUTE_DTYPES}, got {compute_dtype!r}")
     owners: dict[int, str] = {}
     for i, problem in enumerate(problems):
-        label = f"problem {i}"
         if not isinstance(problem, LocalProblem):
-            raise TypeError(f"{label} must be a LocalProblem, got {type(problem).__name__}")
+            raise TypeError(f"problem {i} must be a LocalProblem, got {type(problem).__name__}")
+        label = problem.name or f"problem {i}"
         problem.validate(label)
         if problem.weight.device != problems[0].weight.device:
             raise ValueError(
@@ -240,7 +243,7 @@ def local_steps_(
             )
             for increment in increments
         ],
-        _finite=_all_finite(pending),
+        finite=_all_finite(pending),
         _pending=pending,
         _rule=rule,
     )

@@ -1,0 +1,5 @@
+"""LocoProp for PyTorch models: an optimiser that captures layers with hooks and hands them to ``locoprop_kernels``."""
+
+from locoprop_torch.optimizer import LocoProp
+
+__all__ = ["LocoProp"]

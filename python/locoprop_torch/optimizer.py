@@ -1,0 +1,442 @@
+"""LocoProp as a ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from locoprop_kernels import LocalProblem, StepReport, local_steps_, rules, transfers
+from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS
+from locoprop_kernels.steps import BACKENDS, triton_unavailable
+from locoprop_kernels.transfers import Transfer
+from locoprop_torch.capture import Layer, is_supported
+from locoprop_torch.discovery import find_transfers
+
+__all__ = ["LocoProp", "default_lr_decay"]
+
+LOCAL_LOSSES = ("matching", "squared")
+
+
+def default_lr_decay(t: int, iterations: int) -> float:
+    """``max(1 - t/T, 0.25)``: the decay of the paper's experiments over the local iterations ``t = 0 .. T-1``."""
+    return max(1 - t / iterations, 0.25)
+
+
+def _check_number(name: str, value: Any, *, zero: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{name} must be finite and {'>= 0' if zero else '> 0'}, got {value!r}")
+
+
+def _check_hyperparameters(group: Mapping[str, Any]) -> None:
+    _check_number("lr", group["lr"], zero=False)
+    _check_number("activation_lr", group["activation_lr"], zero=False)
+    _check_number("prox", group["prox"], zero=True)
+    iterations = group["local_iterations"]
+    if isinstance(iterations, bool) or not isinstance(iterations, int):
+        raise TypeError(f"local_iterations must be an integer, got {iterations!r}")
+    if iterations < 1:
+        raise ValueError(f"local_iterations must be >= 1, got {iterations!r}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+class LocoProp(Optimizer):
+    """LocoProp (Amid, Anil, Warmuth, AISTATS 2022): every layer solves a small convex problem of its own.
+
+    After ``loss.backward()``, ``step()`` runs ``local_iterations`` steps of ``rule`` on each captured layer's local
+    objective: the matching loss between its activation and the target ``f(A0) - activation_lr * ∂L/∂A0``, plus
+    ``prox/2 ‖W - W_0‖²``. With ``local_iterations=1`` it is the rule itself on ``activation_lr * gradient``.
+
+    A step is a transaction: if it raises, or if the loss, a gradient or a result is not finite, weights and state stay
+    as they were. In the second case ``step`` warns once and counts it in :attr:`skipped_steps`.
+
+    Args:
+        model: its ``nn.Linear`` layers are captured by forward hooks, and trained unless ``aux`` has their parameters.
+        lr: learning rate of the local rule, ``> 0`` (``param_groups[..]["lr"]``; a scheduler may set it to 0).
+        activation_lr: ``γ``, step size of the activation targets, ``> 0``.
+        local_iterations: ``T >= 1``.
+        rule: ``"sgd"``, ``"momentum"``, ``"nesterov"``, ``"rmsprop"``, ``"adam"``, ``"adagrad"``, or an instance from
+            :mod:`locoprop_kernels.rules`.
+        local_loss: ``"matching"`` (LocoProp-M) or ``"squared"`` (LocoProp-S: every transfer counts as the identity).
+        transfers: transfer functions by submodule name, overriding what is found in the model.
+        prox: proximal coefficient ``λ >= 0``.
+        reduction: ``"mean"`` or ``"sum"`` of the local loss over the rows (examples, tokens) of a layer's input.
+        lr_decay: ``(t, T) -> factor`` of the learning rate; ``None`` for :func:`default_lr_decay`.
+        aux: optimiser for the parameters that no captured layer owns. It steps and zeroes along with this one, and is
+            part of its ``state_dict``.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        compute_dtype: dtype of the operands of the local products; ``None`` for the parameters'.
+
+    Attributes:
+        last_reports: the :class:`locoprop_kernels.StepReport` of each parameter group at the last step.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, the model has no supported layer, or trainable parameters are
+            in neither a captured layer nor ``aux``; the message names them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 2e-5,
+        activation_lr: float = 10.0,
+        local_iterations: int = 10,
+        rule: str | rules.Rule = "rmsprop",
+        local_loss: str = "matching",
+        transfers: Mapping[str, str | Transfer] | None = None,
+        prox: float = 0.0,
+        reduction: str = "mean",
+        lr_decay: Callable[[int, int], float] | None = None,
+        aux: Optimizer | None = None,
+        backend: str = "auto",
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if aux is not None and not isinstance(aux, Optimizer):
+            raise TypeError(f"aux must be a torch.optim.Optimizer or None, got {type(aux).__name__}")
+        _check_choice("local_loss", local_loss, LOCAL_LOSSES)
+        _check_choice("reduction", reduction, REDUCTIONS)
+        _check_choice("backend", backend, BACKENDS)
+        _check_choice("compute_dtype", compute_dtype, (None, *COMPUTE_DTYPES))
+        if lr_decay is not None and not callable(lr_decay):
+            raise TypeError(f"lr_decay must be callable or None, got {type(lr_decay).__name__}")
+        if backend == "triton" and (reason := triton_unavailable()):
+            raise ValueError(f"backend 'triton' cannot run: {reason}; backend='reference' would work")
+        defaults = {
+            "lr": lr,
+            "activation_lr": activation_lr,
+            "local_iterations": local_iterations,
+            "prox": prox,
+            "rule": rules.get(rule),
+        }
+        _check_hyperparameters(defaults)
+        if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+            raise ValueError(
+                "model must not contain DistributedDataParallel: local problems of several processes differ"
+            )
+
+        self.model = model
+        self.local_loss = local_loss
+        self.reduction = reduction
+        self.lr_decay = lr_decay or default_lr_decay
+        self.aux = aux
+        self.backend = backend
+        self.compute_dtype = compute_dtype
+        self.last_reports: list[StepReport] = []
+        self._skipped: Tensor | None = None
+        self._warned = False
+        self._transfers = dict(transfers or {})
+        self._layers: dict[str, Layer] = {}
+        self._attach()
+        owned = {id(p): p for layer in self._layers.values() for p in layer.parameters.values()}
+        self._check_coverage(owned)
+        super().__init__(list(owned.values()), defaults)
+
+    # --- layers and parameter groups
+
+    def _attach(self) -> None:
+        """Capture the supported layers of the model that are not captured yet and that ``aux`` leaves to us."""
+        aux_ids = {id(p) for group in self.aux.param_groups for p in group["params"]} if self.aux else set()
+        layers: dict[str, nn.Linear] = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and is_supported(module):
+                parameters = list(module.parameters(recurse=False))
+                if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters):
+                    raise ValueError(f"layer {name!r} is lazy: run a forward pass before you build the optimiser")
+                in_aux = [id(p) in aux_ids for p in parameters]
+                if any(in_aux) and not all(in_aux):
+                    raise ValueError(f"aux must have all parameters of layer {name!r} or none, got only some")
+                if not any(in_aux):
+                    layers[name] = module
+        if not layers:
+            raise ValueError(
+                "model must have at least one supported layer (nn.Linear) whose parameters are not in aux; "
+                f"got {type(self.model).__name__} without one"
+            )
+        unknown = set(self._transfers) - set(layers)
+        if unknown:
+            raise ValueError(f"transfers must name captured layers ({', '.join(layers)}); got {sorted(unknown)}")
+        owners: dict[int, str] = {}
+        for name, module in layers.items():
+            for parameter in module.parameters(recurse=False):
+                other = owners.setdefault(id(parameter), name)
+                if other != name:
+                    raise ValueError(f"layers {other!r} and {name!r} share a parameter, which is not supported")
+        overrides = {name: transfers.get(transfer) for name, transfer in self._transfers.items()}
+        found = find_transfers(self.model, layers.values())
+        for name, module in layers.items():
+            if name not in self._layers:
+                self._layers[name] = Layer(name, module, overrides.get(name, found[module]))
+
+    def _check_coverage(self, owned: Mapping[int, Tensor]) -> None:
+        covered = set(owned)
+        if self.aux is not None:
+            covered |= {id(p) for group in self.aux.param_groups for p in group["params"]}
+        left = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in covered]
+        if left:
+            raise ValueError(
+                "no captured layer owns these trainable parameters; give them to an optimiser and pass it as aux, "
+                f"or freeze them: {', '.join(left)}"
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add layers that were put into the model later, all parameters of a layer in one group.
+
+        Raises:
+            ValueError: a parameter belongs to no supported layer of the model, or a layer's parameters are split.
+        """
+        params = param_group["params"]
+        param_group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+        ids = {id(p) for p in params}
+        owned = {id(p) for layer in self._layers.values() for p in layer.parameters.values()}
+        if not ids <= owned:
+            self._attach()
+            owned = {id(p) for layer in self._layers.values() for p in layer.parameters.values()}
+        for p in params:
+            if id(p) not in owned:
+                shape = list(p.shape) if isinstance(p, Tensor) else p
+                raise ValueError(
+                    f"params must belong to supported layers of the model, got one of shape {shape} that does not"
+                )
+        for name, layer in self._layers.items():
+            inside = [id(p) in ids for p in layer.parameters.values()]
+            if any(inside) and not all(inside):
+                raise ValueError(f"params must have all parameters of layer {name!r} or none, got only some")
+        group = {**self.defaults, **param_group}
+        param_group["rule"] = rules.get(group["rule"])
+        _check_hyperparameters(group)
+        super().add_param_group(param_group)
+
+    # --- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run the local iterations of all layers and step ``aux``.
+
+        Args:
+            closure: re-evaluates the model, calls ``backward`` and returns the loss; optional.
+
+        Returns:
+            What ``closure`` returned, or ``None``.
+
+        Raises:
+            ValueError: there is no captured forward and backward pass, or what was captured does not fit the parameters
+                any more (changed shapes, replaced layers, inputs overwritten in place, mixed dtypes or devices, sparse
+                gradients, empty batches). Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = self._problems()
+        rates = [self._rates(group) for group, _ in work]
+        self.last_reports = [
+            local_steps_(
+                problems,
+                rule=group["rule"],
+                lr=rate,
+                prox=group["prox"],
+                reduction=self.reduction,
+                backend=self.backend,
+                compute_dtype=self.compute_dtype,
+                commit=False,
+            )
+            for (group, problems), rate in zip(work, rates, strict=True)
+        ]
+        finite = self._finite(loss)
+        if self.aux is not None and finite:  # the host decides here: with aux, a step waits for the device
+            self.aux.step()
+        for (_, problems), report in zip(work, self.last_reports, strict=True):
+            report.commit_(finite)
+            for problem in problems:
+                for name, (parameter, _) in problem.trained().items():
+                    if problem.state.get(name):
+                        self.state[parameter] = problem.state[name]
+        self._forget()
+        self._count(finite)
+        return loss
+
+    def _rates(self, group: dict[str, Any]) -> list[float]:
+        iterations = group["local_iterations"]
+        return [float(group["lr"]) * self.lr_decay(t, iterations) for t in range(iterations)]
+
+    def _problems(self) -> list[tuple[dict[str, Any], list[LocalProblem]]]:
+        """The local problems of every parameter group that has some."""
+        groups = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        work: list[list[LocalProblem]] = [[] for _ in self.param_groups]
+        for name, layer in self._layers.items():
+            group = groups.get(id(layer.weight))
+            self._check_unchanged(name, layer)
+            trained = layer.trained
+            if group is None or not trained:
+                continue
+            for kind, parameter in trained.items():
+                assert parameter.grad is not None
+                if parameter.grad.layout != torch.strided:
+                    raise ValueError(
+                        f"layer {name!r}: the gradient of its {kind} must be dense, got {parameter.grad.layout}"
+                    )
+            if not layer.passes:
+                if not any(p.grad.any() for p in trained.values() if p.grad is not None):
+                    continue  # zeroed in place and not reached by this backward pass
+                raise ValueError(
+                    f"layer {name!r} has a gradient but no captured forward pass: build the optimiser before the forward pass, "
+                    "call the layer as a module, and do not call step() twice for one backward pass"
+                )
+            x, preactivation = layer.rows()
+            gamma = self.param_groups[group]["activation_lr"]
+            gradients = {f"grad_{kind}": gamma * p.grad for kind, p in trained.items()}
+            work[group].append(
+                LocalProblem(
+                    x=x,
+                    preactivation=preactivation,
+                    weight=layer.weight,
+                    bias=layer.bias,
+                    transfer="identity" if self.local_loss == "squared" else layer.transfer,
+                    state={kind: self.state[p] for kind, p in trained.items() if p in self.state},
+                    name=f"layer {name!r}",
+                    **gradients,
+                )
+            )
+        if not any(work):
+            raise ValueError(
+                "step() needs a forward and a backward pass through at least one captured layer since the last one"
+            )
+        return [(group, problems) for group, problems in zip(self.param_groups, work, strict=True) if problems]
+
+    def _check_unchanged(self, name: str, layer: Layer) -> None:
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if module is not layer.module:
+            raise ValueError(
+                f"layer {name!r} is no longer the module that the optimiser was built with: build a new optimiser"
+            )
+        for kind in ("weight", "bias"):
+            if getattr(layer.module, kind) is not getattr(layer, kind):
+                raise ValueError(
+                    f"the {kind} of layer {name!r} is no longer the parameter that the optimiser was built with: build a new "
+                    "optimiser"
+                )
+
+    def _finite(self, loss: Any) -> Tensor:
+        """Whether the whole step may be committed: a bool tensor on the parameters' device."""
+        flags = [report.finite for report in self.last_reports]
+        device = flags[0].device
+        if isinstance(loss, (Tensor, float)):
+            flags.append(torch.isfinite(torch.as_tensor(loss)).all())
+        if self.aux is not None:
+            grads = [p.grad for group in self.aux.param_groups for p in group["params"] if p.grad is not None]
+            flags.extend(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all() for g in grads)
+        return torch.stack([flag.to(device) for flag in flags]).all()
+
+    def _count(self, finite: Tensor) -> None:
+        if self._skipped is None or self._skipped.device != finite.device:
+            self._skipped = torch.full((), self.skipped_steps, dtype=torch.int64, device=finite.device)
+            self._skipped_seen = torch.zeros((), dtype=torch.int64, pin_memory=finite.device.type == "cuda")
+        self._skipped += ~finite
+        # Without waiting for a device the warning may come a step late; skipped_steps is always exact.
+        self._skipped_seen.copy_(self._skipped, non_blocking=True)
+        if not self._warned and self._skipped_seen > 0:
+            self._warned = True
+            warnings.warn(
+                "LocoProp skipped a step: the loss, a gradient or a local loop was not finite. Weights and state are as "
+                "before; further cases are only counted, in skipped_steps.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were not committed because something was not finite (waits for the device)."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def _forget(self) -> None:
+        for layer in self._layers.values():
+            layer.forget()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients, those of ``aux`` too, and forget captured activations."""
+        super().zero_grad(set_to_none)
+        if self.aux is not None:
+            self.aux.zero_grad(set_to_none)
+        self._forget()
+
+    # --- saving, loading, copying
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the rules as text, and ``aux``'s under ``"aux"``."""
+        state = super().state_dict()
+        state["param_groups"] = [{**group, "rule": repr(group["rule"])} for group in state["param_groups"]]
+        state["skipped_steps"] = self.skipped_steps
+        state["aux"] = None if self.aux is None else self.aux.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume exactly from :meth:`state_dict`: hyper-parameters of the groups, state and ``aux``.
+
+        Raises:
+            ValueError: it is of an optimiser with other groups, other rules, or with ``aux`` where there is none.
+        """
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):
+            for saved, group in zip(groups, self.param_groups, strict=True):
+                if saved.get("rule") != repr(group["rule"]):
+                    raise ValueError(
+                        f"state_dict must be of an optimiser with rule {group['rule']!r}, got {saved.get('rule')}"
+                    )
+        if (state_dict.get("aux") is None) != (self.aux is None):
+            raise ValueError(f"state_dict must be of an optimiser {'without' if self.aux is None else 'with'} aux")
+        rules_now = [group["rule"] for group in self.param_groups]
+        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
+        for group, rule in zip(self.param_groups, rules_now, strict=True):
+            group["rule"] = rule
+        # torch casts state to the parameters' dtype; ours stays in the dtype it was saved in, and is not shared.
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        saved_ids = [i for group in groups for i in group["params"]]
+        self.state.clear()
+        for parameter, i in zip(parameters, saved_ids, strict=True):
+            if i in state_dict["state"]:
+                slots = state_dict["state"][i].items()
+                self.state[parameter] = {slot: value.detach().clone().to(parameter.device) for slot, value in slots}
+        if self.aux is not None:
+            self.aux.load_state_dict(state_dict["aux"])
+        self._skipped = torch.tensor(state_dict.get("skipped_steps", 0))
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "last_reports": []}
+        state["_layers"] = {name: layer.transfer for name, layer in self._layers.items()}
+        # torch's own __init__ and __setstate__ put these back
+        return {
+            k: v for k, v in state.items() if not k.endswith("_hooks") and k not in ("_zero_grad_profile_name", "step")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        modules = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        self._layers = {name: Layer(name, modules[name], transfer) for name, transfer in state["_layers"].items()}
+
+    def __repr__(self) -> str:
+        width = max(map(len, self._layers))
+        lines = [super().__repr__(), f"local loss: {self.local_loss}; layers:"]
+        for name, layer in self._layers.items():
+            n, k = layer.weight.shape
+            transfer = "identity" if self.local_loss == "squared" else layer.transfer
+            lines.append(f"  {name:<{width}}  {k} -> {n}  {transfer}")
+        if self.aux is not None:
+            lines.append(f"aux: {type(self.aux).__name__}")
+        return "\n".join(lines)

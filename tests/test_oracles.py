@@ -1,0 +1,86 @@
+"""The recorded trajectories of the paper's TensorFlow notebook (tests/oracles/README.md), through ``LocoProp``."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from locoprop_kernels import rules
+from locoprop_torch import LocoProp
+
+CASES = sorted((Path(__file__).parent / "oracles").glob("tf_*.npz"))
+MODULES = {"TANH": nn.Tanh, "RELU": nn.ReLU, "NONE": nn.Identity, "SIGMOID": nn.Identity}
+
+
+def rule_of(meta):
+    match meta["optimizer"]:
+        case "sgd":
+            return rules.SGD()
+        case "momentum":
+            return rules.SGD(momentum=meta["momentum"])
+        case "nesterov":
+            return rules.SGD(momentum=meta["momentum"], nesterov=True)
+        case "rmsprop":
+            return rules.RMSprop(meta["decay"], meta["momentum"], meta["epsilon"], flavor="tensorflow")
+        case "adam":
+            return rules.Adam((meta["beta1"], meta["beta2"]), meta["epsilon"], flavor="tensorflow")
+        case "adagrad":
+            start = meta["initial_accumulator_value"]
+            return rules.Adagrad(initial_accumulator_value=start, flavor="tensorflow")
+    raise AssertionError(meta["optimizer"])
+
+
+def autoencoder(meta, data):
+    """The notebook's network; the sigmoid of the output layer is in the loss."""
+    sizes = meta["layer_sizes"]
+    modules = []
+    for i, function in enumerate(meta["layer_fns"]):
+        layer = nn.Linear(sizes[i], sizes[i + 1])
+        with torch.no_grad():
+            layer.weight.copy_(torch.from_numpy(data[f"W{i}"][0].T))
+            layer.bias.copy_(torch.from_numpy(data[f"b{i}"][0]))
+        modules += [layer, MODULES[function]()]
+    return nn.Sequential(*modules)
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_trajectory(path):
+    data = np.load(path)
+    meta = json.loads(str(data["meta"]))
+    model = autoencoder(meta, data)
+    back_propagation = meta["mode"] == "BP"
+    opt = LocoProp(
+        model,
+        lr=1.0,  # set in every step
+        activation_lr=1.0 if back_propagation else meta["act_lr"],
+        local_iterations=1 if back_propagation else meta["T"],
+        rule=rule_of(meta),
+        transfers={
+            str(2 * i): function.lower() for i, function in enumerate(meta["layer_fns"]) if function == "SIGMOID"
+        },
+        reduction="sum",
+    )
+    steps = meta["outer_steps"]
+    rates = np.broadcast_to(meta["lr"], steps)
+    modes = meta["mode"] if isinstance(meta["mode"], list) else [meta["mode"]] * steps
+    tolerance = 5e-4 if meta["optimizer"] == "adam" else 1e-3
+    layers = [module for module in model if isinstance(module, nn.Linear)]
+    for k in range(steps):
+        opt.param_groups[0]["lr"] = float(rates[k])
+        opt.local_loss = "squared" if modes[k] == "LocoPropS" else "matching"
+        x = torch.from_numpy(data["x"][k])
+        opt.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(model(x), x, reduction="none").sum(1).mean()
+        np.testing.assert_allclose(loss.item(), data["loss_before"][k], rtol=1e-5)
+        loss.backward()
+        opt.step()
+        for i, layer in enumerate(layers):
+            for name, actual in ((f"W{i}", layer.weight.T), (f"b{i}", layer.bias)):
+                expected, start = data[name][k + 1], data[name][0]
+                error = np.abs(actual.detach().numpy() - expected).max()
+                assert error <= tolerance * np.abs(expected - start).max(), (name, k)
+    assert opt.skipped_steps == 0
