@@ -150,7 +150,7 @@ def build(layers: Sequence[Layer], tiles: Tiles, programs: int) -> Schedule:
     activation_costs = tile_costs(activation_tiles, layers, tiles, "activation")
     update_costs = tile_costs(update_tiles, layers, tiles, "update")
     order = _block_order(activation_tiles, activation_costs, first_block)
-    bound = lower_bound(np.concatenate([activation_costs, update_costs]), programs)
+    bound = _step_bound(activation_tiles, activation_costs, update_tiles, update_costs, first_block, programs)
 
     activation_ranks = order[_block(activation_tiles, first_block)]
     update_ranks = order[_block(update_tiles, first_block)]
@@ -218,6 +218,21 @@ def lower_bound(costs: CostArray, programs: int) -> int:
     return max(-(-int(total[-1]) // programs), int(crowded.max()))
 
 
+def _step_bound(
+    activation_tiles: IntArray,
+    activation_costs: CostArray,
+    update_tiles: IntArray,
+    update_costs: CostArray,
+    first_block: IntArray,
+    programs: int,
+) -> int:
+    """A local step takes at least this: the queues' bound, and an activation and an update tile of one n-block in turn."""
+    chain = _dearest(activation_tiles, activation_costs, first_block) + _dearest(
+        update_tiles, update_costs, first_block
+    )
+    return max(lower_bound(np.concatenate([activation_costs, update_costs]), programs), int(chain.max()))
+
+
 def validate(schedule: Schedule, layers: Sequence[Layer], tiles: Tiles, resident: int) -> None:
     """Prove by static checks alone that a launch with this schedule computes every tile and cannot hang.
 
@@ -279,7 +294,7 @@ def _all_tiles(layers: Sequence[Layer], tiles: Tiles) -> tuple[IntArray, IntArra
         for tables, columns in ((activation, _blocks(batch, tiles.b)), (update, _blocks(inputs, tiles.k))):
             grid = np.indices((1, rows, columns), np.int32).reshape(3, -1).T
             tables.append(grid + np.array([index, 0, 0], np.int32))
-    return np.concatenate(activation), np.concatenate(update)
+    return np.ascontiguousarray(np.concatenate(activation)), np.ascontiguousarray(np.concatenate(update))
 
 
 def _block(rows: IntArray, first_block: IntArray) -> NDArray[np.int64]:
@@ -291,10 +306,16 @@ def _count_tiles(rows: IntArray, first_block: IntArray) -> IntArray:
     return np.bincount(_block(rows, first_block), minlength=int(first_block[-1])).astype(np.int32)
 
 
-def _block_order(rows: IntArray, costs: CostArray, first_block: IntArray) -> NDArray[np.int64]:
-    """Rank of each n-block in the order that all lists follow: dearest activation tiles first, as they are assigned."""
+def _dearest(rows: IntArray, costs: CostArray, first_block: IntArray) -> CostArray:
+    """Cost of each n-block's dearest tile."""
     dearest = np.zeros(int(first_block[-1]), np.int64)
     np.maximum.at(dearest, _block(rows, first_block), costs)
+    return dearest
+
+
+def _block_order(rows: IntArray, costs: CostArray, first_block: IntArray) -> NDArray[np.int64]:
+    """Rank of each n-block in the order that all lists follow: dearest activation tiles first, as they are assigned."""
+    dearest = _dearest(rows, costs, first_block)
     ranks = np.empty(len(dearest), np.int64)
     ranks[np.argsort(-dearest, kind="stable")] = np.arange(len(dearest))
     return ranks
@@ -344,9 +365,11 @@ def _by_position(
 
 
 def _check_array(name: str, array: object, shape: tuple[int, ...], dtype: type = np.int32) -> None:
+    if isinstance(array, np.ndarray) and not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be contiguous: the kernel reads it row by row")
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
         got = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise ValueError(f"{name} must be a {np.dtype(dtype)} array of shape {list(shape)}, got {got}")
+        raise ValueError(f"{name} must be an {np.dtype(dtype)} array of shape {list(shape)}, got {got}")
 
 
 def _check_offsets(schedule: Schedule, phase: str) -> None:
@@ -464,6 +487,13 @@ def _check_prediction(schedule: Schedule, layers: Sequence[Layer], tiles: Tiles)
                 f"{name}[{wrong[0]}] must be {queues[wrong[0]]}, what the program's list costs, "
                 f"got {getattr(schedule, name)[wrong[0]]}"
             )
-    bound = lower_bound(np.concatenate([schedule.activation_costs, schedule.update_costs]), schedule.programs)
+    bound = _step_bound(
+        schedule.activation_tiles,
+        schedule.activation_costs,
+        schedule.update_tiles,
+        schedule.update_costs,
+        schedule.first_block,
+        schedule.programs,
+    )
     if schedule.lower_bound != bound:
         raise ValueError(f"lower_bound must be {bound}, got {schedule.lower_bound}")
