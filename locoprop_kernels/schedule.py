@@ -226,7 +226,7 @@ def _step_bound(
     first_block: IntArray,
     programs: int,
 ) -> int:
-    """A local step takes at least this: the queues' bound, and an activation and an update tile of one n-block in turn."""
+    """The queues' bound, and the time of an activation and an update tile of one n-block, which run in turn."""
     chain = _dearest(activation_tiles, activation_costs, first_block) + _dearest(
         update_tiles, update_costs, first_block
     )
