@@ -1,0 +1,154 @@
+"""What the compiler makes of every kernel, for GPUs that need not be there.
+
+Exits with status 1 if a default configuration spills registers, needs more shared memory than the target has, or
+multiplies without matrix instructions where the target has them (IEEE fp32 aside).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from locoprop_kernels.kernels.inspection import Record
+
+__all__ = ["TARGETS", "compile_all", "main"]
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
+
+
+def _count(target: str) -> int:
+    from locoprop_kernels.kernels import configs
+
+    return len(list(configs.variants(target)))
+
+
+def _compile(target: str, index: int) -> Record:
+    # Compiled functions do not travel between processes; a worker lists the variants again and takes one.
+    from locoprop_kernels.kernels import configs
+    from locoprop_kernels.kernels.inspection import compile_variant
+
+    return compile_variant(list(configs.variants(target))[index], target)
+
+
+def compile_all(targets: Sequence[str], jobs: int = 2) -> list[Record]:
+    """Compile the default configurations of all kernels for ``targets``, in ``jobs`` processes, with a progress bar.
+
+    Raises:
+        RuntimeError: a kernel does not compile; says which.
+    """
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    work = [(target, index) for target in targets for index in range(_count(target))]
+    records: dict[tuple[str, int], Record] = {}
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
+        bar = progress.add_task("compiling", total=len(work))
+        futures = {pool.submit(_compile, *item): item for item in work}
+        for future in as_completed(futures):
+            target, index = item = futures[future]
+            try:
+                records[item] = future.result()
+            except Exception as error:
+                pool.shutdown(cancel_futures=True)
+                raise RuntimeError(f"variant {index} for {target} does not compile: {error}") from error
+            progress.advance(bar)
+    return [records[item] for item in work]
+
+
+def _opcodes(counts: dict[str, int]) -> str:
+    return " ".join(f"{opcode}:{count}" for opcode, count in sorted(counts.items(), key=lambda item: -item[1])) or "-"
+
+
+def _print_table(records: Sequence[Record]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    # A file or a pipe has no width; cut nothing off there.
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    table = Table("kernel", "configuration", "target", title="Default configurations, compiled ahead of time")
+    for column in ("registers", "spill_bytes", "shared_bytes"):
+        table.add_column(column, justify="right")
+    table.add_column("matrix instructions", overflow="fold")
+    table.add_column("load instructions", overflow="fold")
+    for record in records:
+        table.add_row(
+            record.kernel,
+            record.configuration,
+            record.target,
+            str(record.registers),
+            str(record.spill_bytes),
+            str(record.shared_bytes),
+            _opcodes(record.matrix_instructions),
+            _opcodes(record.load_instructions),
+            style="red" if record.violations() else None,
+        )
+    console.print(table)
+
+
+def _report(records: Sequence[Record]) -> dict[str, Any]:
+    import torch
+    import triton
+
+    return {
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
+        "targets": sorted({record.target for record in records}),
+        "records": [record.as_dict() for record in records],
+    }
+
+
+def _violations(records: Sequence[Record]) -> list[str]:
+    return [
+        f"{record.kernel} [{record.configuration}] for {record.target} {violation}"
+        for record in records
+        for violation in record.violations()
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m locoprop_kernels.compile_report", description=__doc__)
+    parser.add_argument("--target", nargs="+", action="extend", help=f"targets (default: {' '.join(TARGETS)})")
+    parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes that compile")
+    options = parser.parse_args(arguments)
+    # Interpreted functions cannot be compiled; it is not too late as long as Triton has not been imported.
+    if os.environ.pop("TRITON_INTERPRET", "0") != "0" and "triton" in sys.modules:
+        parser.error("Triton was imported with TRITON_INTERPRET set; unset it and start a new process")
+    try:
+        from locoprop_kernels.kernels.inspection import gpu_target
+    except ModuleNotFoundError as error:
+        parser.error(f"{error}; compiling needs Triton and its pip wheel (pip install triton, on Linux)")
+    targets = list(dict.fromkeys(options.target or TARGETS))
+    try:
+        for target in targets:
+            gpu_target(target)
+    except ValueError as error:
+        parser.error(str(error))
+
+    records = compile_all(targets, options.jobs)
+    _print_table(records)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(_report(records), file, indent=1)
+            file.write("\n")
+    violations = _violations(records)
+    for violation in violations:
+        print(f"VIOLATION: {violation}", file=sys.stderr)
+    print(f"{len(records)} kernels compiled, {len(violations)} violations")
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
