@@ -35,7 +35,7 @@ class LocalProblem:
         grad_weight: ``G_0 = γ ∂L/∂W``, ``[N, K]``; ``None`` freezes the weight.
         grad_bias: ``g_0 = γ ∂L/∂b``, ``[N]``; ``None`` freezes the bias.
         transfer: name of ``f``, or a :class:`locoprop_kernels.transfers.Transfer`.
-        state: the update rule's state, ``{"weight": {slot: tensor}, "bias": {slot: tensor}}``; filled at the first step.
+        state: the rule's state, ``{"weight": {slot: tensor}, "bias": {slot: tensor}}``; filled at the first step.
         name: what error messages call this problem; its place in the list where empty.
 
     ``x`` and ``preactivation`` have the dtype of the weight, or bfloat16 / float16 as autocast leaves them.
@@ -144,7 +144,8 @@ def rule_state(problem: LocalProblem, name: str, rule: Rule, label: str) -> dict
             state[slot] = torch.full(parameter.shape, start, dtype=dtype, device=parameter.device)
         elif stored[slot].shape != parameter.shape:
             raise ValueError(
-                f"{label}: state {slot!r} of {name} must have shape {list(parameter.shape)}, got {list(stored[slot].shape)}"
+                f"{label}: state {slot!r} of {name} must have shape {list(parameter.shape)}, "
+                f"got {list(stored[slot].shape)}"
             )
         else:
             state[slot] = stored[slot].to(device=parameter.device, dtype=dtype)

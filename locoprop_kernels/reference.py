@@ -44,7 +44,7 @@ class Increment:
 
 
 def _product(left: Tensor, right: Tensor, operands: torch.dtype, result: torch.dtype) -> Tensor:
-    """``left @ right`` with operands rounded to ``operands``; accumulated and returned in ``result`` where torch can."""
+    """``left @ right`` of operands rounded to ``operands``; accumulated and returned in ``result`` where torch can."""
     if operands == torch.float16:
         # Increments can be far below float16's normal range: scale by a power of two, exactly.
         exponent = torch.frexp(left.abs().amax()).exponent
@@ -218,11 +218,11 @@ def local_loop(
 def closed_form(
     problem: LocalProblem, prox: float = 0.0, reduction: str = "mean"
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Minimiser of a local problem with the squared loss (identity transfer): what ``T → ∞`` local steps converge to.
+    """Minimiser of a local problem with the squared loss (identity transfer): the limit ``T → ∞`` of the local steps.
 
-    With a column of ones in ``X`` for the bias, ``[Δ δ] (C + λI) = -[G_0 g_0]``, ``C = XᵀX`` (``λB`` in place of ``λ`` for
-    ``reduction="mean"``): one-sided K-FAC. At ``λ = 0`` and singular ``C`` it is the minimum-norm solution, which is where
-    gradient descent from zero ends.
+    With a column of ones in ``X`` for the bias, ``[Δ δ] (C + λI) = -[G_0 g_0]``, ``C = XᵀX`` (``λB`` in place of ``λ``
+    for ``reduction="mean"``): one-sided K-FAC. At ``λ = 0`` and singular ``C`` it is the minimum-norm solution, which
+    is where gradient descent from zero ends.
 
     Args:
         problem: the local problem; its transfer function is not looked at.

@@ -64,7 +64,7 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class SGD(Rule):
-    """Gradient descent with optional (Nesterov) momentum: ``buf = momentum * buf + g``; torch and TensorFlow agree on it."""
+    """Gradient descent with optional (Nesterov) momentum, ``buf = momentum * buf + g``; the same in both flavors."""
 
     momentum: float = 0.0
     nesterov: bool = False
@@ -181,7 +181,7 @@ class Adam(Rule):
 
 @dataclass(frozen=True)
 class Adagrad(Rule):
-    """Adagrad; ``flavor="tensorflow"`` has no ``eps`` (an accumulator of zero, which only zero gradients leave, moves nothing)."""
+    """Adagrad; ``flavor="tensorflow"`` has no ``eps``, and moves nothing where the accumulator is zero."""
 
     eps: float = 1e-10
     initial_accumulator_value: float = 0.0

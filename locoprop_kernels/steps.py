@@ -192,7 +192,7 @@ def local_steps_(
         increments (``report.commit_()`` applies them later).
 
     Raises:
-        TypeError, ValueError: before anything is changed; the message names the argument, what was expected and what came.
+        TypeError, ValueError: before anything is changed; naming the argument, what was expected and what came.
     """
     problems = list(problems)
     if not problems:

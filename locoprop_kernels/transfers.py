@@ -124,11 +124,11 @@ class Transfer:
         return _DEFINITIONS[self.name].function(a, *self.parameters)
 
     def potential(self, a: Tensor) -> Tensor:
-        """``F(a) = ∫ f``: same shape as ``a`` for an elementwise ``f``, ``[...]`` (without the last dimension) otherwise."""
+        """``F(a) = ∫ f``: the shape of ``a`` for an elementwise ``f``, ``[...]`` (no last dimension) otherwise."""
         return _DEFINITIONS[self.name].potential(a, *self.parameters)
 
     def matching_loss(self, a: Tensor, reference: Tensor, target: Tensor | None = None) -> Tensor:
-        """Matching loss of pre-activation ``a``, relative to its value at ``reference``: ``∫_reference^a (f(z) - target) dz``.
+        """Matching loss of ``a`` relative to its value at ``reference``: ``∫_reference^a (f(z) - target) dz``.
 
         Its gradient with respect to ``a`` is the activation difference ``f(a) - target``.
 

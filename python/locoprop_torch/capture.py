@@ -17,8 +17,8 @@ __all__ = ["Layer", "is_supported"]
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether LocoProp can train ``module`` itself: an ``nn.Linear`` that owns its parameters and is called as a module."""
-    # MultiheadAttention reads the weight of its output projection without calling it; parametrised weights are computed.
+    """Whether LocoProp can train ``module``: an ``nn.Linear`` that owns its parameters and is called as a module."""
+    # MultiheadAttention reads the weight of its output projection without calling it; parametrised ones compute it.
     called = not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     return isinstance(module, nn.Linear) and called and isinstance(module.weight, nn.Parameter)
 
@@ -127,7 +127,7 @@ class Layer:
             x, a = captured.x, captured.preactivation
             if x.shape[-1] != k or a.shape[-1] != n:
                 raise ValueError(
-                    f"layer {self.name!r} changed shape since the forward pass: it maps {x.shape[-1]} to {a.shape[-1]} there, "
+                    f"layer {self.name!r} changed shape since the forward pass: it mapped {x.shape[-1]} to {a.shape[-1]}, "
                     f"its weight is now {[n, k]}"
                 )
             if x._version != captured.versions[0]:

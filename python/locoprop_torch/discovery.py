@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ _MOVES_METHODS = {"contiguous", "flatten", "reshape", "view", "unsqueeze", "sque
 
 
 def _transfer_of(signature: _Signature, value: Any) -> Transfer | None:
-    """The transfer function of a call with parameter ``value`` (``None`` = default); ``None`` if it is not one of ours."""
+    """The transfer function of a call with parameter ``value`` (``None`` = default); ``None`` if it is unknown."""
     name, parameter = signature
     if parameter is None or value is None:
         return None if name == "softmax" else transfers.get(name)
@@ -169,7 +170,7 @@ def find_transfers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Mod
 
     def visit_pairs(children: list[nn.Module]) -> None:
         children = [child for child in children if not isinstance(child, _MOVES_MODULES)]
-        for layer, follower in zip(children, children[1:], strict=False):
+        for layer, follower in pairwise(children):
             signature = _MODULES.get(type(follower))
             if layer in wanted and signature is not None:
                 value = getattr(follower, signature[1]) if signature[1] else None

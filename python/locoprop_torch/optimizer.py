@@ -51,6 +51,36 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
+class _SkipCounter:
+    """Counts steps that were not committed, on their device, and warns about the first."""
+
+    def __init__(self, total: int = 0) -> None:
+        self._total = torch.tensor(total)
+        self._seen = torch.tensor(total)
+        self._start = total
+        self._warned = False
+
+    @property
+    def total(self) -> int:
+        return int(self._total)
+
+    def count(self, finite: Tensor) -> None:
+        if self._total.device != finite.device:
+            self._total = self._total.to(finite.device)
+            self._seen = torch.zeros_like(self._total, device="cpu", pin_memory=finite.is_cuda)
+        self._total += ~finite
+        # The host does not wait for a device, so there the warning may come a step late; the total is exact.
+        self._seen.copy_(self._total, non_blocking=True)
+        if not self._warned and int(self._seen) > self._start:
+            self._warned = True
+            warnings.warn(
+                "LocoProp skipped a step: the loss, a gradient or a local loop was not finite. Weights and state are "
+                "as before; further cases are only counted, in skipped_steps.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+
 class LocoProp(Optimizer):
     """LocoProp (Amid, Anil, Warmuth, AISTATS 2022): every layer solves a small convex problem of its own.
 
@@ -82,8 +112,8 @@ class LocoProp(Optimizer):
         last_reports: the :class:`locoprop_kernels.StepReport` of each parameter group at the last step.
 
     Raises:
-        TypeError, ValueError: an argument is out of range, the model has no supported layer, or trainable parameters are
-            in neither a captured layer nor ``aux``; the message names them.
+        TypeError, ValueError: an argument is out of range, the model has no supported layer, or trainable parameters
+            are in neither a captured layer nor ``aux``; the message names them.
     """
 
     def __init__(
@@ -135,8 +165,7 @@ class LocoProp(Optimizer):
         self.backend = backend
         self.compute_dtype = compute_dtype
         self.last_reports: list[StepReport] = []
-        self._skipped: Tensor | None = None
-        self._warned = False
+        self._skipped = _SkipCounter()
         self._transfers = dict(transfers or {})
         self._layers: dict[str, Layer] = {}
         self._attach()
@@ -265,7 +294,7 @@ class LocoProp(Optimizer):
                     if problem.state.get(name):
                         self.state[parameter] = problem.state[name]
         self._forget()
-        self._count(finite)
+        self._skipped.count(finite)
         return loss
 
     def _rates(self, group: dict[str, Any]) -> list[float]:
@@ -292,8 +321,8 @@ class LocoProp(Optimizer):
                 if not any(p.grad.any() for p in trained.values() if p.grad is not None):
                     continue  # zeroed in place and not reached by this backward pass
                 raise ValueError(
-                    f"layer {name!r} has a gradient but no captured forward pass: build the optimiser before the forward pass, "
-                    "call the layer as a module, and do not call step() twice for one backward pass"
+                    f"layer {name!r} has a gradient but no captured forward pass: build the optimiser before the "
+                    "forward pass, call the layer as a module, and do not call step() twice for one backward pass"
                 )
             x, preactivation = layer.rows()
             gamma = self.param_groups[group]["activation_lr"]
@@ -328,8 +357,8 @@ class LocoProp(Optimizer):
         for kind in ("weight", "bias"):
             if getattr(layer.module, kind) is not getattr(layer, kind):
                 raise ValueError(
-                    f"the {kind} of layer {name!r} is no longer the parameter that the optimiser was built with: build a new "
-                    "optimiser"
+                    f"the {kind} of layer {name!r} is no longer the parameter that the optimiser was built with: "
+                    "build a new optimiser"
                 )
 
     def _finite(self, loss: Any) -> Tensor:
@@ -343,26 +372,10 @@ class LocoProp(Optimizer):
             flags.extend(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all() for g in grads)
         return torch.stack([flag.to(device) for flag in flags]).all()
 
-    def _count(self, finite: Tensor) -> None:
-        if self._skipped is None or self._skipped.device != finite.device:
-            self._skipped = torch.full((), self.skipped_steps, dtype=torch.int64, device=finite.device)
-            self._skipped_seen = torch.zeros((), dtype=torch.int64, pin_memory=finite.device.type == "cuda")
-        self._skipped += ~finite
-        # Without waiting for a device the warning may come a step late; skipped_steps is always exact.
-        self._skipped_seen.copy_(self._skipped, non_blocking=True)
-        if not self._warned and self._skipped_seen > 0:
-            self._warned = True
-            warnings.warn(
-                "LocoProp skipped a step: the loss, a gradient or a local loop was not finite. Weights and state are as "
-                "before; further cases are only counted, in skipped_steps.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
     @property
     def skipped_steps(self) -> int:
         """How many steps were not committed because something was not finite (waits for the device)."""
-        return 0 if self._skipped is None else int(self._skipped)
+        return self._skipped.total
 
     def _forget(self) -> None:
         for layer in self._layers.values():
@@ -414,7 +427,7 @@ class LocoProp(Optimizer):
                 self.state[parameter] = {slot: value.detach().clone().to(parameter.device) for slot, value in slots}
         if self.aux is not None:
             self.aux.load_state_dict(state_dict["aux"])
-        self._skipped = torch.tensor(state_dict.get("skipped_steps", 0))
+        self._skipped = _SkipCounter(state_dict.get("skipped_steps", 0))
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -427,8 +440,9 @@ class LocoProp(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        modules = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
-        self._layers = {name: Layer(name, modules[name], transfer) for name, transfer in state["_layers"].items()}
+        if "_layers" in state:  # absent when torch's load_state_dict calls this
+            modules = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+            self._layers = {name: Layer(name, modules[name], transfer) for name, transfer in state["_layers"].items()}
 
     def __repr__(self) -> str:
         width = max(map(len, self._layers))
