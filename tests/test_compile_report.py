@@ -1,0 +1,157 @@
+"""The compile report: its reading of machine code, its verdicts, and the verdict on the kernels."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+pytest.importorskip("triton")
+
+from locoprop_kernels import compile_report
+from locoprop_kernels.kernels.inspection import Record, gpu_target
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+GOOD = Record(
+    kernel="kernel",
+    configuration="bf16",
+    target="sm_90",
+    precision="bf16",
+    registers=168,
+    spill_bytes=0,
+    shared_bytes=98304,
+    shared_limit=232448,
+    matrix_instructions={"HGMMA": 8},
+    load_instructions={"LDGSTS": 36},
+    instructions=1000,
+    scalar_products=0,
+    seconds=1.0,
+)
+
+COMPILE_TOYS = """
+import json, sys
+sys.path.insert(0, "tests")
+from toy_kernels import copy_kernel, product_kernel
+from locoprop_kernels.kernels.inspection import Variant, compile_variant
+
+def product(precision, dtype, size=64, **options):
+    return Variant(
+        "product", f"{precision} {size}", product_kernel,
+        {"a_ptr": "*" + dtype, "b_ptr": "*" + dtype, "c_ptr": "*fp32", "M": "i32", "N": "i32", "K": "i32"},
+        {"BM": size, "BN": size, "BK": 32, "PRECISION": precision if precision in ("ieee", "tf32") else None},
+        ("a_ptr", "b_ptr", "c_ptr", "K"), precision, {"num_warps": 4, "num_stages": 3, **options},
+    )
+
+copy = Variant("copy", "", copy_kernel, {"a_ptr": "*fp32", "c_ptr": "*fp32", "N": "i32"}, {"BLOCK": 256})
+cases = {
+    "good": (product("bf16", "bf16"), "sm_90"),
+    "ampere": (product("bf16", "bf16"), "sm_80"),
+    "tf32": (product("tf32", "fp32"), "sm_90"),
+    "ieee": (product("ieee", "fp32"), "sm_90"),
+    "amd": (product("fp16", "fp16"), "gfx942"),
+    "copy": (copy, "sm_90"),
+    "spill": (product("bf16", "bf16", maxnreg=48), "sm_80"),
+    "amd_spill": (product("fp16", "fp16", 128, num_warps=1, waves_per_eu=8), "gfx90a"),
+    "shared": (product("tf32", "fp32", 128, num_warps=8, num_stages=8), "sm_90"),
+    "called_ieee": (__import__("dataclasses").replace(product("tf32", "fp32"), precision="ieee"), "sm_90"),
+    "called_tf32": (__import__("dataclasses").replace(product("ieee", "fp32"), precision="tf32"), "sm_90"),
+}
+print(json.dumps({name: compile_variant(*case).as_dict() for name, case in cases.items()}))
+"""
+
+
+@cache
+def toys():
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_TOYS], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["good", "ampere", "tf32", "ieee", "amd", "copy"])
+def test_sound_kernels_pass(name):
+    assert toys()[name]["violations"] == []
+    assert toys()[name]["spill_bytes"] == 0
+    assert toys()[name]["registers"] > 0
+
+
+def test_opcodes_are_read():
+    assert set(toys()["good"]["matrix_instructions"]) == set(toys()["tf32"]["matrix_instructions"]) == {"HGMMA"}
+    assert set(toys()["ampere"]["matrix_instructions"]) == {"HMMA"}
+    assert all(opcode.startswith("v_mfma_f32_") for opcode in toys()["amd"]["matrix_instructions"])
+    assert toys()["ieee"]["matrix_instructions"] == toys()["copy"]["matrix_instructions"] == {}
+    assert "LDGSTS" in toys()["good"]["load_instructions"]
+    assert "LDG" in toys()["copy"]["load_instructions"]
+    assert any(opcode.startswith("global_load") for opcode in toys()["amd"]["load_instructions"])
+    assert toys()["good"]["shared_bytes"] > 0
+    assert toys()["copy"]["shared_bytes"] == 0
+    assert toys()["ieee"]["scalar_products"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("spill", "spills"),
+        ("amd_spill", "spills"),
+        ("shared", "shared memory"),
+        ("called_ieee", "multiplies IEEE fp32 with HGMMA"),
+        ("called_tf32", "without matrix instructions"),
+    ],
+)
+def test_unsound_kernels_are_found(name, message):
+    assert any(message in violation for violation in toys()[name]["violations"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spill_bytes": 4}, "spills 4 bytes"),
+        ({"shared_bytes": 232449}, "232449 bytes of shared memory"),
+        ({"matrix_instructions": {}}, "without matrix instructions"),
+        ({"scalar_products": 1}, "without matrix instructions in 1 product"),
+        ({"precision": "ieee"}, "IEEE fp32 with HGMMA"),
+    ],
+)
+def test_a_bad_record_fails_the_command(change, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    records = [GOOD, dataclasses.replace(GOOD, configuration="other", **change)]
+    monkeypatch.setattr(compile_report, "compile_all", lambda targets, jobs: records)
+    path = tmp_path / "report.json"
+    assert compile_report.main(["--target", "sm_90", "--json", str(path)]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "1 violations" in captured.out
+    written = json.loads(path.read_text())["records"]
+    assert [bool(record["violations"]) for record in written] == [False, True]
+
+    records.pop()
+    assert compile_report.main(["--target", "sm_90"]) == 0
+
+
+def test_ieee_and_kernels_without_products_need_no_matrix_instructions():
+    for precision in ("ieee", "none"):
+        assert dataclasses.replace(GOOD, precision=precision, matrix_instructions={}).violations() == []
+    exact = {"v_mfma_f32_32x32x2_f32": 4, "v_mfma_f32_32x32x2f32": 4}
+    assert dataclasses.replace(GOOD, precision="ieee", matrix_instructions=exact).violations() == []
+
+
+def test_unknown_targets(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="target must be one of sm_80"):
+        gpu_target("sm_75")
+    with pytest.raises(SystemExit) as stop:
+        compile_report.main(["--target", "gfx000"])
+    assert stop.value.code == 2
+    assert "target must be one of" in capsys.readouterr().err
+
+
+def test_interpreted_process_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit) as stop:
+        compile_report.main(["--target", "sm_90"])
+    assert stop.value.code == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
