@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locoprop_kernels.patches import Rows
 from locoprop_kernels.rules import Rule
 from locoprop_kernels.transfers import Transfer
 from locoprop_kernels.transfers import get as get_transfer
@@ -28,7 +29,7 @@ class LocalProblem:
     ``λ/2 (‖W - W_0‖² + ‖b - b_0‖²)``. The target enters through the gradient at the start, ``G_0``, alone.
 
     Attributes:
-        x: input of the layer, ``[B, K]``.
+        x: input of the layer, ``[B, K]``; or :class:`locoprop_kernels.patches.Rows`, formed a chunk at a time.
         preactivation: ``A0 = X W_0ᵀ + b_0`` of the forward pass, ``[B, N]``.
         weight: ``W``, ``[N, K]``; updated in place.
         bias: ``b``, ``[N]``, updated in place; or ``None``.
@@ -37,11 +38,12 @@ class LocalProblem:
         transfer: name of ``f``, or a :class:`locoprop_kernels.transfers.Transfer`.
         state: the rule's state, ``{"weight": {slot: tensor}, "bias": {slot: tensor}}``; filled at the first step.
         name: what error messages call this problem; its place in the list where empty.
+        examples: what ``reduction="mean"`` divides by; ``None`` for ``B``, the number of rows.
 
     ``x`` and ``preactivation`` have the dtype of the weight, or bfloat16 / float16 as autocast leaves them.
     """
 
-    x: Tensor
+    x: Tensor | Rows
     preactivation: Tensor
     weight: Tensor
     bias: Tensor | None = None
@@ -50,6 +52,7 @@ class LocalProblem:
     transfer: str | Transfer = "identity"
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
     name: str = ""
+    examples: int | None = None
 
     def __post_init__(self) -> None:
         self.transfer = get_transfer(self.transfer)
@@ -58,6 +61,10 @@ class LocalProblem:
     def shape(self) -> tuple[int, int, int]:
         """``(B, K, N)``."""
         return self.x.shape[0], self.x.shape[1], self.weight.shape[0]
+
+    def scale(self, reduction: str) -> float:
+        """Factor of the matching loss: one over the number of examples for ``"mean"``, 1 for ``"sum"``."""
+        return 1.0 / (self.examples or self.x.shape[0]) if reduction == "mean" else 1.0
 
     def trained(self) -> dict[str, tuple[Tensor, Tensor]]:
         """``{"weight": (W, G_0), "bias": (b, g_0)}`` without what is frozen."""
@@ -71,17 +78,20 @@ class LocalProblem:
             TypeError: something that should be a tensor is not.
             ValueError: a shape, dtype, device or layout does not fit.
         """
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor | Rows] = {}
         for name in ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias"):
             tensor = getattr(self, name)
             if tensor is None and name not in ("x", "preactivation", "weight"):
+                continue
+            if name == "x" and isinstance(tensor, Rows):
+                tensors[name] = tensor
                 continue
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{label}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
             if tensor.layout != torch.strided:
                 raise ValueError(f"{label}: {name} must be a dense tensor, got layout {tensor.layout}")
             tensors[name] = tensor
-        if self.x.dim() != 2 or self.weight.dim() != 2:
+        if len(self.x.shape) != 2 or self.weight.dim() != 2:
             raise ValueError(
                 f"{label}: x must be [B, K] and weight [N, K], got {list(self.x.shape)} and {list(self.weight.shape)}"
             )
@@ -113,6 +123,10 @@ class LocalProblem:
             raise ValueError(f"{label}: grad_bias was given for a layer without bias")
         if not self.trained():
             raise ValueError(f"{label}: grad_weight or grad_bias must be given, got neither")
+        if self.examples is not None and (isinstance(self.examples, bool) or not isinstance(self.examples, int)):
+            raise TypeError(f"{label}: examples must be an integer or None, got {self.examples!r}")
+        if self.examples is not None and self.examples < 1:
+            raise ValueError(f"{label}: examples must be >= 1, got {self.examples}")
         if not isinstance(self.state, dict):
             raise TypeError(f"{label}: state must be a dict, got {type(self.state).__name__}")
 

@@ -13,12 +13,14 @@ With ``reduction="mean"`` everything but the proximal term is divided by ``B``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from locoprop_kernels.patches import row_chunks
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype, check_schedule, rule_state
 from locoprop_kernels.rules import Rule
 from locoprop_kernels.transfers import Transfer
@@ -80,26 +82,43 @@ class _ProductForm:
         self.accumulate = accumulation_dtype(problem.weight.dtype)
         self.transfer = transfer
         self.operands = operands
-        self.x = problem.x.to(operands)
+        self.x = problem.x.to(operands) if isinstance(problem.x, Tensor) else problem.x
         self.preactivation = problem.preactivation.to(self.accumulate)
         self.activation = transfer(self.preactivation)
 
-    def _preactivation(self, delta: dict[str, Tensor]) -> Tensor:
-        a = self.preactivation
+    def _chunks(self) -> Iterator[tuple[Tensor, slice]]:
+        """Chunks of ``X`` in the products' dtype, and the rows that they are."""
+        start = 0
+        for x in row_chunks(self.x):
+            yield x.to(self.operands), slice(start, start + len(x))
+            start += len(x)
+
+    def _preactivation(self, delta: dict[str, Tensor], x: Tensor, rows: slice) -> Tensor:
+        a = self.preactivation[rows]
         if "weight" in delta:
             if self.operands == self.accumulate:
-                a = torch.addmm(a, self.x, delta["weight"].t())
+                a = torch.addmm(a, x, delta["weight"].t())
             else:
-                a = a + _product(delta["weight"], self.x.t(), self.operands, self.accumulate).t()
+                a = a + _product(delta["weight"], x.t(), self.operands, self.accumulate).t()
         return a + delta["bias"] if "bias" in delta else a
 
     def change(self, delta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        difference = self.transfer(self._preactivation(delta)) - self.activation
-        return _product(difference.t(), self.x, self.operands, self.accumulate), difference.sum(0)
+        total: tuple[Tensor, Tensor] | None = None
+        for x, rows in self._chunks():
+            difference = self.transfer(self._preactivation(delta, x, rows)) - self.activation[rows]
+            part = _product(difference.t(), x, self.operands, self.accumulate), difference.sum(0)
+            total = part if total is None else (total[0].add_(part[0]), total[1].add_(part[1]))
+        assert total is not None
+        return total
 
     def divergence(self, delta: dict[str, Tensor]) -> Tensor:
-        a, a0 = self._preactivation(delta).double(), self.preactivation.double()
-        return self.transfer.matching_loss(a, a0).sum()
+        losses = [
+            self.transfer.matching_loss(
+                self._preactivation(delta, x, rows).double(), self.preactivation[rows].double()
+            ).sum()
+            for x, rows in self._chunks()
+        ]
+        return torch.stack(losses).sum()
 
 
 class _GramForm:
@@ -111,9 +130,13 @@ class _GramForm:
         self.accumulate = accumulation_dtype(problem.weight.dtype)
         self.operands = operands
         self.rows = problem.x.shape[0]
-        x = problem.x.to(operands)
-        self.gram = _product(x.t(), x, operands, self.accumulate)
-        self.sum_x = x.to(self.accumulate).sum(0)
+        k = problem.x.shape[1]
+        self.gram = problem.weight.new_zeros(k, k, dtype=self.accumulate)
+        self.sum_x = problem.weight.new_zeros(k, dtype=self.accumulate)
+        for chunk in row_chunks(problem.x):
+            x = chunk.to(operands)
+            self.gram += _product(x.t(), x, operands, self.accumulate)
+            self.sum_x += x.to(self.accumulate).sum(0)
 
     def change(self, delta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         weight = _product(delta["weight"], self.gram, self.operands, self.accumulate)
@@ -167,7 +190,7 @@ def local_loop(
     trained = problem.trained()
     accumulate = accumulation_dtype(problem.weight.dtype)
     operands = compute_dtype or problem.weight.dtype
-    scale = 1.0 / problem.x.shape[0] if reduction == "mean" else 1.0
+    scale = problem.scale(reduction)
 
     start = {name: grad.to(accumulate) * scale for name, (_, grad) in trained.items()}
     delta = {name: torch.zeros_like(grad) for name, grad in start.items()}
@@ -239,11 +262,13 @@ def closed_form(
     problem.validate("problem")
     trained = problem.trained()
     dtype = accumulation_dtype(problem.weight.dtype)
-    columns = {"weight": problem.x.to(dtype), "bias": torch.ones_like(problem.x[:, :1], dtype=dtype)}
-    x = torch.cat([columns[name] for name in trained], dim=1)
     grad = torch.cat([g.to(dtype).reshape(len(g), -1) for _, g in trained.values()], dim=1)
-    gram = x.t() @ x
-    gram.diagonal().add_(prox * (x.shape[0] if reduction == "mean" else 1))
+    gram = grad.new_zeros(grad.shape[1], grad.shape[1])
+    for chunk in row_chunks(problem.x):
+        columns = {"weight": chunk.to(dtype), "bias": torch.ones_like(chunk[:, :1], dtype=dtype)}
+        x = torch.cat([columns[name] for name in trained], dim=1)
+        gram.addmm_(x.t(), x)
+    gram.diagonal().add_(prox / problem.scale(reduction))
     if prox > 0:
         solution = -torch.cholesky_solve(grad.t(), torch.linalg.cholesky(gram)).t()
     else:

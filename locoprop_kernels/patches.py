@@ -1,0 +1,144 @@
+"""Inputs of convolutions as rows of unfolded patches, formed a bounded chunk at a time.
+
+A convolution is a linear layer whose examples are the positions of its output: row ``(n, o_1, ..)`` of ``X`` is the
+patch of example ``n`` that output position ``(o_1, ..)`` sees. On the padded input all patches together are a strided
+view, so nothing is copied until a chunk of rows is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["CHUNK_BYTES", "Patches", "Rows", "Stacked", "row_chunks"]
+
+CHUNK_BYTES = 16 * 2**20
+
+
+def _blocks(sizes: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
+    """Indices of consecutive blocks that cover leading dimensions of ``sizes``, each of at most ``limit`` elements."""
+    inner = math.prod(sizes[1:])
+    if inner > limit:
+        for i in range(sizes[0]):
+            for block in _blocks(sizes[1:], limit):
+                yield (slice(i, i + 1), *block)
+        return
+    step = max(1, limit // inner)
+    for start in range(0, sizes[0], step):
+        yield (slice(start, start + step),)
+
+
+class Rows(ABC):
+    """Rows ``[B, K]`` that are not held as one tensor.
+
+    Attributes:
+        shape: ``(B, K)``.
+        dtype: of the chunks.
+        device: of the chunks.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    @abstractmethod
+    def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+        """Consecutive rows ``[b, K]``, each chunk at most ``max_bytes`` (but at least one row)."""
+
+
+def row_chunks(x: Tensor | Rows, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+    """Consecutive rows of ``x``: a tensor as it is, :class:`Rows` in chunks of at most ``max_bytes``."""
+    if isinstance(x, Tensor):
+        yield x
+    else:
+        yield from x.chunks(max_bytes)
+
+
+class Stacked(Rows):
+    """The rows of several inputs, one after another.
+
+    Args:
+        parts: tensors ``[B_i, K]`` or :class:`Rows`, of one ``K``, dtype and device.
+
+    Raises:
+        ValueError: there are no parts, or they do not fit together.
+    """
+
+    def __init__(self, parts: Sequence[Tensor | Rows]) -> None:
+        if not parts:
+            raise ValueError("parts of Stacked must hold at least one tensor, got none")
+        kinds = {(part.shape[1], part.dtype, part.device) for part in parts}
+        if len(kinds) > 1:
+            raise ValueError(f"parts of Stacked must agree in K, dtype and device, got {sorted(map(str, kinds))}")
+        self.parts = tuple(parts)
+        super().__init__((sum(part.shape[0] for part in parts), parts[0].shape[1]), parts[0].dtype, parts[0].device)
+
+    def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+        for part in self.parts:
+            yield from row_chunks(part, max_bytes)
+
+
+class Patches(Rows):
+    """The patches of a convolution's input as rows ``[B, K]``: ``B`` = examples × output positions.
+
+    Columns are ordered like a weight ``[N, C, *kernel_size]`` flattened from dimension 1 on; with ``channels_last``
+    like one ``[N, *kernel_size, C]``.
+
+    Args:
+        x: input, ``[examples, C, *spatial]``, any strides.
+        kernel_size: one integer per spatial dimension; likewise the following.
+        stride: step between patches.
+        padding: elements added ``(before, after)`` in each spatial dimension.
+        dilation: step inside a patch.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        channels_last: order of the columns.
+
+    Raises:
+        ValueError: numbers of dimensions differ, or the padded input is smaller than a patch.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[tuple[int, int]],
+        dilation: Sequence[int],
+        padding_mode: str = "zeros",
+        channels_last: bool = False,
+    ) -> None:
+        spatial = len(kernel_size)
+        if not x.dim() - 2 == spatial == len(stride) == len(padding) == len(dilation):
+            raise ValueError(
+                f"x must be [examples, C, *spatial] with {spatial} spatial dimensions, and stride, padding and dilation "
+                f"must have one entry each, got {list(x.shape)}, {stride}, {padding}, {dilation}"
+            )
+        if any(before or after for before, after in padding):
+            mode = "constant" if padding_mode == "zeros" else padding_mode
+            x = F.pad(x, [amount for pair in reversed(padding) for amount in pair], mode=mode)
+        spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
+        if any(size < span for size, span in zip(x.shape[2:], spans, strict=True)):
+            raise ValueError(f"the padded input must hold a patch of {spans}, got {list(x.shape[2:])}")
+        outputs = [(size - span) // s + 1 for size, span, s in zip(x.shape[2:], spans, stride, strict=True)]
+        steps = x.stride()
+        kernel = list(kernel_size)
+        kernel_steps = [step * d for step, d in zip(steps[2:], dilation, strict=True)]
+        columns = [*kernel, x.shape[1]] if channels_last else [x.shape[1], *kernel]
+        column_steps = [*kernel_steps, steps[1]] if channels_last else [steps[1], *kernel_steps]
+        row_steps = [step * s for step, s in zip(steps[2:], stride, strict=True)]
+        #: All patches as a strided view of the padded input, ``[examples, *outputs, *columns]``. The address of element
+        #: ``(row, column)`` is a function of the row plus a function of the column.
+        self.view = x.as_strided(
+            [x.shape[0], *outputs, *columns], [steps[0], *row_steps, *column_steps], x.storage_offset()
+        )
+        self._outputs = [x.shape[0], *outputs]
+        super().__init__((math.prod(self._outputs), math.prod(columns)), x.dtype, x.device)
+
+    def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+        k = self.shape[1]
+        for block in _blocks(self._outputs, max(1, max_bytes // (k * self.dtype.itemsize))):
+            yield self.view[block].reshape(-1, k)
