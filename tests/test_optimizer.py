@@ -8,14 +8,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from locoprop_torch import LocoProp
-from locoprop_torch.optimizer import default_lr_decay
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules
 from locoprop_kernels.testing import TextbookLayer
+from locoprop_torch import LocoProp
+from locoprop_torch.optimizer import default_lr_decay
 
 
 def mlp(seed=0, dtype=torch.float32):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from locoprop_torch import LocoProp
 from torch import nn
 
 from locoprop_kernels import rules
+from locoprop_torch import LocoProp
 
 CASES = sorted((Path(__file__).parent / "oracles").glob("tf_*.npz"))
 MODULES = {"TANH": nn.Tanh, "RELU": nn.ReLU, "NONE": nn.Identity, "SIGMOID": nn.Identity}

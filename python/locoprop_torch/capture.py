@@ -127,7 +127,7 @@ class Layer:
             x, a = captured.x, captured.preactivation
             if x.shape[-1] != k or a.shape[-1] != n:
                 raise ValueError(
-                    f"layer {self.name!r} changed shape since the forward pass: it mapped {x.shape[-1]} to {a.shape[-1]}, "
+                    f"layer {self.name!r} changed shape since the forward: it mapped {x.shape[-1]} to {a.shape[-1]}, "
                     f"its weight is now {[n, k]}"
                 )
             if x._version != captured.versions[0]:

@@ -1,0 +1,35 @@
+# Set up and run everything; `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: help test demo bench lint gpu clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,demo,triton,lint]"
+	@touch $@
+
+test: $(READY)  ## the whole test suite that this machine can run
+	$(RUN) -m pytest
+
+demo: $(READY)  ## train the demo's autoencoders; writes demo_out/
+	$(RUN) -m locoprop_torch.demo --out demo_out
+
+bench: $(READY)  ## the microbenchmarks; writes bench_out/
+	$(RUN) -m bench --out bench_out
+
+lint: $(READY)  ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+gpu:  ## numerics, then timings, on this machine's GPU; uses $(PYTHON) as it is, installs nothing
+	PYTHONPATH=.:python $(PYTHON) -m bench.gpu
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info demo_out bench_out .pytest_cache .mypy_cache .ruff_cache
