@@ -25,3 +25,43 @@ def copy_kernel(a_ptr, c_ptr, N, BLOCK: tl.constexpr):
     """``c = a``."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(c_ptr + n, tl.load(a_ptr + n, mask=n < N), mask=n < N)
+
+
+@triton.jit
+def wait_for(counter_ptr, level):
+    """Spin until the counter has reached ``level``."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < level:
+        pass
+
+
+@triton.jit
+def ring_kernel(x_ptr, y_ptr, counter_ptr, iterations, P: tl.constexpr, WAIT: tl.constexpr):
+    """``P`` programs repeat ``x = roll(sum(x) + arange(P), -1)`` with a barrier after each half."""
+    program = tl.program_id(0)
+    i = tl.arange(0, P)
+    for t in range(iterations):
+        tl.store(y_ptr + program, tl.sum(tl.load(x_ptr + i)) + program)
+        tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+        if WAIT:
+            wait_for(counter_ptr, (2 * t + 1) * P)
+        tl.store(x_ptr + program, tl.load(y_ptr + (program + 1) % P))
+        tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+        wait_for(counter_ptr, (2 * t + 2) * P)
+
+
+@triton.jit
+def append_kernel(log_ptr, counter_ptr):
+    """Programs write their number in the order in which they run."""
+    tl.store(log_ptr + tl.atomic_add(counter_ptr, 1), tl.program_id(0))
+
+
+@triton.jit
+def table_copy_kernel(table_ptr, excess, BLOCK: tl.constexpr):
+    """``target[:n] = source[:n]`` for each row (source, target, n) of a table of addresses."""
+    row_ptr = table_ptr + tl.program_id(0) * 3
+    n = tl.load(row_ptr + 2)
+    source_ptr = tl.load(row_ptr).to(tl.pointer_type(tl.float32))
+    target_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(tl.float32))
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(target_ptr + i, tl.load(source_ptr + i, i < n + excess, 0.0), i < n)
