@@ -724,6 +724,32 @@ def test_bad_arguments(arguments, error, message):
         LocoProp(mlp(), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", -1.0), ("activation_lr", 0.0), ("local_iterations", 0), ("prox", -1.0)]
+)
+def test_bad_values_in_a_parameter_group(name, value):
+    model = mlp()
+    opt = LocoProp(model)
+    opt.param_groups[0][name] = value
+    before = weights(model)
+    backward(model, opt, *batch())
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        opt.step()
+    assert not any(moved(model, before))
+
+
+def test_compiled_models_are_captured():
+    model, twin = mlp(), mlp()
+    compiled = torch.compile(model, backend="eager")
+    opt, plain = LocoProp(compiled, lr=1e-3), LocoProp(twin, lr=1e-3)
+    for step in range(2):
+        backward(compiled, opt, *batch(seed=step))
+        opt.step()
+        backward(twin, plain, *batch(seed=step))
+        plain.step()
+    assert not any(moved(model, weights(twin)))
+
+
 def test_bad_models():
     with pytest.raises(TypeError, match="model must be"):
         LocoProp([nn.Linear(2, 2)])

@@ -35,8 +35,9 @@ def _check_number(name: str, value: Any, *, zero: bool) -> None:
         raise ValueError(f"{name} must be finite and {'>= 0' if zero else '> 0'}, got {value!r}")
 
 
-def _check_hyperparameters(group: Mapping[str, Any]) -> None:
-    _check_number("lr", group["lr"], zero=False)
+def _check_hyperparameters(group: Mapping[str, Any], *, warm_up: bool) -> None:
+    lr = float(group["lr"]) if isinstance(group["lr"], Tensor) else group["lr"]
+    _check_number("lr", lr, zero=warm_up)
     _check_number("activation_lr", group["activation_lr"], zero=False)
     _check_number("prox", group["prox"], zero=True)
     iterations = group["local_iterations"]
@@ -151,7 +152,7 @@ class LocoProp(Optimizer):
             "prox": prox,
             "rule": rules.get(rule),
         }
-        _check_hyperparameters(defaults)
+        _check_hyperparameters(defaults, warm_up=False)
         if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
             raise ValueError(
                 "model must not contain DistributedDataParallel: local problems of several processes differ"
@@ -245,7 +246,7 @@ class LocoProp(Optimizer):
                 raise ValueError(f"params must have all parameters of layer {name!r} or none, got only some")
         group = {**self.defaults, **param_group}
         param_group["rule"] = rules.get(group["rule"])
-        _check_hyperparameters(group)
+        _check_hyperparameters(group, warm_up=False)
         super().add_param_group(param_group)
 
     # --- the step
@@ -298,6 +299,7 @@ class LocoProp(Optimizer):
         return loss
 
     def _rates(self, group: dict[str, Any]) -> list[float]:
+        _check_hyperparameters(group, warm_up=True)  # schedulers and users may have set them
         iterations = group["local_iterations"]
         return [float(group["lr"]) * self.lr_decay(t, iterations) for t in range(iterations)]
 
