@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
+import triton
 from interpreter import SharedAllocations, checked_addresses, concurrent_programs, shuffled_programs
 from toy_kernels import append_kernel, ring_kernel, table_copy_kernel
 from triton.runtime.errors import InterpreterError
