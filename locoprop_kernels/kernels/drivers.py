@@ -1,0 +1,328 @@
+"""From problems to launches: groups problems that one launch can take, makes or finds their plan, and runs it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locoprop_kernels.kernels import columns as c
+from locoprop_kernels.kernels import commit, configs, grouped, prepare, updates
+from locoprop_kernels.kernels.functions import FUNCTIONS
+from locoprop_kernels.kernels.plan import ALIGNMENT, Key, Layer, Plan
+from locoprop_kernels.problem import LocalProblem, rule_state
+from locoprop_kernels.reference import Increment
+from locoprop_kernels.rules import Rule
+from locoprop_kernels.transfers import Transfer
+
+__all__ = ["Group", "run", "unsupported"]
+
+_KEPT_PLANS = 32
+_plans: OrderedDict[Key, Plan] = OrderedDict()
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    return type(commit._commit_kernel).__name__ == "InterpretedFunction"
+
+
+def target_of(device: torch.device) -> str:
+    """Name of the device's architecture in the table of configurations."""
+    if interpreted():
+        return "interpreter"
+    if torch.version.hip:
+        return "hip:" + torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda:{major}{minor}"
+
+
+def float32_precision() -> str:
+    """``"tf32"`` or ``"ieee"``, from torch's own setting for float32 products."""
+    if torch.version.hip:
+        return "ieee"
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    if setting == "none":
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if setting == "tf32" else "ieee"
+
+
+def unsupported(problems: Sequence[LocalProblem], rule: Rule, compute_dtype: torch.dtype | None) -> str | None:
+    """Why these problems cannot run here, or ``None``."""
+    device = problems[0].weight.device
+    if device.type == "cpu" and not interpreted():
+        return "the tensors are on the CPU (move them to a GPU, or set TRITON_INTERPRET=1 to debug)"
+    if device.type not in ("cpu", "cuda"):
+        return f"device type {device.type!r} is not supported (CUDA and HIP devices are)"
+    if device.type == "cuda" and interpreted():
+        return "TRITON_INTERPRET=1 is set, which runs kernels on CPU tensors"
+    if updates.lookup(rule) is None:
+        return f"{type(rule).__name__} has no Triton function (give it an attribute triton_function)"
+    for problem in problems:
+        dtypes = {problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype, compute_dtype}
+        if torch.float64 in dtypes:
+            return "float64 is not supported (float32, bfloat16 and float16 are)"
+        assert isinstance(problem.transfer, Transfer)
+        if problem.transfer.name not in FUNCTIONS:
+            return f"the transfer function {problem.transfer.name!r} has no Triton function"
+    return None
+
+
+def allocate(size: int, device: torch.device, what: str) -> Tensor:
+    """An uninitialised buffer of ``size`` bytes, aligned.
+
+    Raises:
+        torch.OutOfMemoryError: naming the size asked for.
+    """
+    try:
+        buffer = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else MemoryError
+        raise kind(f"out of memory for {what}: {size / 2**20:.1f} MiB on {device}; nothing was changed") from error
+    skip = -buffer.data_ptr() % ALIGNMENT
+    return buffer[skip : skip + size]
+
+
+@dataclass(eq=False)
+class Group:
+    """Problems of one launch, and what is left of them after it."""
+
+    problems: list[LocalProblem]
+    plan: Plan
+    iterations: int
+    results: Tensor
+    table: Tensor
+    states: list[dict[str, dict[str, Tensor]]]
+    keep_alive: list[Any]
+    trace: Tensor | None
+    driver: str
+
+    def increment(self, index: int) -> Increment:
+        """Views of the results of a problem."""
+        delta, state = {}, {}
+        for name, piece in self.plan.pieces[index].items():
+
+            def view(offset: int, piece: Any = piece) -> Tensor:
+                size = (piece.rows - 1) * piece.stride + piece.columns
+                flat = self.results[offset : offset + 4 * size].view(torch.float32)
+                value = flat.as_strided((piece.rows, piece.columns), (piece.stride, 1))
+                return value
+
+            delta[name] = view(piece.delta) if name == "weight" else view(piece.delta)[:, 0]
+            slots = zip(self.plan.key.slots, piece.slots, strict=True)
+            state[name] = {slot: view(o) if name == "weight" else view(o)[:, 0] for slot, o in slots}
+            if self.plan.key.counts_steps:
+                state[name]["step"] = self.states[index][name]["step"] + self.iterations
+        return Increment(delta, state, self.driver, self.objective(index))
+
+    def objective(self, index: int) -> Tensor | None:
+        """Local objective of a problem before every local step and at the end."""
+        if self.trace is None:
+            return None
+        activation, update = (self.trace[:, lo:hi].sum(1) for lo, hi in self.plan.trace_ranges[index])
+        layer = self.plan.key.layers[index]
+        return activation * (1.0 / layer.batch if self.plan.key.mean else 1.0) + update
+
+
+def _layer(problem: LocalProblem, operand: torch.dtype, precision: str, config: configs.Config) -> Layer:
+    b, k, n = problem.shape
+    transfer = problem.transfer
+    assert isinstance(transfer, Transfer)
+    whole_tiles = b % max(config.b, config.r) == 0 and k % max(config.k, config.r) == 0
+    return Layer(
+        batch=b,
+        inputs=k,
+        outputs=n,
+        transfer=transfer.name,
+        parameter=transfer.parameters[0] if transfer.parameters else 0.0,
+        weight=problem.grad_weight is not None,
+        bias=problem.grad_bias is not None,
+        x_in_place=(
+            whole_tiles
+            and precision != "tf32"
+            and problem.x.dtype == operand
+            and problem.x.is_contiguous()
+            and problem.x.data_ptr() % 16 == 0
+        ),
+    )
+
+
+def _inputs(problem: LocalProblem, layer: Layer, state: dict[str, dict[str, Tensor]], slots: Sequence[str]) -> Any:
+    """``({column: address or stride}, tensors to keep alive)``."""
+    x, a0 = problem.x, problem.preactivation
+    cells = {c.A0_SOURCE.value + i: value for i, value in enumerate((a0.data_ptr(), *a0.stride()))}
+    if layer.weight and layer.x_in_place:
+        cells[c.X.value] = x.data_ptr()
+    elif layer.weight:
+        cells.update({c.X_SOURCE.value + i: value for i, value in enumerate((x.data_ptr(), *x.stride()))})
+    alive: list[Any] = []
+    for name, (value, grad) in problem.trained().items():
+        base = c.WEIGHT.value if name == "weight" else c.BIAS.value
+        if grad.dim() == 2 and grad.stride(1) != 1:
+            grad = grad.contiguous()
+        alive.append(grad)
+        cells[base + c.GRAD.value] = grad.data_ptr()
+        cells[base + c.GRAD_ROW.value] = grad.stride(0)
+        cells[base + c.VALUE.value] = value.data_ptr()
+        cells[base + c.VALUE_ROW.value] = value.stride(0)
+        cells[base + c.VALUE_COLUMN.value] = value.stride(1) if value.dim() == 2 else 0
+        for i, slot in enumerate(slots):
+            cells[base + c.OLD.value + i] = state[name][slot].data_ptr()
+        if "step" in state[name]:
+            cells[base + c.STEP.value] = state[name]["step"].data_ptr()
+    return cells, alive
+
+
+def _plan(key: Key) -> Plan:
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = Plan(key)
+        if len(_plans) > _KEPT_PLANS:
+            _plans.popitem(last=False)
+    else:
+        _plans.move_to_end(key)
+    return plan
+
+
+def run(
+    problems: list[LocalProblem],
+    rule: Rule,
+    rates: list[float],
+    prox: float,
+    reduction: str,
+    compute_dtype: torch.dtype | None,
+    trace: bool,
+) -> tuple[list[tuple[Group, int]], Tensor]:
+    """All local loops.
+
+    Returns:
+        for each problem its group and its place in it; and an int32 ``[1]``, nonzero if anything is not finite.
+    """
+    device = problems[0].weight.device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        bad = torch.zeros(1, dtype=torch.int32, device=device)
+        members: dict[Any, list[int]] = {}
+        for index, problem in enumerate(problems):
+            dtypes = (problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype)
+            members.setdefault(dtypes, []).append(index)
+        placed: list[tuple[Group, int]] = [None] * len(problems)  # type: ignore[list-item]
+        for indices in members.values():
+            part = [problems[i] for i in indices]
+            group = _run_group(part, rule, rates, prox, reduction, compute_dtype, trace, bad)
+            for place, index in enumerate(indices):
+                placed[index] = (group, place)
+    return placed, bad
+
+
+def _run_group(
+    problems: list[LocalProblem],
+    rule: Rule,
+    rates: list[float],
+    prox: float,
+    reduction: str,
+    compute_dtype: torch.dtype | None,
+    trace: bool,
+    bad: Tensor,
+) -> Group:
+    first = problems[0]
+    device, operand = first.weight.device, compute_dtype or first.weight.dtype
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(operand) or float32_precision()
+    config = configs.default(target_of(device), precision)
+    found = updates.lookup(rule)
+    assert found is not None
+    key = Key(
+        layers=tuple(_layer(problem, operand, precision, config) for problem in problems),
+        device=device,
+        parameter=first.weight.dtype,
+        x=first.x.dtype,
+        preactivation=first.preactivation.dtype,
+        operand=operand,
+        precision=precision,
+        rule=found[0],
+        hyper=found[1],
+        slots=tuple(rule.slots),
+        counts_steps=rule.counts_steps,
+        mean=reduction == "mean",
+        trace=trace,
+        transposed=precision == "tf32",
+        interpreted=interpreted(),
+        config=config,
+        programs=1,
+    )
+    plan = _plan(key)
+    states = [
+        {
+            name: {slot: value.contiguous() for slot, value in rule_state(problem, name, rule, "problem").items()}
+            for name in problem.trained()
+        }
+        for problem in problems
+    ]
+    inputs, alive = zip(
+        *(
+            _inputs(problem, layer, state, key.slots)
+            for problem, layer, state in zip(problems, key.layers, states, strict=True)
+        ),
+        strict=True,
+    )
+    results = allocate(plan.results_bytes, device, "the increments and the new state")
+    scratch = allocate(plan.scratch_bytes, device, "the scratch of the local loop")
+    table, rates_tensor = plan.table(results, scratch, inputs, rates)
+    iterations = len(rates)
+    partial = (
+        torch.zeros(iterations + 1, plan.trace_slots, dtype=torch.float64, device=device)
+        if trace
+        else torch.empty(1, dtype=torch.float64, device=device)
+    )
+    constants = plan.constants()
+    if iterations > 1 or trace:
+        prepare.prepare_x(table, plan.prepare_x_tiles, constants["prepare_x"], key.transposed)
+        prepare.prepare_a0(table, plan.prepare_a0_tiles, constants["prepare_a0"])
+    _grouped(plan, table, rates_tensor, iterations, float(prox), bad, partial, constants)
+    return Group(
+        problems, plan, iterations, results, table, states, [*alive, scratch], partial if trace else None, "grouped"
+    )
+
+
+def _grouped(
+    plan: Plan,
+    table: Tensor,
+    rates: Tensor,
+    iterations: int,
+    prox: float,
+    bad: Tensor,
+    partial: Tensor,
+    constants: dict[str, dict[str, Any]],
+) -> None:
+    def update(t: int) -> None:
+        grouped.launch_update(
+            table, plan.update_tiles, rates, t, iterations, prox, bad, partial, plan.trace_slots, constants["update"]
+        )
+
+    def activation(t: int) -> None:
+        grouped.launch_activation(table, plan.activation_tiles, t, partial, plan.trace_slots, constants["activation"])
+
+    if plan.key.operand == torch.float16:
+        update(0)  # finds the scale of the first increment
+    for t in range(iterations):
+        if t > 0:
+            activation(t)
+        update(t)
+    if plan.key.trace:
+        activation(iterations)
+
+
+def commit_group(group: Group, ok: Tensor, rule: Rule) -> None:
+    """Apply a group's results where the bool ``ok`` is true; state that a problem lacked is given to it."""
+    plan = group.plan
+    device = plan.key.device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        commit.launch(
+            group.table, plan.update_tiles, ok.view(torch.uint8), group.iterations, plan.constants()["commit"]
+        )
+    for problem, state in zip(group.problems, group.states, strict=True):
+        for name, slots in state.items():
+            problem.state.setdefault(name, {}).update(slots)

@@ -1,0 +1,214 @@
+"""Transfer functions and their divergences as Triton functions, each ``f(a, p)`` with ``p`` the function's parameter.
+
+Written out from exp, so that they run in the interpreter too and are exact to a few ulp near zero, where increments
+live. Polynomials are near-minimax fits (iteratively reweighted least squares in float64). Divergences,
+``F(a) - F(a0) - (a - a0) f(a0)``, are the difference of nearly equal numbers: they are float64 throughout.
+"""
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+HALF_PI = tl.constexpr(1.5707963267948966)
+QUARTER_PI = tl.constexpr(0.7853981633974483)
+DILOGARITHM_AT_ONE = tl.constexpr(1.6449340668482264)  # π²/6
+
+
+@triton.jit
+def expm1(x):
+    p = 1.9993183864148653e-04
+    p = p * x + 1.3997446865613656e-03
+    p = p * x + 8.3330719222609959e-03
+    p = p * x + 4.1665315826582755e-02
+    p = p * x + 1.6666668022947084e-01
+    p = p * x + 5.0000004165464984e-01
+    return tl.where(tl.abs(x) < 0.5, x + x * x * p, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p_unit(u):
+    """``log(1 + u)`` for ``0 <= u <= 1``: ``2 artanh(u / (2 + u))``."""
+    s = u / (2.0 + u)
+    z = s * s
+    p = 0.12150466870241948
+    p = p * z + 0.1071382912702807
+    p = p * z + 0.14308442369689164
+    p = p * z + 0.19999438873165157
+    p = p * z + 0.3333333781096087
+    return 2.0 * s + 2.0 * s * z * p
+
+
+@triton.jit
+def identity(a, p):
+    return a
+
+
+@triton.jit
+def tanh(a, p):
+    z = a * a
+    q = 0.00220335680925435
+    q = q * z - 0.00823984798782201
+    q = q * z + 0.0217245631324637
+    q = q * z - 0.05395086774146304
+    q = q * z + 0.13333236522911354
+    q = q * z - 0.3333333153047966
+    size = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(a)) + 1.0)
+    return tl.where(z < 0.37, a + a * z * q, tl.where(a < 0, -size, size))
+
+
+@triton.jit
+def sigmoid(a, p):
+    return 1.0 / (1.0 + tl.exp(-a))
+
+
+@triton.jit
+def relu(a, p):
+    return tl.where(a < 0, 0.0, a)  # not max: NaN must stay NaN
+
+
+@triton.jit
+def leaky_relu(a, p):
+    return tl.where(a < 0, a * p, a)
+
+
+@triton.jit
+def squared_relu(a, p):
+    r = relu(a, p)
+    return r * r
+
+
+@triton.jit
+def softplus(a, p):
+    b = a * p
+    return (relu(b, p) + _log1p_unit(tl.exp(-tl.abs(b)))) / p
+
+
+@triton.jit
+def elu(a, p):
+    return tl.where(a < 0, p * expm1(tl.minimum(a, 0.0)), a)
+
+
+@triton.jit
+def arctan(a, p):
+    size = tl.abs(a)
+    x = tl.where(size > 1.0, 1.0 / tl.where(size > 1.0, size, 1.0), a)
+    z = x * x
+    q = 0.00113489513517838
+    q = q * z - 0.0074227210580558
+    q = q * z + 0.02276051641707661
+    q = q * z - 0.0449466500172308
+    q = q * z + 0.06759586453807868
+    q = q * z - 0.08818854507369008
+    q = q * z + 0.11060246168401283
+    q = q * z - 0.1428013098161156
+    q = q * z + 0.19999692628497187
+    q = q * z - 0.33333327433814963
+    t = x + x * z * q
+    return tl.where(size > 1.0, tl.where(a < 0, t - HALF_PI, HALF_PI - t), t)
+
+
+@triton.jit
+def identity_divergence(a, a0, p):
+    return (a - a0) * (a - a0) * 0.5
+
+
+@triton.jit
+def tanh_divergence(a, a0, p):
+    size, size0 = tl.abs(a), tl.abs(a0)
+    u, u0 = tl.exp(-2.0 * size), tl.exp(-2.0 * size0)
+    t0 = (1.0 - u0) / (1.0 + u0)
+    difference = size + tl.log(1.0 + u) - size0 - tl.log(1.0 + u0)
+    return difference - (a - a0) * tl.where(a0 < 0, -t0, t0)
+
+
+@triton.jit
+def sigmoid_divergence(a, a0, p):
+    difference = tl.maximum(a, 0.0) - tl.maximum(a0, 0.0)
+    difference += tl.log(1.0 + tl.exp(-tl.abs(a))) - tl.log(1.0 + tl.exp(-tl.abs(a0)))
+    return difference - (a - a0) / (1.0 + tl.exp(-a0))
+
+
+@triton.jit
+def relu_divergence(a, a0, p):
+    r, r0 = tl.maximum(a, 0.0), tl.maximum(a0, 0.0)
+    return 0.5 * (r * r - r0 * r0) - (a - a0) * r0
+
+
+@triton.jit
+def leaky_relu_divergence(a, a0, p):
+    f, f0 = tl.where(a < 0, a * p, a), tl.where(a0 < 0, a0 * p, a0)
+    return 0.5 * (a * f - a0 * f0) - (a - a0) * f0
+
+
+@triton.jit
+def squared_relu_divergence(a, a0, p):
+    r, r0 = tl.maximum(a, 0.0), tl.maximum(a0, 0.0)
+    return (r * r * r - r0 * r0 * r0) / 3.0 - (a - a0) * r0 * r0
+
+
+@triton.jit
+def _dilogarithm(a):
+    """``-Li2(-exp(a))``, from the Bernoulli series in ``log(1 + exp(-|a|))`` and the inversion formula."""
+    y = tl.log(1.0 + tl.exp(-tl.abs(a)))
+    y2 = y * y
+    s = -1.9939295860721074e-14
+    s = s * y2 + 8.921691020456452e-13
+    s = s * y2 - 4.0647616451442256e-11
+    s = s * y2 + 1.8978869988971e-09
+    s = s * y2 - 9.185773074661964e-08
+    s = s * y2 + 4.72411186696901e-06
+    s = s * y2 - 2.7777777777777778e-04
+    s = s * y2 + 2.777777777777778e-02
+    tail = y + y2 * 0.25 + s * y2 * y
+    return tl.where(a > 0, a * a * 0.5 + DILOGARITHM_AT_ONE - tail, tail)
+
+
+@triton.jit
+def softplus_divergence(a, a0, p):
+    b, b0 = a * p, a0 * p
+    f0 = tl.maximum(b0, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b0)))
+    return (_dilogarithm(b) - _dilogarithm(b0) - (b - b0) * f0) / (p * p)
+
+
+@triton.jit
+def elu_divergence(a, a0, p):
+    r, r0 = tl.maximum(a, 0.0), tl.maximum(a0, 0.0)
+    low, low0 = a - r, a0 - r0
+    e, e0 = tl.exp(low), tl.exp(low0)
+    difference = 0.5 * (r * r - r0 * r0) + p * (e - low - e0 + low0)
+    return difference - (a - a0) * (r0 + p * (e0 - 1.0))
+
+
+@triton.jit
+def _arctan_float64(a):
+    """Taylor series after two reductions, to ``|x| <= tan(π/8)``."""
+    size = tl.abs(a)
+    x = tl.where(size > 1.0, 1.0 / tl.where(size > 1.0, size, 1.0), size)
+    steep = x > 0.41421356237309503
+    y = tl.where(steep, (x - 1.0) / (x + 1.0), x)
+    z = y * y
+    s = 0.0 * z
+    for i in tl.static_range(20):
+        s = 1.0 / (39 - 2 * i) - z * s
+    t = y * s + tl.where(steep, QUARTER_PI, 0.0)
+    t = tl.where(size > 1.0, HALF_PI - t, t)
+    return tl.where(a < 0, -t, t)
+
+
+@triton.jit
+def arctan_divergence(a, a0, p):
+    logs = 0.5 * (tl.log(1.0 + a * a) - tl.log(1.0 + a0 * a0))
+    return a * (_arctan_float64(a) - _arctan_float64(a0)) - logs
+
+
+FUNCTIONS = {
+    "identity": (identity, identity_divergence),
+    "tanh": (tanh, tanh_divergence),
+    "sigmoid": (sigmoid, sigmoid_divergence),
+    "relu": (relu, relu_divergence),
+    "leaky_relu": (leaky_relu, leaky_relu_divergence),
+    "squared_relu": (squared_relu, squared_relu_divergence),
+    "softplus": (softplus, softplus_divergence),
+    "elu": (elu, elu_divergence),
+    "arctan": (arctan, arctan_divergence),
+}

@@ -1,0 +1,128 @@
+"""Grouped driver: two launches per local step, each over all layers. The end of a launch is the barrier."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from locoprop_kernels.kernels import columns as c
+from locoprop_kernels.kernels.tiles import activation_tile, update_tile
+
+
+@triton.jit(do_not_specialize=["t", "trace_stride"])
+def _activation_kernel(
+    table_ptr,
+    tiles_ptr,
+    t,
+    trace_ptr,
+    trace_stride,
+    TRANSFERS: tl.constexpr,
+    DIVERGENCES: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PREACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    tile_ptr = tiles_ptr + tl.program_id(0) * 3
+    row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
+    activation_tile(
+        row_ptr,
+        tl.load(tile_ptr + 1),
+        tl.load(tile_ptr + 2),
+        t,
+        trace_ptr,
+        trace_stride,
+        TRANSFERS,
+        DIVERGENCES,
+        OPERAND,
+        PREACTIVATION,
+        PRECISION,
+        UPCAST,
+        BLOCK_N,
+        BLOCK_B,
+        BLOCK_R,
+        SPLIT,
+    )
+
+
+@triton.jit(do_not_specialize=["t", "iterations", "trace_stride"])
+def _update_kernel(
+    table_ptr,
+    tiles_ptr,
+    rates_ptr,
+    t,
+    iterations,
+    prox,
+    bad_ptr,
+    trace_ptr,
+    trace_stride,
+    MEAN: tl.constexpr,
+    RULE: tl.constexpr,
+    HYPER: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COUNTS_STEPS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PARAMETER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TRACE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    tile_ptr = tiles_ptr + tl.program_id(0) * 3
+    row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
+    update_tile(
+        row_ptr,
+        tl.load(tile_ptr + 1),
+        tl.load(tile_ptr + 2),
+        t,
+        t == iterations - 1,
+        tl.load(rates_ptr + t),
+        prox,
+        bad_ptr,
+        trace_ptr,
+        trace_stride,
+        MEAN,
+        RULE,
+        HYPER,
+        SLOTS,
+        COUNTS_STEPS,
+        OPERAND,
+        PARAMETER,
+        PRECISION,
+        UPCAST,
+        TRACE,
+        TRANSPOSED,
+        BLOCK_N,
+        BLOCK_K,
+        BLOCK_R,
+        SPLIT,
+    )
+
+
+def launch_activation(table: Any, tiles: Any, t: int, trace: Any, trace_stride: int, constants: dict[str, Any]) -> None:
+    """``E`` of all layers before local step ``t``; ``tiles`` ``[count, 3]``, one program each."""
+    _activation_kernel[(len(tiles),)](table, tiles, t, trace, trace_stride, **constants)
+
+
+def launch_update(
+    table: Any,
+    tiles: Any,
+    rates: Any,
+    t: int,
+    iterations: int,
+    prox: float,
+    bad: Any,
+    trace: Any,
+    trace_stride: int,
+    constants: dict[str, Any],
+) -> None:
+    """Local step ``t`` of all layers; ``tiles`` ``[count, 3]``, one program each."""
+    _update_kernel[(len(tiles),)](table, tiles, rates, t, iterations, prox, bad, trace, trace_stride, **constants)

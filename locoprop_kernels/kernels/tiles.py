@@ -1,0 +1,353 @@
+"""The two device functions that every driver calls: activation tile and update tile.
+
+All scratch is zero-padded to whole tiles, so the loops of products need no masks; only what belongs to the caller
+(gradients, weights, stored state) is read and written under a mask. ``X`` is read along its rows by the activation
+tile; the update tile reads it along the batch, from a transposed copy where the matrix unit wants that.
+"""
+
+import triton
+import triton.language as tl
+
+from locoprop_kernels.kernels import columns as c
+
+
+@triton.jit
+def address(row_ptr, column, dtype: tl.constexpr):
+    """An address of ours, aligned for vector loads."""
+    return tl.multiple_of(tl.load(row_ptr + column), 16).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def callers_address(row_ptr, column, dtype: tl.constexpr):
+    """An address of the caller's, aligned to its elements alone."""
+    return tl.load(row_ptr + column).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def stride(row_ptr, column):
+    """A stride of ours: a multiple of a tile."""
+    return tl.multiple_of(tl.load(row_ptr + column), 16)
+
+
+@triton.jit
+def is_finite(value):
+    return tl.abs(value) < float("inf")
+
+
+@triton.jit
+def as_operand(value, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """Round float32 to the operands' dtype; to nearest for TF32 too, which the matrix unit would truncate."""
+    if PRECISION == "tf32":
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
+        return tl.where(is_finite(value), rounded.to(tl.float32, bitcast=True), value)
+    elif OPERAND == tl.float16:  # scaled by a guess: what outgrew it saturates, what is not finite stays so
+        bounded = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+        return tl.where(is_finite(value), bounded, value).to(tl.float16)
+    else:
+        return value.to(OPERAND)
+
+
+@triton.jit
+def _dot(left, right, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    if UPCAST:  # the interpreter takes bfloat16 for integers
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def _product(left_ptrs, right_ptrs, left_step, right_step, length, accumulator, BLOCK_R: tl.constexpr,
+             PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Accumulate over ``length`` columns of ``left`` and rows of ``right``."""
+    for _ in range(0, length, BLOCK_R):
+        accumulator = _dot(tl.load(left_ptrs), tl.load(right_ptrs), accumulator, PRECISION, UPCAST)
+        left_ptrs += left_step
+        right_ptrs += right_step
+    return accumulator
+
+
+@triton.jit
+def _halves(accumulator, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Left and right half: an epilogue on half a tile needs half the registers."""
+    return tl.split(accumulator.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def _scale(row_ptr, n_block, t, BLOCKS: tl.constexpr):
+    """Power of two by which the update of local step ``t`` scales Δ, to about 2⁻⁶: float16 has no range for less.
+
+    It is taken from the largest |Δ| before the update (at the first from Δ_1 itself, which a first pass has left
+    there), so there is headroom of 2²¹ for growth in one local step. ``E`` is scaled alike.
+    """
+    n_blocks = tl.load(row_ptr + c.N_BLOCKS)
+    k_blocks = tl.load(row_ptr + c.K_BLOCKS)
+    amax_ptr = address(row_ptr, c.AMAX, tl.float32) + ((tl.maximum(t, 1) % 3) * n_blocks + n_block) * k_blocks
+    amax = tl.zeros((BLOCKS,), tl.float32)
+    for start in range(0, k_blocks, BLOCKS):
+        blocks = start + tl.arange(0, BLOCKS)
+        amax = tl.maximum(amax, tl.load(amax_ptr + blocks, blocks < k_blocks, 0.0))
+    largest = tl.max(amax, 0)
+    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+    exponent = tl.where(largest == 0, 0, tl.minimum(tl.maximum(-6 - exponent, -100), 100))
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _transfer_difference(a0, change, code, parameter, TRANSFERS: tl.constexpr):
+    """``f(a0 + change) - f(a0)`` for the layer's own ``f``."""
+    difference = change
+    for i in tl.static_range(len(TRANSFERS)):
+        if code == i:
+            f: tl.constexpr = TRANSFERS[i]
+            difference = f(a0 + change, parameter) - f(a0, parameter)
+    return difference
+
+
+@triton.jit
+def _divergence(a0, change, code, parameter, DIVERGENCES: tl.constexpr):
+    a0 = a0.to(tl.float64)
+    a = a0 + change.to(tl.float64)
+    loss = a0
+    for i in tl.static_range(len(DIVERGENCES)):
+        if code == i:
+            divergence: tl.constexpr = DIVERGENCES[i]
+            loss = divergence(a, a0, parameter.to(tl.float64))
+    return loss
+
+
+@triton.jit
+def _activation_epilogue(row_ptr, product, rows, columns, part, trace_ptr, scale, TRANSFERS: tl.constexpr,
+                         DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
+                         PRECISION: tl.constexpr):  # fmt: skip
+    code = tl.load(row_ptr + c.TRANSFER)
+    parameter = tl.load(row_ptr + c.PARAMETER).to(tl.int32).to(tl.float32, bitcast=True)
+    offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
+    valid = (rows < tl.load(row_ptr + c.OUTPUTS))[:, None] & (columns < tl.load(row_ptr + c.BATCH))[None, :]
+
+    change = product * (1.0 / scale)
+    if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
+        change += tl.load(address(row_ptr, c.BIAS + c.DELTA, tl.float32) + rows)[:, None]
+    a0 = tl.load(address(row_ptr, c.A0, PREACTIVATION) + offsets).to(tl.float32)
+    difference = _transfer_difference(a0, change, code, parameter, TRANSFERS)
+    difference = tl.where(valid, difference, 0.0)
+    tl.store(address(row_ptr, c.E, OPERAND) + offsets, as_operand(difference * scale, OPERAND, PRECISION))
+
+    sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + part * stride(row_ptr, c.ROW_SUMS_STRIDE)
+    tl.store(sums_ptr + rows, tl.sum(difference, 1))
+    if len(DIVERGENCES) > 0:
+        loss = tl.where(valid, _divergence(a0, change, code, parameter, DIVERGENCES), 0.0)
+        tl.store(trace_ptr, tl.sum(tl.sum(loss, 1), 0))
+
+
+@triton.jit
+def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, TRANSFERS: tl.constexpr,
+                    DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
+                    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+                    BLOCK_R: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+    """``E = f(A0 + Δ Xᵀ + δ) - f(A0)`` on rows of block ``n_block`` and examples of block ``b_block``."""
+    rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    examples = b_block * BLOCK_B + tl.arange(0, BLOCK_B)
+    inner = tl.arange(0, BLOCK_R)
+    delta_ptrs = (address(row_ptr, c.WEIGHT + c.COPY, OPERAND)
+                  + rows.to(tl.int64)[:, None] * stride(row_ptr, c.WEIGHT + c.STRIDE) + inner[None, :])  # fmt: skip
+    x_ptrs = (address(row_ptr, c.X, OPERAND) + examples.to(tl.int64)[None, :] * stride(row_ptr, c.X_STRIDE)
+              + inner[:, None])  # fmt: skip
+    product = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
+    length = tl.load(row_ptr + c.REDUCED)
+    product = _product(delta_ptrs, x_ptrs, BLOCK_R, BLOCK_R, length, product, BLOCK_R, PRECISION, UPCAST)
+
+    scale = 1.0
+    if OPERAND == tl.float16:
+        if length > 0:  # a frozen weight has no scales
+            scale = _scale(row_ptr, n_block, t - 1, BLOCK_R)
+    b_blocks = tl.load(row_ptr + c.B_BLOCKS)
+    slot = tl.load(row_ptr + c.TRACE_ACTIVATION) + (n_block * b_blocks + b_block) * (1 + SPLIT)
+    trace_ptr += t * trace_stride + slot
+    if SPLIT:
+        left, right = _halves(product, BLOCK_N, BLOCK_B)
+        half = tl.arange(0, BLOCK_B // 2)
+        start = b_block * BLOCK_B
+        _activation_epilogue(row_ptr, left, rows, start + half, 2 * b_block, trace_ptr, scale, TRANSFERS, DIVERGENCES,
+                             OPERAND, PREACTIVATION, PRECISION)  # fmt: skip
+        _activation_epilogue(row_ptr, right, rows, start + BLOCK_B // 2 + half, 2 * b_block + 1, trace_ptr + 1, scale,
+                             TRANSFERS, DIVERGENCES, OPERAND, PREACTIVATION, PRECISION)  # fmt: skip
+    else:
+        _activation_epilogue(row_ptr, product, rows, examples, b_block, trace_ptr, scale, TRANSFERS, DIVERGENCES,
+                             OPERAND, PREACTIVATION, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _slot(parameter_ptr, i: tl.constexpr, old_offsets, new_offsets, valid, t):
+    """A state slot: the stored one at the first local step, the working copy afterwards."""
+    if t == 0:
+        value = tl.load(callers_address(parameter_ptr, c.OLD + i, tl.float32) + old_offsets, valid, 0.0)
+    else:
+        value = tl.load(address(parameter_ptr, c.NEW + i, tl.float32) + new_offsets)
+    return value
+
+
+@triton.jit
+def _keep_slot(parameter_ptr, i: tl.constexpr, value, new_offsets, valid, last, bad_ptr):
+    tl.store(address(parameter_ptr, c.NEW + i, tl.float32) + new_offsets, value)
+    if last:
+        tl.store(bad_ptr + tl.zeros_like(new_offsets), 1, valid & (is_finite(value) == 0))
+
+
+@triton.jit
+def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, rate, prox, mean_scale, bad_ptr,
+          RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
+          PARAMETER: tl.constexpr):  # fmt: skip
+    """One step of the update rule on a tile of a weight or bias, whose gradient has changed by ``change``.
+
+    Returns the new increment and the gradient at the start, both zero outside the parameter.
+    """
+    valid = (rows < n)[:, None] & (columns < width)[None, :]
+    long_rows = rows.to(tl.int64)[:, None]
+    new_offsets = long_rows * row_stride + columns[None, :]
+    old_offsets = long_rows * width + columns[None, :]
+    grad_offsets = long_rows * tl.load(parameter_ptr + c.GRAD_ROW) + columns[None, :]
+
+    start = tl.load(callers_address(parameter_ptr, c.GRAD, PARAMETER) + grad_offsets, valid, 0.0).to(tl.float32)
+    grad = (start + change) * mean_scale
+    delta_ptrs = address(parameter_ptr, c.DELTA, tl.float32) + new_offsets
+    delta = tl.zeros_like(grad)
+    if t > 0:
+        delta = tl.load(delta_ptrs)
+        grad += prox * delta
+
+    s0, s1, s2 = grad, grad, grad
+    if SLOTS > 0:
+        s0 = _slot(parameter_ptr, 0, old_offsets, new_offsets, valid, t)
+    if SLOTS > 1:
+        s1 = _slot(parameter_ptr, 1, old_offsets, new_offsets, valid, t)
+    if SLOTS > 2:
+        s2 = _slot(parameter_ptr, 2, old_offsets, new_offsets, valid, t)
+    step = t + 1.0
+    if COUNTS_STEPS:
+        step += tl.load(callers_address(parameter_ptr, c.STEP, tl.int64)).to(tl.float32)
+    delta, s0, s1, s2 = RULE(delta, grad, s0, s1, s2, rate, step, HYPER)
+
+    delta = tl.where(valid, delta, 0.0)
+    tl.store(delta_ptrs, delta)
+    if SLOTS > 0:
+        _keep_slot(parameter_ptr, 0, s0, new_offsets, valid, last, bad_ptr)
+    if SLOTS > 1:
+        _keep_slot(parameter_ptr, 1, s1, new_offsets, valid, last, bad_ptr)
+    if SLOTS > 2:
+        _keep_slot(parameter_ptr, 2, s2, new_offsets, valid, last, bad_ptr)
+    if last:  # whether a commit would write a number that is not finite
+        value_offsets = (long_rows * tl.load(parameter_ptr + c.VALUE_ROW)
+                         + columns.to(tl.int64)[None, :] * tl.load(parameter_ptr + c.VALUE_COLUMN))  # fmt: skip
+        value = tl.load(callers_address(parameter_ptr, c.VALUE, PARAMETER) + value_offsets, valid, 0.0)
+        value = (value.to(tl.float32) + delta).to(PARAMETER).to(tl.float32)
+        tl.store(bad_ptr + tl.zeros_like(new_offsets), 1, valid & (is_finite(value) == 0))
+    return delta, start * mean_scale
+
+
+@triton.jit
+def _objective(delta, start, prox):
+    """Sum of ``Δ · G_0 + λ/2 Δ²``."""
+    delta = delta.to(tl.float64)
+    return tl.sum(tl.sum(delta * start.to(tl.float64) + (0.5 * prox) * delta * delta, 1), 0)
+
+
+@triton.jit
+def _weight_epilogue(row_ptr, product, rows, columns, t, last, rate, prox, mean_scale, old_scale, new_scale, bad_ptr,
+                     trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
+                     COUNTS_STEPS: tl.constexpr, OPERAND: tl.constexpr, PARAMETER: tl.constexpr,
+                     PRECISION: tl.constexpr, TRACE: tl.constexpr):  # fmt: skip
+    """Update of a weight tile; returns its largest |Δ|."""
+    n, k = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS)
+    row_stride = stride(row_ptr, c.WEIGHT + c.STRIDE)
+    delta, start = _step(row_ptr + c.WEIGHT, product * (1.0 / old_scale), rows, columns, n, k, row_stride, t, last,
+                         rate, prox, mean_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER)  # fmt: skip
+    copy_ptr = address(row_ptr, c.WEIGHT + c.COPY, OPERAND)
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    tl.store(copy_ptr + offsets, as_operand(delta * new_scale, OPERAND, PRECISION))
+    if TRACE:
+        tl.store(trace_ptr, _objective(delta, start, prox))
+    amax = 0.0
+    if OPERAND == tl.float16:
+        amax = tl.max(tl.max(tl.abs(delta), 1), 0)
+    return amax
+
+
+@triton.jit
+def _bias_tile(row_ptr, rows, t, last, rate, prox, mean_scale, bad_ptr, trace_ptr, RULE: tl.constexpr,
+               HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr, PARAMETER: tl.constexpr,
+               TRACE: tl.constexpr):  # fmt: skip
+    change = tl.zeros_like(rows).to(tl.float32)
+    if t > 0:
+        sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + rows
+        for _ in range(0, tl.load(row_ptr + c.ROW_SUM_COUNT)):
+            change += tl.load(sums_ptr)
+            sums_ptr += stride(row_ptr, c.ROW_SUMS_STRIDE)
+    n = tl.load(row_ptr + c.OUTPUTS)
+    delta, start = _step(row_ptr + c.BIAS, change[:, None], rows, tl.arange(0, 1), n, 1, 1, t, last, rate, prox,
+                         mean_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER)  # fmt: skip
+    if TRACE:
+        tl.store(trace_ptr, _objective(delta, start, prox))
+
+
+@triton.jit
+def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_ptr, trace_stride, MEAN: tl.constexpr,
+                RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
+                OPERAND: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+                TRACE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                BLOCK_R: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+    """``G = (G_0 + Eᵀ X) [/ B] + λ Δ`` and a step of the rule, on rows of ``n_block`` and columns of ``k_block``."""
+    rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    batch = tl.load(row_ptr + c.BATCH)
+    mean_scale = 1.0
+    if MEAN:
+        mean_scale = 1.0 / batch.to(tl.float32)
+    k_blocks = tl.load(row_ptr + c.K_BLOCKS)
+    slot = tl.load(row_ptr + c.TRACE_UPDATE) + n_block * (k_blocks * (1 + SPLIT) + 1)
+    trace_ptr += (t + 1) * trace_stride + slot
+
+    if tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0:
+        inner = tl.arange(0, BLOCK_R)
+        e_ptrs = (address(row_ptr, c.E, OPERAND)
+                  + rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + inner[None, :])  # fmt: skip
+        if TRANSPOSED:
+            x_ptrs = (address(row_ptr, c.XT, OPERAND)
+                      + columns.to(tl.int64)[None, :] * stride(row_ptr, c.XT_STRIDE) + inner[:, None])  # fmt: skip
+            x_step = tl.full((), BLOCK_R, tl.int64)
+        else:
+            x_ptrs = (address(row_ptr, c.X, OPERAND)
+                      + inner.to(tl.int64)[:, None] * stride(row_ptr, c.X_STRIDE) + columns[None, :])  # fmt: skip
+            x_step = stride(row_ptr, c.X_STRIDE) * BLOCK_R
+        product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        length = tl.where(t > 0, batch, 0)  # E_0 = 0
+        product = _product(e_ptrs, x_ptrs, BLOCK_R, x_step, length, product, BLOCK_R, PRECISION, UPCAST)
+
+        old_scale, new_scale = 1.0, 1.0
+        if OPERAND == tl.float16:
+            old_scale = _scale(row_ptr, n_block, t - 1, BLOCK_R)
+            new_scale = _scale(row_ptr, n_block, t, BLOCK_R)
+        part_ptr = trace_ptr + k_block * (1 + SPLIT)
+        if SPLIT:
+            left, right = _halves(product, BLOCK_N, BLOCK_K)
+            half = k_block * BLOCK_K + tl.arange(0, BLOCK_K // 2)
+            left_amax = _weight_epilogue(
+                row_ptr, left, rows, half, t, last, rate, prox, mean_scale, old_scale, new_scale, bad_ptr, part_ptr,
+                RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, TRACE)  # fmt: skip
+            right_amax = _weight_epilogue(
+                row_ptr, right, rows, half + BLOCK_K // 2, t, last, rate, prox, mean_scale, old_scale, new_scale,
+                bad_ptr, part_ptr + 1, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION,
+                TRACE)  # fmt: skip
+            amax = tl.maximum(left_amax, right_amax)
+        else:
+            amax = _weight_epilogue(
+                row_ptr, product, rows, columns, t, last, rate, prox, mean_scale, old_scale, new_scale, bad_ptr,
+                part_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, TRACE)  # fmt: skip
+        if OPERAND == tl.float16:
+            n_blocks = tl.load(row_ptr + c.N_BLOCKS)
+            block = (((t + 1) % 3) * n_blocks + n_block) * k_blocks + k_block
+            tl.store(address(row_ptr, c.AMAX, tl.float32) + block, amax)
+
+    if (k_block == 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
+        bias_ptr = trace_ptr + k_blocks * (1 + SPLIT)
+        _bias_tile(row_ptr, rows, t, last, rate, prox, mean_scale, bad_ptr, bias_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS,
+                   PARAMETER, TRACE)  # fmt: skip
