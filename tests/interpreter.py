@@ -194,8 +194,11 @@ class OutOfBounds(AssertionError):
 
 
 @contextlib.contextmanager
-def checked_addresses():
+def checked_addresses(forbidden=()):
     """Every load, store and atomic of interpreted kernels must stay within one live tensor's storage, and be aligned.
+
+    Args:
+        forbidden: address ranges ``(start, end)`` inside tensors that must not be touched; may grow meanwhile.
 
     Yields a dictionary that counts ``launches`` and ``accesses``.
 
@@ -222,7 +225,7 @@ def checked_addresses():
             if mask_position is not None:
                 addresses = addresses[np.broadcast_to(args[mask_position].data, addresses.shape).astype(bool)]
             counts["accesses"] += addresses.size
-            _check(addresses, pointers.get_element_ty().primitive_bitwidth // 8, storages)
+            _check(addresses, pointers.get_element_ty().primitive_bitwidth // 8, storages, forbidden)
             return access(*args)
 
         return wrapper
@@ -243,12 +246,14 @@ _POSITIONS = {
 }
 
 
-def _check(addresses, size, storages):
+def _check(addresses, size, storages, forbidden):
     if not addresses.size:
         return
     low, high = int(addresses.min()), int(addresses.max()) + size
     if not any(start <= low and high <= end for start, end in storages):
         raise OutOfBounds(f"an access to [{low:#x}, {high:#x}) lies in no tensor")
+    if any(low < end and start < high for start, end in forbidden):
+        raise OutOfBounds(f"an access to [{low:#x}, {high:#x}) reaches into forbidden memory")
     if (addresses % size).any():
         raise OutOfBounds(f"a misaligned access to {size}-byte elements at {low:#x}")
 

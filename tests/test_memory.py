@@ -1,0 +1,157 @@
+"""Where the interpreted kernels read and write, and in which order their programs may run.
+
+Every address that a program really uses is looked up in the tensors that are alive, and pieces of scratch lie apart.
+(The sanitizer of triton-viz 3.0 cannot follow these kernels: it knows no integer-to-pointer casts, which the table of
+addresses needs, and it runs the body of a loop once, which hides pointers that a loop advances.) All tile sizes are
+different, so that a swapped dimension does not go unnoticed.
+"""
+
+import contextlib
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from interpreter import checked_addresses, replaced, shuffled_programs
+from triton.runtime.errors import InterpreterError
+
+import locoprop_kernels as lk
+from locoprop_kernels import rules
+from locoprop_kernels.kernels import configs, drivers, plan
+
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
+
+GAP = 4096
+CONFIG = configs.Config(n=16, b=64, k=128, r=32)
+CASES = {
+    "float32": {},
+    "bfloat16 operands": {"compute_dtype": torch.bfloat16},
+    "float16 operands": {"compute_dtype": torch.float16},
+    "halved epilogues": {"config": configs.Config(n=16, b=64, k=128, r=32, split=True)},
+    "traced": {"trace": True},
+    "three slots": {"rule": rules.RMSprop(centered=True)},
+    "counted steps": {"rule": rules.Adam()},
+    "no state": {"rule": rules.SGD()},
+}
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64).float()
+
+
+def problems():
+    """Ragged, exact, one-row and strided layers; without bias, and with a frozen weight."""
+    sizes = ((37, 53, 29, "tanh"), (64, 128, 16, "relu"), (1, 1, 1, "identity"), (65, 129, 17, "sigmoid"))
+    made = []
+    for index, (b, k, n, transfer) in enumerate(sizes):
+        x, weight, bias, residual = normal(b, k), normal(n, k) / math.sqrt(k), normal(n), normal(b, n)
+        preactivation, grad_weight = x @ weight.t() + bias, residual.t() @ x
+        if index == 0:
+            x, weight = normal(k, 2 * b)[:, ::2].t().copy_(x), normal(k, n).t().copy_(weight)
+            preactivation, grad_weight = preactivation.t().contiguous().t(), grad_weight.t().contiguous().t()
+        made.append(
+            lk.LocalProblem(
+                x=x,
+                preactivation=preactivation,
+                weight=weight,
+                bias=None if index == 1 else bias,
+                grad_weight=None if index == 3 else grad_weight,
+                grad_bias=None if index == 1 else residual.sum(0),
+                transfer=transfer,
+            )
+        )
+    return made
+
+
+def step(config=CONFIG, rule=None, **options):
+    """One step from a fixed start; returns all that it has changed."""
+    torch.manual_seed(0)
+    layers = problems()
+    rule = rules.RMSprop() if rule is None else rule
+    with configs.use(config):
+        report = lk.local_steps_(layers, rule=rule, lr=[1e-3] * 3, prox=0.1, backend="triton", **options)
+    assert report.committed
+    changed = [layer.weight for layer in layers] + [layer.bias for layer in layers if layer.bias is not None]
+    changed += [value for layer in layers for slots in layer.state.values() for value in slots.values()]
+    return changed + [trace for trace in report.trace if trace is not None]
+
+
+@contextlib.contextmanager
+def gaps_in_scratch(gaps):
+    """Pieces of scratch lie ``GAP`` bytes apart; appends the ranges in between, padding for alignment included."""
+    arenas = []
+
+    def take_with_gap(take):
+        def wrapper(self, elements, itemsize):
+            offset = take(self, elements, itemsize)
+            self.size += GAP
+            if self not in arenas:
+                arenas.append(self)
+                self.gaps = []
+            self.gaps.append((offset + elements * itemsize, self.size))
+            return offset
+
+        return wrapper
+
+    def find_gaps(allocate):
+        def wrapper(size, *args):
+            buffer = allocate(size, *args)
+            (arena,) = [arena for arena in arenas if arena.size == size]
+            gaps.extend((buffer.data_ptr() + start, buffer.data_ptr() + end) for start, end in arena.gaps)
+            return buffer
+
+        return wrapper
+
+    drivers._plans.clear()
+    try:
+        with replaced(plan._Arena, "take", take_with_gap), replaced(drivers, "allocate", find_gaps):
+            yield
+    finally:
+        drivers._plans.clear()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_access_is_out_of_bounds(case):
+    gaps = []
+    with gaps_in_scratch(gaps), checked_addresses(gaps) as counts:
+        step(**CASES[case])
+    assert len(gaps) > 20
+    assert counts["launches"] >= 6
+    assert counts["accesses"] > 10**5
+
+
+def test_a_tile_too_many_is_found():
+    """The check itself: padding that is forgotten, or a tile beyond the end, must not pass."""
+
+    def no_padding(_):
+        return lambda size, multiple: size
+
+    gaps = []
+    with (
+        gaps_in_scratch(gaps),
+        checked_addresses(gaps),
+        replaced(plan, "_round_up", no_padding),
+        pytest.raises(InterpreterError, match="OutOfBounds"),
+    ):
+        step()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_neither_program_order_nor_stale_memory_changes_a_bit(case):
+    expected = step(**CASES[case])
+    seed = torch.seed()
+    print(f"{seed = }")
+    with shuffled_programs(seed) as orders:
+        shuffled = step(**CASES[case])
+    assert any(order != sorted(order) for order in orders)
+    assert all(map(torch.equal, expected, shuffled))
+
+    def poison(allocate):  # bytes of ones are NaN in every format
+        return lambda *args: allocate(*args).fill_(255)
+
+    with replaced(drivers, "allocate", poison):
+        poisoned = step(**CASES[case])
+    assert all(map(torch.equal, expected, poisoned))
