@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,8 +55,7 @@ class StepReport:
     reason: str
     problems: list[ProblemReport]
     finite: Tensor
-    _pending: list[tuple[LocalProblem, Increment]] = field(repr=False)
-    _rule: rules.Rule = field(repr=False)
+    _apply: Callable[[Tensor], None] = field(repr=False)
     _committed: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -93,40 +93,46 @@ class StepReport:
         if self._committed is not None:
             return
         self._committed = ok = self.finite if condition is None else self.finite & condition
-        pending, self._pending = self._pending, []
-        on_host = ok.device.type == "cpu"
-        if on_host and not ok:
-            return
-        for problem, increment in pending:
-            for name, delta in increment.delta.items():
-                parameter = getattr(problem, name)
-                if on_host:
-                    parameter.add_(delta)
-                else:  # the decision stays on the device
-                    parameter.copy_(torch.where(ok, parameter + delta, parameter))
-                stored = problem.state.setdefault(name, {})
-                old = rule_state(problem, name, self._rule, "problem")
-                for slot, new in increment.state[name].items():
-                    value = new if on_host else torch.where(ok, new, old[slot])
-                    if old[slot] is stored.get(slot):
-                        old[slot].copy_(value)
-                    else:
-                        stored[slot] = value
+        apply, self._apply = self._apply, _nothing
+        if ok.device.type != "cpu" or ok:
+            apply(ok)
+
+
+def _nothing(ok: Tensor) -> None:
+    """What is left to apply after a commit."""
+
+
+def _apply(pending: list[tuple[LocalProblem, Increment]], rule: rules.Rule, ok: Tensor) -> None:
+    """Apply increments and new state where the bool ``ok`` is true; on a GPU the decision stays on the device."""
+    on_host = ok.device.type == "cpu"
+    for problem, increment in pending:
+        for name, delta in increment.delta.items():
+            parameter = getattr(problem, name)
+            if on_host:
+                parameter.add_(delta)
+            else:
+                parameter.copy_(torch.where(ok, parameter + delta, parameter))
+            stored = problem.state.setdefault(name, {})
+            old = rule_state(problem, name, rule, "problem")
+            for slot, new in increment.state[name].items():
+                value = new if on_host else torch.where(ok, new, old[slot])
+                if old[slot] is stored.get(slot):
+                    old[slot].copy_(value)
+                else:
+                    stored[slot] = value
 
 
 def _all_finite(pending: list[tuple[LocalProblem, Increment]]) -> Tensor:
     """Whether a commit would write finite numbers only; on the device, without waiting for it."""
-    sizes = []
+    extremes = []
     for problem, increment in pending:
         for name, delta in increment.delta.items():
             parameter = getattr(problem, name)
-            sizes.append(torch.linalg.vector_norm((parameter + delta).to(parameter.dtype), torch.inf))
-            sizes.extend(
-                torch.linalg.vector_norm(value, torch.inf)
-                for value in increment.state[name].values()
-                if value.is_floating_point()
-            )
-    return torch.isfinite(torch.stack([size.double() for size in sizes])).all()
+            written = [(parameter + delta).to(parameter.dtype), *increment.state[name].values()]
+            for value in written:
+                if value.is_floating_point():
+                    extremes += torch.aminmax(value)  # far faster on a CPU than isfinite or an infinity norm
+    return torch.isfinite(torch.stack([extreme.double() for extreme in extremes])).all()
 
 
 def triton_unavailable() -> str | None:
@@ -225,12 +231,15 @@ def local_steps_(
     if chosen == "triton":
         from locoprop_kernels import kernels
 
-        increments = kernels.local_loops(problems, rule, rates, prox, reduction, compute_dtype, trace)
+        increments, finite, apply = kernels.local_loops(
+            problems, rule, rates, prox, reduction, compute_dtype, trace, views=not commit
+        )
     else:
         increments = [
             reference.local_loop(problem, rule, rates, prox, reduction, compute_dtype, trace) for problem in problems
         ]
-    pending = list(zip(problems, increments, strict=True))
+        pending = list(zip(problems, increments, strict=True))
+        finite, apply = _all_finite(pending), partial(_apply, pending, rule)
     report = StepReport(
         backend=chosen,
         reason=reason,
@@ -243,9 +252,8 @@ def local_steps_(
             )
             for increment in increments
         ],
-        finite=_all_finite(pending),
-        _pending=pending,
-        _rule=rule,
+        finite=finite,
+        _apply=apply,
     )
     if commit:
         report.commit_()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.reference import Increment
@@ -28,9 +29,21 @@ def local_loops(
     reduction: str,
     compute_dtype: torch.dtype | None,
     trace: bool,
-) -> list[Increment]:
-    """Run all local iterations of all problems; reads them, and writes nothing that belongs to them."""
+    views: bool,
+) -> tuple[list[Increment], Tensor, Callable[[Tensor], None]]:
+    """Run all local iterations of all problems; reads them, and writes nothing that belongs to them.
+
+    Returns:
+        one increment per problem (without tensors unless ``views``), a bool ``[]`` on the device that says whether a
+        commit would write finite numbers only, and a function that commits where such a bool is true.
+    """
     from locoprop_kernels.kernels import drivers
 
-    placed, _ = drivers.run(problems, rule, rates, prox, reduction, compute_dtype, trace)
-    return [group.increment(index) for group, index in placed]
+    placed, bad = drivers.run(problems, rule, rates, prox, reduction, compute_dtype, trace)
+    groups = list({id(group): group for group, _ in placed}.values())
+
+    def commit(ok: Tensor) -> None:
+        for group in groups:
+            drivers.commit_group(group, ok)
+
+    return [group.increment(index, views) for group, index in placed], bad[0] == 0, commit

@@ -51,5 +51,6 @@ FIRST_BLOCK = tl.constexpr(57)  # number of n-blocks of the layers before
 TRACE_ACTIVATION = tl.constexpr(58)  # the layer's first slot among a local step's partial sums
 TRACE_UPDATE = tl.constexpr(59)
 B_BLOCKS = tl.constexpr(60)
+SCALE = tl.constexpr(61)  # of the matching loss: one over the number of examples, or 1; float32 bits
 
 WIDTH = tl.constexpr(64)

@@ -101,9 +101,12 @@ class Group:
     trace: Tensor | None
     driver: str
 
-    def increment(self, index: int) -> Increment:
-        """Views of the results of a problem."""
-        delta, state = {}, {}
+    def increment(self, index: int, views: bool) -> Increment:
+        """The results of a problem, as views; none unless ``views``."""
+        delta: dict[str, Tensor] = {}
+        state: dict[str, dict[str, Tensor]] = {}
+        if not views:
+            return Increment(delta, state, self.driver, self.objective(index))
         for name, piece in self.plan.pieces[index].items():
 
             def view(offset: int, piece: Any = piece) -> Tensor:
@@ -125,10 +128,12 @@ class Group:
             return None
         activation, update = (self.trace[:, lo:hi].sum(1) for lo, hi in self.plan.trace_ranges[index])
         layer = self.plan.key.layers[index]
-        return activation * (1.0 / layer.batch if self.plan.key.mean else 1.0) + update
+        return activation * layer.scale + update
 
 
-def _layer(problem: LocalProblem, operand: torch.dtype, precision: str, config: configs.Config) -> Layer:
+def _layer(
+    problem: LocalProblem, x: Tensor, reduction: str, operand: torch.dtype, precision: str, config: configs.Config
+) -> Layer:
     b, k, n = problem.shape
     transfer = problem.transfer
     assert isinstance(transfer, Transfer)
@@ -142,24 +147,23 @@ def _layer(problem: LocalProblem, operand: torch.dtype, precision: str, config: 
         weight=problem.grad_weight is not None,
         bias=problem.grad_bias is not None,
         x_in_place=(
-            whole_tiles
-            and precision != "tf32"
-            and problem.x.dtype == operand
-            and problem.x.is_contiguous()
-            and problem.x.data_ptr() % 16 == 0
+            whole_tiles and precision != "tf32" and x.dtype == operand and x.is_contiguous() and x.data_ptr() % 16 == 0
         ),
+        scale=problem.scale(reduction),
     )
 
 
-def _inputs(problem: LocalProblem, layer: Layer, state: dict[str, dict[str, Tensor]], slots: Sequence[str]) -> Any:
+def _inputs(
+    problem: LocalProblem, x: Tensor, layer: Layer, state: dict[str, dict[str, Tensor]], slots: Sequence[str]
+) -> tuple[dict[int, int], list[Tensor]]:
     """``({column: address or stride}, tensors to keep alive)``."""
-    x, a0 = problem.x, problem.preactivation
+    a0 = problem.preactivation
     cells = {c.A0_SOURCE.value + i: value for i, value in enumerate((a0.data_ptr(), *a0.stride()))}
     if layer.weight and layer.x_in_place:
         cells[c.X.value] = x.data_ptr()
     elif layer.weight:
         cells.update({c.X_SOURCE.value + i: value for i, value in enumerate((x.data_ptr(), *x.stride()))})
-    alive: list[Any] = []
+    alive = [x]
     for name, (value, grad) in problem.trained().items():
         base = c.WEIGHT.value if name == "weight" else c.BIAS.value
         if grad.dim() == 2 and grad.stride(1) != 1:
@@ -234,8 +238,11 @@ def _run_group(
     config = configs.default(target_of(device), precision)
     found = updates.lookup(rule)
     assert found is not None
+    xs = [problem.x if isinstance(problem.x, Tensor) else torch.cat([*problem.x.chunks()]) for problem in problems]
     key = Key(
-        layers=tuple(_layer(problem, operand, precision, config) for problem in problems),
+        layers=tuple(
+            _layer(problem, x, reduction, operand, precision, config) for problem, x in zip(problems, xs, strict=True)
+        ),
         device=device,
         parameter=first.weight.dtype,
         x=first.x.dtype,
@@ -246,7 +253,6 @@ def _run_group(
         hyper=found[1],
         slots=tuple(rule.slots),
         counts_steps=rule.counts_steps,
-        mean=reduction == "mean",
         trace=trace,
         transposed=precision == "tf32",
         interpreted=interpreted(),
@@ -263,8 +269,8 @@ def _run_group(
     ]
     inputs, alive = zip(
         *(
-            _inputs(problem, layer, state, key.slots)
-            for problem, layer, state in zip(problems, key.layers, states, strict=True)
+            _inputs(problem, x, layer, state, key.slots)
+            for problem, x, layer, state in zip(problems, xs, key.layers, states, strict=True)
         ),
         strict=True,
     )
@@ -315,7 +321,7 @@ def _grouped(
         activation(iterations)
 
 
-def commit_group(group: Group, ok: Tensor, rule: Rule) -> None:
+def commit_group(group: Group, ok: Tensor) -> None:
     """Apply a group's results where the bool ``ok`` is true; state that a problem lacked is given to it."""
     plan = group.plan
     device = plan.key.device
@@ -326,3 +332,4 @@ def commit_group(group: Group, ok: Tensor, rule: Rule) -> None:
     for problem, state in zip(group.problems, group.states, strict=True):
         for name, slots in state.items():
             problem.state.setdefault(name, {}).update(slots)
+            torch.autograd.graph.increment_version(getattr(problem, name))

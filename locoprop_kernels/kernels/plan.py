@@ -45,6 +45,7 @@ class Layer:
     weight: bool
     bias: bool
     x_in_place: bool
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ class Key:
     hyper: tuple[float, ...]
     slots: tuple[str, ...]
     counts_steps: bool
-    mean: bool
     trace: bool
     transposed: bool
     interpreted: bool
@@ -84,6 +84,11 @@ class _Arena:
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+def _float_bits(value: float) -> int:
+    bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return bits
 
 
 @dataclass(eq=False)
@@ -183,7 +188,8 @@ class Plan:
         row[c.N_BLOCKS.value], row[c.B_BLOCKS.value], row[c.K_BLOCKS.value] = n_blocks, b_blocks, k_blocks
         row[c.FIRST_BLOCK.value] = self.schedule.first_block[index]
         row[c.TRANSFER.value] = code
-        row[c.PARAMETER.value] = struct.unpack("<i", struct.pack("<f", layer.parameter))[0]
+        row[c.PARAMETER.value] = _float_bits(layer.parameter)
+        row[c.SCALE.value] = _float_bits(layer.scale)
         if layer.weight:
             row[c.REDUCED.value] = layer.inputs
             if layer.x_in_place:
@@ -292,7 +298,6 @@ class Plan:
             "BLOCK_B": config.b,
         }
         update = {
-            "MEAN": key.mean,
             "RULE": key.rule,
             "HYPER": key.hyper,
             "SLOTS": len(key.slots),

@@ -30,6 +30,11 @@ def stride(row_ptr, column):
 
 
 @triton.jit
+def bits_to_float(bits):
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def is_finite(value):
     return tl.abs(value) < float("inf")
 
@@ -120,7 +125,7 @@ def _activation_epilogue(row_ptr, product, rows, columns, part, trace_ptr, scale
                          DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
                          PRECISION: tl.constexpr):  # fmt: skip
     code = tl.load(row_ptr + c.TRANSFER)
-    parameter = tl.load(row_ptr + c.PARAMETER).to(tl.int32).to(tl.float32, bitcast=True)
+    parameter = bits_to_float(tl.load(row_ptr + c.PARAMETER))
     offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
     valid = (rows < tl.load(row_ptr + c.OUTPUTS))[:, None] & (columns < tl.load(row_ptr + c.BATCH))[None, :]
 
@@ -194,7 +199,7 @@ def _keep_slot(parameter_ptr, i: tl.constexpr, value, new_offsets, valid, last, 
 
 
 @triton.jit
-def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, rate, prox, mean_scale, bad_ptr,
+def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, rate, prox, loss_scale, bad_ptr,
           RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
           PARAMETER: tl.constexpr):  # fmt: skip
     """One step of the update rule on a tile of a weight or bias, whose gradient has changed by ``change``.
@@ -208,7 +213,7 @@ def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, r
     grad_offsets = long_rows * tl.load(parameter_ptr + c.GRAD_ROW) + columns[None, :]
 
     start = tl.load(callers_address(parameter_ptr, c.GRAD, PARAMETER) + grad_offsets, valid, 0.0).to(tl.float32)
-    grad = (start + change) * mean_scale
+    grad = (start + change) * loss_scale
     delta_ptrs = address(parameter_ptr, c.DELTA, tl.float32) + new_offsets
     delta = tl.zeros_like(grad)
     if t > 0:
@@ -241,7 +246,7 @@ def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, r
         value = tl.load(callers_address(parameter_ptr, c.VALUE, PARAMETER) + value_offsets, valid, 0.0)
         value = (value.to(tl.float32) + delta).to(PARAMETER).to(tl.float32)
         tl.store(bad_ptr + tl.zeros_like(new_offsets), 1, valid & (is_finite(value) == 0))
-    return delta, start * mean_scale
+    return delta, start * loss_scale
 
 
 @triton.jit
@@ -252,7 +257,7 @@ def _objective(delta, start, prox):
 
 
 @triton.jit
-def _weight_epilogue(row_ptr, product, rows, columns, t, last, rate, prox, mean_scale, old_scale, new_scale, bad_ptr,
+def _weight_epilogue(row_ptr, product, rows, columns, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
                      trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
                      COUNTS_STEPS: tl.constexpr, OPERAND: tl.constexpr, PARAMETER: tl.constexpr,
                      PRECISION: tl.constexpr, TRACE: tl.constexpr):  # fmt: skip
@@ -260,7 +265,7 @@ def _weight_epilogue(row_ptr, product, rows, columns, t, last, rate, prox, mean_
     n, k = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS)
     row_stride = stride(row_ptr, c.WEIGHT + c.STRIDE)
     delta, start = _step(row_ptr + c.WEIGHT, product * (1.0 / old_scale), rows, columns, n, k, row_stride, t, last,
-                         rate, prox, mean_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER)  # fmt: skip
+                         rate, prox, loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER)  # fmt: skip
     copy_ptr = address(row_ptr, c.WEIGHT + c.COPY, OPERAND)
     offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     tl.store(copy_ptr + offsets, as_operand(delta * new_scale, OPERAND, PRECISION))
@@ -273,7 +278,7 @@ def _weight_epilogue(row_ptr, product, rows, columns, t, last, rate, prox, mean_
 
 
 @triton.jit
-def _bias_tile(row_ptr, rows, t, last, rate, prox, mean_scale, bad_ptr, trace_ptr, RULE: tl.constexpr,
+def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_ptr, RULE: tl.constexpr,
                HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr, PARAMETER: tl.constexpr,
                TRACE: tl.constexpr):  # fmt: skip
     change = tl.zeros_like(rows).to(tl.float32)
@@ -284,24 +289,22 @@ def _bias_tile(row_ptr, rows, t, last, rate, prox, mean_scale, bad_ptr, trace_pt
             sums_ptr += stride(row_ptr, c.ROW_SUMS_STRIDE)
     n = tl.load(row_ptr + c.OUTPUTS)
     delta, start = _step(row_ptr + c.BIAS, change[:, None], rows, tl.arange(0, 1), n, 1, 1, t, last, rate, prox,
-                         mean_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER)  # fmt: skip
+                         loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER)  # fmt: skip
     if TRACE:
         tl.store(trace_ptr, _objective(delta, start, prox))
 
 
 @triton.jit
-def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_ptr, trace_stride, MEAN: tl.constexpr,
-                RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
+def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_ptr, trace_stride, RULE: tl.constexpr,
+                HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
                 OPERAND: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
                 TRACE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                 BLOCK_R: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """``G = (G_0 + Eᵀ X) [/ B] + λ Δ`` and a step of the rule, on rows of ``n_block`` and columns of ``k_block``."""
+    """``G = (G_0 + Eᵀ X) · scale + λ Δ`` and a step of the rule, on rows of ``n_block`` and columns of ``k_block``."""
     rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
     batch = tl.load(row_ptr + c.BATCH)
-    mean_scale = 1.0
-    if MEAN:
-        mean_scale = 1.0 / batch.to(tl.float32)
+    loss_scale = bits_to_float(tl.load(row_ptr + c.SCALE))
     k_blocks = tl.load(row_ptr + c.K_BLOCKS)
     slot = tl.load(row_ptr + c.TRACE_UPDATE) + n_block * (k_blocks * (1 + SPLIT) + 1)
     trace_ptr += (t + 1) * trace_stride + slot
@@ -331,16 +334,16 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
             left, right = _halves(product, BLOCK_N, BLOCK_K)
             half = k_block * BLOCK_K + tl.arange(0, BLOCK_K // 2)
             left_amax = _weight_epilogue(
-                row_ptr, left, rows, half, t, last, rate, prox, mean_scale, old_scale, new_scale, bad_ptr, part_ptr,
+                row_ptr, left, rows, half, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr, part_ptr,
                 RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, TRACE)  # fmt: skip
             right_amax = _weight_epilogue(
-                row_ptr, right, rows, half + BLOCK_K // 2, t, last, rate, prox, mean_scale, old_scale, new_scale,
+                row_ptr, right, rows, half + BLOCK_K // 2, t, last, rate, prox, loss_scale, old_scale, new_scale,
                 bad_ptr, part_ptr + 1, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION,
                 TRACE)  # fmt: skip
             amax = tl.maximum(left_amax, right_amax)
         else:
             amax = _weight_epilogue(
-                row_ptr, product, rows, columns, t, last, rate, prox, mean_scale, old_scale, new_scale, bad_ptr,
+                row_ptr, product, rows, columns, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
                 part_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, TRACE)  # fmt: skip
         if OPERAND == tl.float16:
             n_blocks = tl.load(row_ptr + c.N_BLOCKS)
@@ -349,5 +352,5 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
 
     if (k_block == 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
         bias_ptr = trace_ptr + k_blocks * (1 + SPLIT)
-        _bias_tile(row_ptr, rows, t, last, rate, prox, mean_scale, bad_ptr, bias_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS,
+        _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, bias_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS,
                    PARAMETER, TRACE)  # fmt: skip
