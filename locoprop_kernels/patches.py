@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["CHUNK_BYTES", "Patches", "Rows", "Stacked", "row_chunks"]
@@ -89,16 +88,18 @@ class Patches(Rows):
     like one ``[N, *kernel_size, C]``.
 
     Args:
-        x: input, ``[examples, C, *spatial]``, any strides.
+        x: padded input, ``[examples, C, *spatial]``, any strides.
         kernel_size: one integer per spatial dimension; likewise the following.
         stride: step between patches.
-        padding: elements added ``(before, after)`` in each spatial dimension.
         dilation: step inside a patch.
-        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         channels_last: order of the columns.
 
+    Attributes:
+        view: all patches as a strided view of the input, ``[examples, *outputs, *columns]``. The address of element
+            ``(row, column)`` is a function of the row plus a function of the column.
+
     Raises:
-        ValueError: numbers of dimensions differ, or the padded input is smaller than a patch.
+        ValueError: numbers of dimensions differ, or the input is smaller than a patch.
     """
 
     def __init__(
@@ -106,39 +107,30 @@ class Patches(Rows):
         x: Tensor,
         kernel_size: Sequence[int],
         stride: Sequence[int],
-        padding: Sequence[tuple[int, int]],
         dilation: Sequence[int],
-        padding_mode: str = "zeros",
         channels_last: bool = False,
     ) -> None:
         spatial = len(kernel_size)
-        if not x.dim() - 2 == spatial == len(stride) == len(padding) == len(dilation):
+        if not x.dim() - 2 == spatial == len(stride) == len(dilation):
             raise ValueError(
-                f"x must be [examples, C, *spatial] with {spatial} spatial dimensions, and stride, padding and dilation "
-                f"must have one entry each, got {list(x.shape)}, {stride}, {padding}, {dilation}"
+                f"x must be [examples, C, *spatial] with {spatial} spatial dimensions, stride and dilation must have "
+                f"one entry each, got {list(x.shape)}, {stride}, {dilation}"
             )
-        if any(before or after for before, after in padding):
-            mode = "constant" if padding_mode == "zeros" else padding_mode
-            x = F.pad(x, [amount for pair in reversed(padding) for amount in pair], mode=mode)
         spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
         if any(size < span for size, span in zip(x.shape[2:], spans, strict=True)):
             raise ValueError(f"the padded input must hold a patch of {spans}, got {list(x.shape[2:])}")
-        outputs = [(size - span) // s + 1 for size, span, s in zip(x.shape[2:], spans, stride, strict=True)]
         steps = x.stride()
-        kernel = list(kernel_size)
+        outputs = [(size - span) // s + 1 for size, span, s in zip(x.shape[2:], spans, stride, strict=True)]
+        output_steps = [step * s for step, s in zip(steps[2:], stride, strict=True)]
         kernel_steps = [step * d for step, d in zip(steps[2:], dilation, strict=True)]
-        columns = [*kernel, x.shape[1]] if channels_last else [x.shape[1], *kernel]
-        column_steps = [*kernel_steps, steps[1]] if channels_last else [steps[1], *kernel_steps]
-        row_steps = [step * s for step, s in zip(steps[2:], stride, strict=True)]
-        #: All patches as a strided view of the padded input, ``[examples, *outputs, *columns]``. The address of element
-        #: ``(row, column)`` is a function of the row plus a function of the column.
-        self.view = x.as_strided(
-            [x.shape[0], *outputs, *columns], [steps[0], *row_steps, *column_steps], x.storage_offset()
-        )
-        self._outputs = [x.shape[0], *outputs]
-        super().__init__((math.prod(self._outputs), math.prod(columns)), x.dtype, x.device)
+        columns, column_steps = [x.shape[1], *kernel_size], [steps[1], *kernel_steps]
+        if channels_last:
+            columns, column_steps = [*columns[1:], columns[0]], [*column_steps[1:], column_steps[0]]
+        self._positions = [x.shape[0], *outputs]
+        self.view = x.as_strided([*self._positions, *columns], [steps[0], *output_steps, *column_steps])
+        super().__init__((math.prod(self._positions), math.prod(columns)), x.dtype, x.device)
 
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
         k = self.shape[1]
-        for block in _blocks(self._outputs, max(1, max_bytes // (k * self.dtype.itemsize))):
+        for block in _blocks(self._positions, max(1, max_bytes // (k * self.dtype.itemsize))):
             yield self.view[block].reshape(-1, k)

@@ -14,7 +14,7 @@ from torch import fx, nn
 from locoprop_kernels import transfers
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["find_transfers"]
+__all__ = ["find_transfers", "transfer_of"]
 
 # Names of the transfer function and of its parameter (with its position among the arguments), if it has one.
 _Signature = tuple[str, str | None]
@@ -72,6 +72,29 @@ def _transfer_of(signature: _Signature, value: Any) -> Transfer | None:
     if name == "softmax":  # rows of a layer's output are its last dimension
         return transfers.get(name) if value == -1 else None
     return transfers.get(name, **{parameter: value}) if isinstance(value, (int, float)) else None
+
+
+def transfer_of(activation: Callable[..., Any], feature_dim: int, ndim: int) -> Transfer | None:
+    """The transfer function that a module or function is, applied to an output ``[..., N]``; ``None`` if unknown.
+
+    Args:
+        activation: module such as ``nn.Tanh()``, or function such as ``torch.tanh``.
+        feature_dim: the output's dimension of size ``N``: a softmax must be over this one.
+        ndim: number of dimensions of the output.
+    """
+    if isinstance(activation, nn.Identity):
+        return transfers.get("identity")
+    if not isinstance(activation, nn.Module):
+        signature = _FUNCTIONS.get(activation)
+        return None if signature is None else _transfer_of(signature, None)
+    signature = _MODULES.get(type(activation))
+    if signature is None:
+        return None
+    value = getattr(activation, signature[1]) if signature[1] else None
+    if isinstance(activation, nn.Softmax):
+        dim = value if value is not None else (0 if ndim in (0, 1, 3) else 1)  # torch's own choice
+        value = -1 if dim % ndim == feature_dim % ndim else None
+    return _transfer_of(signature, value)
 
 
 def _is_square(node: fx.Node, of: fx.Node) -> bool:
