@@ -20,8 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from locoprop_kernels.patches import row_chunks
+from locoprop_kernels.patches import CHUNK_BYTES, row_chunks
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype, check_schedule, rule_state
+from locoprop_kernels.products import Operand, product, rounded
 from locoprop_kernels.rules import Rule
 from locoprop_kernels.transfers import Transfer
 
@@ -45,80 +46,80 @@ class Increment:
     trace: Tensor | None
 
 
-def _product(left: Tensor, right: Tensor, operands: torch.dtype, result: torch.dtype) -> Tensor:
-    """``left @ right`` of operands rounded to ``operands``; accumulated and returned in ``result`` where torch can."""
-    if operands == torch.float16:
-        # Increments can be far below float16's normal range: scale by a power of two, exactly.
-        exponent = torch.frexp(left.abs().amax()).exponent
-        return torch.ldexp(_low_precision_product(torch.ldexp(left, -exponent), right, operands, result), exponent)
-    return _low_precision_product(left, right, operands, result)
-
-
-def _low_precision_product(left: Tensor, right: Tensor, operands: torch.dtype, result: torch.dtype) -> Tensor:
-    left, right = left.to(operands), right.to(operands)
-    if operands.itemsize == 2 and left.is_cuda:
-        return torch.mm(left, right, out_dtype=result)
-    return torch.mm(left, right).to(result)
-
-
 class _Form(Protocol):
     """Evaluates the part of the local gradient that changes with the increment."""
 
     driver: str
 
-    def change(self, delta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """``(EᵀX [N, K], Σ_batch E [N])`` at the increment ``delta``."""
+    def change(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``EᵀX`` ``[N, K]`` and ``Σ_batch E`` ``[N]`` at ``delta``: new tensors, none for what is frozen."""
 
     def divergence(self, delta: dict[str, Tensor]) -> Tensor:
         """Matching loss between ``f(A)`` and ``f(A0)``, summed over the batch; float64."""
 
 
 class _ProductForm:
-    """Any transfer function: two products per evaluation."""
+    """Any transfer function: two products per evaluation, over a chunk of the batch at a time.
+
+    ``A0``, ``f(A0)`` and ``E`` are stored transposed, ``[N, B]``: then no product needs a transposed copy.
+    """
 
     driver = "product"
 
     def __init__(self, problem: LocalProblem, transfer: Transfer, operands: torch.dtype) -> None:
-        self.accumulate = accumulation_dtype(problem.weight.dtype)
-        self.transfer = transfer
         self.operands = operands
-        self.x = problem.x.to(operands) if isinstance(problem.x, Tensor) else problem.x
-        self.preactivation = problem.preactivation.to(self.accumulate)
-        self.activation = transfer(self.preactivation)
+        self.transfer = transfer
+        self.preactivation = problem.preactivation.t().to(accumulation_dtype(problem.weight.dtype)).contiguous()
+        self.activation = self._f_(self.preactivation.clone())
+        self.x = problem.x
+        self.parts: list[Operand] = []
+        if isinstance(problem.x, Tensor):
+            x = rounded(problem.x.contiguous(), operands)
+            self.parts = [Operand(part, x.exponent) for part in x.tensor.split(_cached_rows(problem))]
 
-    def _chunks(self) -> Iterator[tuple[Tensor, slice]]:
-        """Chunks of ``X`` in the products' dtype, and the rows that they are."""
+    def _chunks(self) -> Iterator[tuple[Operand, slice]]:
+        """Chunks of ``X`` in the products' dtype, and which rows they are."""
         start = 0
-        for x in row_chunks(self.x):
-            yield x.to(self.operands), slice(start, start + len(x))
-            start += len(x)
+        for x in self.parts or (rounded(chunk, self.operands) for chunk in row_chunks(self.x)):
+            stop = start + len(x.tensor)
+            yield x, slice(start, stop)
+            start = stop
 
-    def _preactivation(self, delta: dict[str, Tensor], x: Tensor, rows: slice) -> Tensor:
-        a = self.preactivation[rows]
-        if "weight" in delta:
-            if self.operands == self.accumulate:
-                a = torch.addmm(a, x, delta["weight"].t())
-            else:
-                a = a + _product(delta["weight"], x.t(), self.operands, self.accumulate).t()
-        return a + delta["bias"] if "bias" in delta else a
+    def _f_(self, a: Tensor) -> Tensor:
+        """``f`` of transposed pre-activations ``[N, b]``, which it may overwrite."""
+        return self.transfer.apply_(a.t(), fast=self.operands.itemsize == 2).t()
 
-    def change(self, delta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        total: tuple[Tensor, Tensor] | None = None
+    def _preactivation(self, delta: dict[str, Tensor], x: Operand, rows: slice) -> Tensor:
+        a0 = self.preactivation[:, rows]
+        if "weight" not in delta:
+            return a0 + delta["bias"].unsqueeze(1)
+        a = product(rounded(delta["weight"], self.operands), x.t(), a0.dtype).add_(a0)
+        return a.add_(delta["bias"].unsqueeze(1)) if "bias" in delta else a
+
+    def change(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
         for x, rows in self._chunks():
-            difference = self.transfer(self._preactivation(delta, x, rows)) - self.activation[rows]
-            part = _product(difference.t(), x, self.operands, self.accumulate), difference.sum(0)
-            total = part if total is None else (total[0].add_(part[0]), total[1].add_(part[1]))
-        assert total is not None
+            difference = self._f_(self._preactivation(delta, x, rows)).sub_(self.activation[:, rows])
+            part = {}
+            if "weight" in delta:
+                part["weight"] = product(rounded(difference, self.operands), x, difference.dtype)
+            if "bias" in delta:
+                part["bias"] = difference.sum(1)
+            total = {name: total[name].add_(value) if total else value for name, value in part.items()}
         return total
 
     def divergence(self, delta: dict[str, Tensor]) -> Tensor:
-        losses = [
-            self.transfer.matching_loss(
-                self._preactivation(delta, x, rows).double(), self.preactivation[rows].double()
-            ).sum()
-            for x, rows in self._chunks()
-        ]
+        losses = []
+        for x, rows in self._chunks():
+            a, a0 = self._preactivation(delta, x, rows), self.preactivation[:, rows]
+            losses.append(self.transfer.matching_loss(a.t().double(), a0.t().double()).sum())
         return torch.stack(losses).sum()
+
+
+def _cached_rows(problem: LocalProblem) -> int:
+    """How many rows of the batch to work on at a time: on a CPU what its last cache holds, else all."""
+    batch, _, outputs = problem.shape
+    return batch if problem.weight.device.type != "cpu" else max(1024, CHUNK_BYTES // (4 * outputs))
 
 
 class _GramForm:
@@ -127,28 +128,26 @@ class _GramForm:
     driver = "gram"
 
     def __init__(self, problem: LocalProblem, operands: torch.dtype) -> None:
-        self.accumulate = accumulation_dtype(problem.weight.dtype)
         self.operands = operands
-        self.rows = problem.x.shape[0]
-        k = problem.x.shape[1]
-        self.gram = problem.weight.new_zeros(k, k, dtype=self.accumulate)
-        self.sum_x = problem.weight.new_zeros(k, dtype=self.accumulate)
+        self.rows, k = problem.x.shape
+        accumulate = accumulation_dtype(problem.weight.dtype)
+        gram = problem.weight.new_zeros(k, k, dtype=accumulate)
+        self.sum_x = problem.weight.new_zeros(k, dtype=accumulate)
         for chunk in row_chunks(problem.x):
-            x = chunk.to(operands)
-            self.gram += _product(x.t(), x, operands, self.accumulate)
-            self.sum_x += x.to(self.accumulate).sum(0)
+            x = rounded(chunk, operands)
+            gram += product(x.t(), x, accumulate)
+            self.sum_x += chunk.sum(0, dtype=accumulate)
+        self.gram = rounded(gram, operands)
 
-    def change(self, delta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        weight = _product(delta["weight"], self.gram, self.operands, self.accumulate)
-        bias = delta["weight"] @ self.sum_x
-        if "bias" in delta:
-            weight.addr_(delta["bias"], self.sum_x)
-            bias.add_(delta["bias"], alpha=self.rows)
-        return weight, bias
+    def change(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
+        weight = product(rounded(delta["weight"], self.operands), self.gram, self.sum_x.dtype)
+        if "bias" not in delta:
+            return {"weight": weight}
+        bias = torch.mv(delta["weight"], self.sum_x).add_(delta["bias"], alpha=self.rows)
+        return {"weight": weight.addr_(delta["bias"], self.sum_x), "bias": bias}
 
     def divergence(self, delta: dict[str, Tensor]) -> Tensor:
-        weight, bias = self.change(delta)
-        change = {"weight": weight, "bias": bias}
+        change = self.change(delta)
         products = [(d.double() * change[name]).sum() for name, d in delta.items()]
         return torch.stack(products).sum() / 2
 
@@ -218,14 +217,14 @@ def local_loop(
     for t, lr in enumerate(rates):
         if trace:
             values.append(objective())
-        grads = dict(start)
+        grads = start
         if t > 0:
             assert form is not None
-            change = dict(zip(("weight", "bias"), form.change(delta), strict=True))
-            for name in grads:
-                grads[name] = torch.add(start[name], change[name], alpha=scale)
+            grads = form.change(delta)
+            for name, grad in grads.items():
+                torch.add(start[name], grad, alpha=scale, out=grad)
                 if prox:
-                    grads[name].add_(delta[name], alpha=prox)
+                    grad.add_(delta[name], alpha=prox)
         for name, grad in grads.items():
             rule.update_(delta[name], grad, state[name], lr, steps[name] + t + 1)
     if trace:

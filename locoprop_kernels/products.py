@@ -1,0 +1,63 @@
+"""Matrix products with rounded operands: which of torch's routines runs them, and how float16 keeps its range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Operand", "product", "rounded"]
+
+
+class Operand(NamedTuple):
+    """A matrix in the dtype of the products, ``tensor * 2**exponent``; ``exponent`` is ``None`` for 0."""
+
+    tensor: Tensor
+    exponent: Tensor | None = None
+
+    def t(self) -> Operand:
+        """The transposed matrix, without a copy."""
+        return Operand(self.tensor.t(), self.exponent)
+
+
+def rounded(matrix: Tensor, dtype: torch.dtype) -> Operand:
+    """``matrix`` rounded to ``dtype``; no copy where it has that dtype already.
+
+    Increments can lie far below float16's normal range, and sums over a batch above it: such operands carry an exact
+    power of two along.
+    """
+    if dtype == torch.float16:
+        exponent = torch.frexp(matrix.detach().abs().amax().float()).exponent
+        return Operand(torch.ldexp(matrix.float(), -exponent).to(dtype), exponent)
+    return Operand(matrix.to(dtype))
+
+
+def product(left: Operand, right: Operand, result: torch.dtype) -> Tensor:
+    """``left @ right`` in a new tensor of dtype ``result``, which is also what torch accumulates in where it can."""
+    value = _mm(left.tensor, right.tensor, result)
+    if left.exponent is not None and right.exponent is not None:
+        value = torch.ldexp(value, left.exponent + right.exponent)
+    return value
+
+
+def _mm(left: Tensor, right: Tensor, result: torch.dtype) -> Tensor:
+    if left.is_cuda and left.itemsize == 2:
+        return torch.mm(left, right, out_dtype=result)
+    if left.device.type == "cpu" and left.dtype == torch.float16:  # few CPUs multiply it, and none torch's way fast
+        left, right = left.float(), right.float()
+    if left.device.type == "cpu" and left.dtype == torch.float32 and _onednn_linear is not None:
+        # torch.mm takes MKL, which leaves AVX-512 unused on AMD: half the speed of oneDNN there, the same on Intel.
+        return _onednn_linear(left, right.t(), None, "none", [], "").to(result)
+    return torch.mm(left, right).to(result)
+
+
+def _find_onednn_linear() -> Callable[..., Tensor] | None:
+    """The operator that torch.compile uses for linear layers on CPUs, or ``None`` in a build of torch without it."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+_onednn_linear = _find_onednn_linear()
