@@ -1,0 +1,60 @@
+"""The guide: every Python block of its pages and of the README runs; its figures and its numbers are up to date."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A comment on the line before a block, <!-- skip-test: reason -->, exempts it.
+BLOCK = re.compile(r"^(<!-- skip-test: .+ -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def loader(batches=2, examples=32):
+    """What the pages call ``loader``: flat images in [0, 1] and their labels."""
+    return [(torch.rand(examples, 784), torch.randint(10, (examples,))) for _ in range(batches)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks_run(page, monkeypatch, tmp_path):
+    """The blocks of a page share their names, like the cells of a notebook."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {"__name__": "page", "torch": torch, "nn": nn, "loader": loader()}
+    text = page.read_text(encoding="utf-8")
+    for match in BLOCK.finditer(text):
+        skipped, code = match.groups()
+        if skipped is None:
+            line = text.count("\n", 0, match.start(2))
+            exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+def test_no_block_escapes():
+    """A block that the pattern does not see would never be run."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert len(BLOCK.findall(text)) == len(re.findall(r"^\s*```\s*(?:python|py)\b", text, re.MULTILINE)), page
+
+
+def test_figures_are_drawn(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--out", str(tmp_path)])
+    runpy.run_path(str(ROOT / "docs/figures.py"), run_name="__main__")
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in (ROOT / "docs/figures").iterdir()}
+    shown = {name for page in PAGES for name in re.findall(r"figures/([\w.]+)\)", page.read_text(encoding="utf-8"))}
+    assert drawn == shown
+
+
+def test_accuracy_table_is_the_measured_one():
+    """The table in precision.md, from bench/results/accuracy.json."""
+    page = (ROOT / "docs/precision.md").read_text(encoding="utf-8")
+    for row in json.loads((ROOT / "bench/results/accuracy.json").read_text())["rows"]:
+        errors = f"{row['textbook_form']:.1e} | {row['increment_form']:.1e}"
+        assert f"| {row['K']} → {row['N']} | {row['operands']} | {errors} |" in page
