@@ -6,11 +6,12 @@ import triton
 import triton.language as tl
 
 from locoprop_kernels.kernels import columns as c
-from locoprop_kernels.kernels.tiles import address, callers_address, stride
+from locoprop_kernels.kernels.tiles import address, callers_address, stride, to_dtype
 
 
 @triton.jit
-def _commit_parameter(parameter_ptr, rows, columns, n, width, row_stride, PARAMETER: tl.constexpr, SLOTS: tl.constexpr):
+def _commit_parameter(parameter_ptr, rows, columns, n, width, row_stride, PARAMETER: tl.constexpr, SLOTS: tl.constexpr,
+                      INTERPRETED: tl.constexpr):  # fmt: skip
     valid = (rows < n)[:, None] & (columns < width)[None, :]
     long_rows, long_columns = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
     new_offsets = long_rows * row_stride + columns[None, :]
@@ -19,7 +20,7 @@ def _commit_parameter(parameter_ptr, rows, columns, n, width, row_stride, PARAME
         long_rows * tl.load(parameter_ptr + c.VALUE_ROW) + long_columns * tl.load(parameter_ptr + c.VALUE_COLUMN)
     )
     value = tl.load(value_ptrs, valid, 0.0).to(tl.float32) + delta
-    tl.store(value_ptrs, value.to(PARAMETER), valid)
+    tl.store(value_ptrs, to_dtype(value, PARAMETER, INTERPRETED), valid)
     for i in tl.static_range(SLOTS):
         slot = tl.load(address(parameter_ptr, c.NEW + i, tl.float32) + new_offsets)
         old_ptrs = callers_address(parameter_ptr, c.OLD + i, tl.float32) + (long_rows * width + columns[None, :])
@@ -41,6 +42,7 @@ def _commit_kernel(
     PARAMETER: tl.constexpr,
     SLOTS: tl.constexpr,
     COUNTS_STEPS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -58,12 +60,12 @@ def _commit_kernel(
             columns = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
             row_stride = stride(weight_ptr, c.STRIDE)
             k = tl.load(row_ptr + c.INPUTS)
-            _commit_parameter(weight_ptr, rows, columns, n, k, row_stride, PARAMETER, SLOTS)
+            _commit_parameter(weight_ptr, rows, columns, n, k, row_stride, PARAMETER, SLOTS, INTERPRETED)
             if COUNTS_STEPS:
                 if first:
                     _count_steps(weight_ptr, iterations)
         if has_bias:
-            _commit_parameter(bias_ptr, rows, tl.arange(0, 1), n, 1, 1, PARAMETER, SLOTS)
+            _commit_parameter(bias_ptr, rows, tl.arange(0, 1), n, 1, 1, PARAMETER, SLOTS, INTERPRETED)
             if COUNTS_STEPS:
                 if first:
                     _count_steps(bias_ptr, iterations)

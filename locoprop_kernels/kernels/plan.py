@@ -286,7 +286,7 @@ class Plan:
         products = {
             "OPERAND": operand,
             "PRECISION": precision,
-            "UPCAST": key.interpreted,
+            "INTERPRETED": key.interpreted,
             "BLOCK_N": config.n,
             "BLOCK_R": config.r,
             "SPLIT": config.split,
@@ -308,13 +308,13 @@ class Plan:
             "BLOCK_K": config.k,
         }
         commit = {name: update[name] for name in ("PARAMETER", "SLOTS", "COUNTS_STEPS", "BLOCK_K")}
-        prepare = {"BLOCK": _PREPARE}
+        prepare = {"BLOCK": _PREPARE, "INTERPRETED": key.interpreted}
         options = {} if key.interpreted else config.options
         return {
             "activation": {**products, **activation, **options},
             "update": {**products, **update, **options},
             "single": {**products, **activation, **update, **options},
-            "commit": {**commit, "BLOCK_N": config.n},
+            "commit": {**commit, "BLOCK_N": config.n, "INTERPRETED": key.interpreted},
             "prepare_x": {"SOURCE": _TRITON_DTYPES[key.x], "TARGET": operand, "PRECISION": precision, **prepare},
             "prepare_a0": {"SOURCE": preactivation, "TARGET": preactivation, "PRECISION": "ieee", **prepare},
         }

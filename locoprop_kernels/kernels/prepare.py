@@ -24,6 +24,7 @@ def _prepare_kernel(
     SOURCE: tl.constexpr,
     TARGET: tl.constexpr,
     PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Copy tiles of ``[B, width]`` matrices to a plain target, a transposed one, or both (column -1: not that one)."""
@@ -36,7 +37,7 @@ def _prepare_kernel(
         None, :
     ] * tl.load(row_ptr + SOURCE_COLUMN + 2)
     value = tl.load(callers_address(row_ptr, SOURCE_COLUMN, SOURCE) + offsets, valid, 0.0)
-    value = as_operand(value.to(tl.float32), TARGET, PRECISION)
+    value = as_operand(value.to(tl.float32), TARGET, PRECISION, INTERPRETED)
     padded = (rows < tl.load(row_ptr + c.E_STRIDE))[:, None] & (columns < tl.load(row_ptr + PADDED_WIDTH_COLUMN))[
         None, :
     ]

@@ -14,7 +14,7 @@ from locoprop_kernels.kernels import columns as c
 @triton.jit
 def address(row_ptr, column, dtype: tl.constexpr):
     """An address of ours, aligned for vector loads."""
-    return tl.multiple_of(tl.load(row_ptr + column), 16).to(tl.pointer_type(dtype))
+    return tl.multiple_of(tl.load(row_ptr + column).to(tl.pointer_type(dtype)), 16)  # lost if put before the cast
 
 
 @triton.jit
@@ -40,32 +40,45 @@ def is_finite(value):
 
 
 @triton.jit
-def as_operand(value, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """Round float32 to the operands' dtype; to nearest for TF32 too, which the matrix unit would truncate."""
-    if PRECISION == "tf32":
-        bits = value.to(tl.int32, bitcast=True)
-        rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
-        return tl.where(is_finite(value), rounded.to(tl.float32, bitcast=True), value)
-    elif OPERAND == tl.float16:  # scaled by a guess: what outgrew it saturates, what is not finite stays so
-        bounded = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
-        return tl.where(is_finite(value), bounded, value).to(tl.float16)
-    else:
-        return value.to(OPERAND)
+def _round_bits(value, BITS: tl.constexpr):
+    """Round float32 to nearest even in all but its last ``BITS`` bits."""
+    bits = value.to(tl.int32, bitcast=True)
+    rounded = (bits + (1 << (BITS - 1)) - 1 + ((bits >> BITS) & 1)) & -(1 << BITS)
+    return tl.where(is_finite(value), rounded.to(tl.float32, bitcast=True), value)
 
 
 @triton.jit
-def _dot(left, right, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter takes bfloat16 for integers
+def to_dtype(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Round float32 to ``DTYPE``, to nearest; the interpreter would truncate to bfloat16."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        value = _round_bits(value, 16)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def as_operand(value, OPERAND: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Round float32 to the operands' dtype; to nearest for TF32 too, which the matrix unit would truncate."""
+    if PRECISION == "tf32":
+        value = _round_bits(value, 13)
+    elif OPERAND == tl.float16:  # scaled by a guess: what outgrew it saturates, what is not finite stays so
+        bounded = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+        value = tl.where(is_finite(value), bounded, value)
+    return to_dtype(value, OPERAND, INTERPRETED)
+
+
+@triton.jit
+def _dot(left, right, accumulator, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    if INTERPRETED:  # it takes bfloat16 for integers
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, accumulator, input_precision=PRECISION)
 
 
 @triton.jit
 def _product(left_ptrs, right_ptrs, left_step, right_step, length, accumulator, BLOCK_R: tl.constexpr,
-             PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+             PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """Accumulate over ``length`` columns of ``left`` and rows of ``right``."""
     for _ in range(0, length, BLOCK_R):
-        accumulator = _dot(tl.load(left_ptrs), tl.load(right_ptrs), accumulator, PRECISION, UPCAST)
+        accumulator = _dot(tl.load(left_ptrs), tl.load(right_ptrs), accumulator, PRECISION, INTERPRETED)
         left_ptrs += left_step
         right_ptrs += right_step
     return accumulator
@@ -123,7 +136,7 @@ def _divergence(a0, change, code, parameter, DIVERGENCES: tl.constexpr):
 @triton.jit
 def _activation_epilogue(row_ptr, product, rows, columns, part, trace_ptr, scale, TRANSFERS: tl.constexpr,
                          DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
-                         PRECISION: tl.constexpr):  # fmt: skip
+                         PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     code = tl.load(row_ptr + c.TRANSFER)
     parameter = bits_to_float(tl.load(row_ptr + c.PARAMETER))
     offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
@@ -135,7 +148,7 @@ def _activation_epilogue(row_ptr, product, rows, columns, part, trace_ptr, scale
     a0 = tl.load(address(row_ptr, c.A0, PREACTIVATION) + offsets).to(tl.float32)
     difference = _transfer_difference(a0, change, code, parameter, TRANSFERS)
     difference = tl.where(valid, difference, 0.0)
-    tl.store(address(row_ptr, c.E, OPERAND) + offsets, as_operand(difference * scale, OPERAND, PRECISION))
+    tl.store(address(row_ptr, c.E, OPERAND) + offsets, as_operand(difference * scale, OPERAND, PRECISION, INTERPRETED))
 
     sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + part * stride(row_ptr, c.ROW_SUMS_STRIDE)
     tl.store(sums_ptr + rows, tl.sum(difference, 1))
@@ -147,7 +160,7 @@ def _activation_epilogue(row_ptr, product, rows, columns, part, trace_ptr, scale
 @triton.jit
 def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, TRANSFERS: tl.constexpr,
                     DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
-                    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+                    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
                     BLOCK_R: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """``E = f(A0 + Δ Xᵀ + δ) - f(A0)`` on rows of block ``n_block`` and examples of block ``b_block``."""
     rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -159,7 +172,7 @@ def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, TRANS
               + inner[:, None])  # fmt: skip
     product = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
     length = tl.load(row_ptr + c.REDUCED)
-    product = _product(delta_ptrs, x_ptrs, BLOCK_R, BLOCK_R, length, product, BLOCK_R, PRECISION, UPCAST)
+    product = _product(delta_ptrs, x_ptrs, BLOCK_R, BLOCK_R, length, product, BLOCK_R, PRECISION, INTERPRETED)
 
     scale = 1.0
     if OPERAND == tl.float16:
@@ -173,12 +186,12 @@ def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, TRANS
         half = tl.arange(0, BLOCK_B // 2)
         start = b_block * BLOCK_B
         _activation_epilogue(row_ptr, left, rows, start + half, 2 * b_block, trace_ptr, scale, TRANSFERS, DIVERGENCES,
-                             OPERAND, PREACTIVATION, PRECISION)  # fmt: skip
+                             OPERAND, PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
         _activation_epilogue(row_ptr, right, rows, start + BLOCK_B // 2 + half, 2 * b_block + 1, trace_ptr + 1, scale,
-                             TRANSFERS, DIVERGENCES, OPERAND, PREACTIVATION, PRECISION)  # fmt: skip
+                             TRANSFERS, DIVERGENCES, OPERAND, PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
     else:
         _activation_epilogue(row_ptr, product, rows, examples, b_block, trace_ptr, scale, TRANSFERS, DIVERGENCES,
-                             OPERAND, PREACTIVATION, PRECISION)  # fmt: skip
+                             OPERAND, PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
 
 
 @triton.jit
@@ -201,7 +214,7 @@ def _keep_slot(parameter_ptr, i: tl.constexpr, value, new_offsets, valid, last, 
 @triton.jit
 def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, rate, prox, loss_scale, bad_ptr,
           RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
-          PARAMETER: tl.constexpr):  # fmt: skip
+          PARAMETER: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """One step of the update rule on a tile of a weight or bias, whose gradient has changed by ``change``.
 
     Returns the new increment and the gradient at the start, both zero outside the parameter.
@@ -244,7 +257,7 @@ def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, r
         value_offsets = (long_rows * tl.load(parameter_ptr + c.VALUE_ROW)
                          + columns.to(tl.int64)[None, :] * tl.load(parameter_ptr + c.VALUE_COLUMN))  # fmt: skip
         value = tl.load(callers_address(parameter_ptr, c.VALUE, PARAMETER) + value_offsets, valid, 0.0)
-        value = (value.to(tl.float32) + delta).to(PARAMETER).to(tl.float32)
+        value = to_dtype(value.to(tl.float32) + delta, PARAMETER, INTERPRETED).to(tl.float32)
         tl.store(bad_ptr + tl.zeros_like(new_offsets), 1, valid & (is_finite(value) == 0))
     return delta, start * loss_scale
 
@@ -260,15 +273,16 @@ def _objective(delta, start, prox):
 def _weight_epilogue(row_ptr, product, rows, columns, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
                      trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
                      COUNTS_STEPS: tl.constexpr, OPERAND: tl.constexpr, PARAMETER: tl.constexpr,
-                     PRECISION: tl.constexpr, TRACE: tl.constexpr):  # fmt: skip
+                     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr):  # fmt: skip
     """Update of a weight tile; returns its largest |Δ|."""
     n, k = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS)
     row_stride = stride(row_ptr, c.WEIGHT + c.STRIDE)
     delta, start = _step(row_ptr + c.WEIGHT, product * (1.0 / old_scale), rows, columns, n, k, row_stride, t, last,
-                         rate, prox, loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER)  # fmt: skip
+                         rate, prox, loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER,
+                         INTERPRETED)  # fmt: skip
     copy_ptr = address(row_ptr, c.WEIGHT + c.COPY, OPERAND)
     offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-    tl.store(copy_ptr + offsets, as_operand(delta * new_scale, OPERAND, PRECISION))
+    tl.store(copy_ptr + offsets, as_operand(delta * new_scale, OPERAND, PRECISION, INTERPRETED))
     if TRACE:
         tl.store(trace_ptr, _objective(delta, start, prox))
     amax = 0.0
@@ -280,7 +294,7 @@ def _weight_epilogue(row_ptr, product, rows, columns, t, last, rate, prox, loss_
 @triton.jit
 def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_ptr, RULE: tl.constexpr,
                HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr, PARAMETER: tl.constexpr,
-               TRACE: tl.constexpr):  # fmt: skip
+               INTERPRETED: tl.constexpr, TRACE: tl.constexpr):  # fmt: skip
     change = tl.zeros_like(rows).to(tl.float32)
     if t > 0:
         sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + rows
@@ -289,7 +303,7 @@ def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_pt
             sums_ptr += stride(row_ptr, c.ROW_SUMS_STRIDE)
     n = tl.load(row_ptr + c.OUTPUTS)
     delta, start = _step(row_ptr + c.BIAS, change[:, None], rows, tl.arange(0, 1), n, 1, 1, t, last, rate, prox,
-                         loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER)  # fmt: skip
+                         loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER, INTERPRETED)  # fmt: skip
     if TRACE:
         tl.store(trace_ptr, _objective(delta, start, prox))
 
@@ -297,7 +311,7 @@ def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_pt
 @triton.jit
 def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_ptr, trace_stride, RULE: tl.constexpr,
                 HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
-                OPERAND: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+                OPERAND: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
                 TRACE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                 BLOCK_R: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """``G = (G_0 + Eᵀ X) · scale + λ Δ`` and a step of the rule, on rows of ``n_block`` and columns of ``k_block``."""
@@ -323,7 +337,7 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
             x_step = stride(row_ptr, c.X_STRIDE) * BLOCK_R
         product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         length = tl.where(t > 0, batch, 0)  # E_0 = 0
-        product = _product(e_ptrs, x_ptrs, BLOCK_R, x_step, length, product, BLOCK_R, PRECISION, UPCAST)
+        product = _product(e_ptrs, x_ptrs, BLOCK_R, x_step, length, product, BLOCK_R, PRECISION, INTERPRETED)
 
         old_scale, new_scale = 1.0, 1.0
         if OPERAND == tl.float16:
@@ -335,16 +349,17 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
             half = k_block * BLOCK_K + tl.arange(0, BLOCK_K // 2)
             left_amax = _weight_epilogue(
                 row_ptr, left, rows, half, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr, part_ptr,
-                RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, TRACE)  # fmt: skip
+                RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED, TRACE)  # fmt: skip
             right_amax = _weight_epilogue(
                 row_ptr, right, rows, half + BLOCK_K // 2, t, last, rate, prox, loss_scale, old_scale, new_scale,
                 bad_ptr, part_ptr + 1, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION,
-                TRACE)  # fmt: skip
+                INTERPRETED, TRACE)  # fmt: skip
             amax = tl.maximum(left_amax, right_amax)
         else:
             amax = _weight_epilogue(
                 row_ptr, product, rows, columns, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
-                part_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, TRACE)  # fmt: skip
+                part_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED,
+                TRACE)  # fmt: skip
         if OPERAND == tl.float16:
             n_blocks = tl.load(row_ptr + c.N_BLOCKS)
             block = (((t + 1) % 3) * n_blocks + n_block) * k_blocks + k_block
@@ -353,4 +368,4 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
     if (k_block == 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
         bias_ptr = trace_ptr + k_blocks * (1 + SPLIT)
         _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, bias_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS,
-                   PARAMETER, TRACE)  # fmt: skip
+                   PARAMETER, INTERPRETED, TRACE)  # fmt: skip
