@@ -23,6 +23,7 @@ from torch import Tensor
 from locoprop_kernels.patches import CHUNK_BYTES, row_chunks
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype, check_schedule, rule_state
 from locoprop_kernels.products import Operand, product, rounded
+from locoprop_kernels.regularisers import Regulariser
 from locoprop_kernels.rules import Rule
 from locoprop_kernels.transfers import Transfer
 
@@ -171,6 +172,7 @@ def local_loop(
     compute_dtype: torch.dtype | None,
     trace: bool,
     label: str = "problem",
+    regulariser: Regulariser | None = None,
 ) -> Increment:
     """Run all local iterations of one problem; reads it, and writes nothing that belongs to it.
 
@@ -183,6 +185,7 @@ def local_loop(
         compute_dtype: dtype of the products' operands; ``None`` for the weight's.
         trace: also evaluate the local objective.
         label: begins the messages of errors.
+        regulariser: a further regulariser.
     """
     transfer = problem.transfer
     assert isinstance(transfer, Transfer)
@@ -211,6 +214,8 @@ def local_loop(
         value = form.divergence(delta) * scale
         for name, d in delta.items():
             value = value + (d.double() * start[name]).sum() + d.double().square().sum() * (prox / 2)
+            if regulariser is not None:
+                value = value + regulariser.increase(trained[name][0], d)
         return value
 
     values: list[Tensor] = []
@@ -225,6 +230,8 @@ def local_loop(
                 torch.add(start[name], grad, alpha=scale, out=grad)
                 if prox:
                     grad.add_(delta[name], alpha=prox)
+        if regulariser is not None:
+            grads = {name: grad + regulariser.gradient(trained[name][0], delta[name]) for name, grad in grads.items()}
         for name, grad in grads.items():
             rule.update_(delta[name], grad, state[name], lr, steps[name] + t + 1)
     if trace:

@@ -14,6 +14,7 @@ from torch import Tensor
 from locoprop_kernels import reference, rules
 from locoprop_kernels.problem import COMPUTE_DTYPES, LocalProblem, check_schedule, rule_state
 from locoprop_kernels.reference import Increment
+from locoprop_kernels.regularisers import Regulariser, as_regulariser
 
 __all__ = ["BACKENDS", "ProblemReport", "StepReport", "local_steps_"]
 
@@ -143,7 +144,11 @@ def triton_unavailable() -> str | None:
 
 
 def _choose_backend(
-    backend: str, problems: list[LocalProblem], rule: rules.Rule, compute_dtype: torch.dtype | None
+    backend: str,
+    problems: list[LocalProblem],
+    rule: rules.Rule,
+    compute_dtype: torch.dtype | None,
+    regulariser: Regulariser | None,
 ) -> tuple[str, str]:
     """The backend to run and why; an explicit choice is taken or refused, never replaced."""
     if backend == "reference":
@@ -151,6 +156,8 @@ def _choose_backend(
     reason = triton_unavailable()
     if reason is None and backend == "auto" and problems[0].weight.device.type != "cuda":
         reason = f"the tensors are on {problems[0].weight.device}"
+    if reason is None and regulariser is not None:
+        reason = "a regulariser of the user's own is not in the kernels"
     if reason is None:
         from locoprop_kernels import kernels
 
@@ -176,6 +183,7 @@ def local_steps_(
     compute_dtype: torch.dtype | None = None,
     commit: bool = True,
     trace: bool = False,
+    regulariser: Regulariser | Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> StepReport:
     """Run ``T = len(lr)`` local iterations of every problem, and update weights, biases and state in place.
 
@@ -192,6 +200,7 @@ def local_steps_(
             takes the parameters'. Sums, increments and state stay in float32 (float64 for float64 parameters).
         commit: ``False`` leaves everything as it was and puts the increments into the report.
         trace: also evaluate the local objectives, see :class:`ProblemReport`.
+        regulariser: a regulariser beside the proximal term: a :class:`Regulariser`, or its gradient as a function.
 
     Returns:
         A :class:`StepReport`: backend, drivers, whether the step was committed, traces, and with ``commit=False`` the
@@ -205,6 +214,9 @@ def local_steps_(
         raise ValueError("problems must hold at least one LocalProblem, got none")
     rule = rules.get(rule)
     rates = check_schedule(lr, prox, reduction)
+    regulariser = as_regulariser(regulariser)
+    if trace and regulariser is not None and regulariser.value is None:
+        raise ValueError("trace needs the value of the regulariser: give Regulariser(..., value=...)")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if compute_dtype is not None and compute_dtype not in COMPUTE_DTYPES:
@@ -227,7 +239,7 @@ def local_steps_(
                     f"{label}: its {name} is also that of {other}; one problem must hold all rows of a tensor"
                 )
 
-    chosen, reason = _choose_backend(backend, problems, rule, compute_dtype)
+    chosen, reason = _choose_backend(backend, problems, rule, compute_dtype, regulariser)
     if chosen == "triton":
         from locoprop_kernels import kernels
 
@@ -236,7 +248,8 @@ def local_steps_(
         )
     else:
         increments = [
-            reference.local_loop(problem, rule, rates, prox, reduction, compute_dtype, trace) for problem in problems
+            reference.local_loop(problem, rule, rates, prox, reduction, compute_dtype, trace, regulariser=regulariser)
+            for problem in problems
         ]
         pending = list(zip(problems, increments, strict=True))
         finite, apply = _all_finite(pending), partial(_apply, pending, rule)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Transfer", "available", "get"]
+__all__ = ["Transfer", "available", "get", "register_transfer"]
 
 
 def _identity(a: Tensor) -> Tensor:
@@ -73,14 +75,22 @@ def _elu_potential(a: Tensor, alpha: float) -> Tensor:
     return torch.relu(a).square() / 2 + alpha * (torch.expm1(negative) - negative)
 
 
+def _gelu_potential(a: Tensor) -> Tensor:
+    density = torch.exp(-a.square() / 2) / math.sqrt(2 * math.pi)
+    return ((a.square() - 1) * torch.special.ndtr(a) + a * density) / 2
+
+
 @dataclass(frozen=True)
 class _Definition:
     function: Callable[..., Tensor]
-    potential: Callable[..., Tensor]
+    potential: Callable[..., Tensor] | None
     parameters: tuple[tuple[str, float], ...] = ()
     elementwise: bool = True
     in_place: Callable[..., Tensor] | None = None
     fast_in_place: Callable[..., Tensor] | None = None
+    convex: bool = True
+    triton_fn: Any = None
+    registered: bool = False
 
 
 _DEFINITIONS: dict[str, _Definition] = {
@@ -101,6 +111,9 @@ _DEFINITIONS: dict[str, _Definition] = {
     ),
     "elu": _Definition(lambda a, alpha: F.elu(a, alpha), _elu_potential, (("alpha", 1.0),)),
     "arctan": _Definition(torch.atan, lambda a: a * torch.atan(a) - torch.log1p(a.square()) / 2),
+    "gelu": _Definition(F.gelu, _gelu_potential, convex=False),
+    "gelu_tanh": _Definition(lambda a: F.gelu(a, approximate="tanh"), None, convex=False),
+    "silu": _Definition(F.silu, lambda a: a * _softplus(a) - _softplus_potential(a), convex=False),
     "softmax": _Definition(
         lambda a: torch.softmax(a, -1),
         lambda a: torch.logsumexp(a, -1),
@@ -126,6 +139,19 @@ class Transfer:
         """Whether an output element depends on its own input element alone (softmax acts on rows instead)."""
         return _DEFINITIONS[self.name].elementwise
 
+    @property
+    def convex(self) -> bool:
+        """Whether the matching loss is known to be convex in the pre-activation: ``f`` never decreases.
+
+        GELU and SiLU decrease for some negative inputs, where their matching loss bends down.
+        """
+        return _DEFINITIONS[self.name].convex
+
+    @property
+    def triton_fn(self) -> Any:
+        """The Triton function that :func:`register_transfer` was given; ``None`` for the package's own functions."""
+        return _DEFINITIONS[self.name].triton_fn
+
     def __call__(self, a: Tensor) -> Tensor:
         """``f(a)``: post-activation of the pre-activation ``a`` ``[..., N]``, same shape and dtype."""
         return _DEFINITIONS[self.name].function(a, *self.parameters)
@@ -142,8 +168,15 @@ class Transfer:
         return function(a, *self.parameters)
 
     def potential(self, a: Tensor) -> Tensor:
-        """``F(a) = ∫ f``: the shape of ``a`` for an elementwise ``f``, ``[...]`` (no last dimension) otherwise."""
-        return _DEFINITIONS[self.name].potential(a, *self.parameters)
+        """``F(a) = ∫ f``: the shape of ``a`` for an elementwise ``f``, ``[...]`` (no last dimension) otherwise.
+
+        Raises:
+            ValueError: the function has no potential in closed form (:meth:`matching_loss` works all the same).
+        """
+        potential = _DEFINITIONS[self.name].potential
+        if potential is None:
+            raise ValueError(f"transfer {self.name!r} has no potential in closed form")
+        return potential(a, *self.parameters)
 
     def matching_loss(self, a: Tensor, reference: Tensor, target: Tensor | None = None) -> Tensor:
         """Matching loss of ``a`` relative to its value at ``reference``: ``∫_reference^a (f(z) - target) dz``.
@@ -154,20 +187,83 @@ class Transfer:
             a: pre-activation, ``[..., N]``.
             reference: pre-activation at which the loss counts as zero, ``[..., N]``.
             target: target of the post-activation, ``[..., N]``; it may lie outside the range of ``f``. ``None`` means
-                ``f(reference)``: the loss is then the Bregman divergence of ``F``, which is never negative.
+                ``f(reference)``: the loss is then the Bregman divergence of ``F``, never negative for a convex ``F``.
 
         Returns:
             Elementwise losses ``[..., N]``, or ``[...]`` where ``f`` is not elementwise.
         """
         if target is None:
             target = self(reference)
+        if _DEFINITIONS[self.name].potential is None:
+            return self._quadrature(a, reference, target)
         linear = (a - reference) * target
         return self.potential(a) - self.potential(reference) - (linear if self.elementwise else linear.sum(-1))
+
+    def _quadrature(self, a: Tensor, reference: Tensor, target: Tensor) -> Tensor:
+        """The matching loss without a potential: Gauss-Legendre along the segment from ``reference`` to ``a``."""
+        nodes, weights = np.polynomial.legendre.leggauss(32)
+        difference = a - reference
+        mean = torch.zeros_like(a)
+        for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+            mean += float(weight) * self(reference + float(node) * difference)
+        losses = difference * (mean - target)
+        return losses if self.elementwise else losses.sum(-1)
 
     def __str__(self) -> str:
         names = (name for name, _ in _DEFINITIONS[self.name].parameters)
         arguments = ", ".join(f"{name}={value:g}" for name, value in zip(names, self.parameters, strict=True))
         return f"{self.name}({arguments})" if arguments else self.name
+
+
+def register_transfer(
+    name: str,
+    torch_fn: Callable[[Tensor], Tensor],
+    triton_fn: Any = None,
+    potential: Callable[[Tensor], Tensor] | None = None,
+    elementwise: bool = True,
+) -> Transfer:
+    """Make a transfer function of your own known under ``name``, to be used like those of the package.
+
+    The local loop needs ``f`` alone. Where ``f`` decreases somewhere, its matching loss is not convex there.
+
+    Args:
+        name: not one of the package's. A name that was registered before is registered anew.
+        torch_fn: ``f``, from pre-activations ``[..., N]`` to post-activations of the same shape and dtype.
+        triton_fn: ``f(a, p)`` as a ``@triton.jit`` function of a float32 block ``a`` (``p`` is 0); it is inlined into
+            the kernels. Without it the Triton backend refuses, and ``backend="auto"`` takes the reference backend.
+        potential: ``F = ∫ f``, for traces; without it they integrate ``f`` numerically.
+        elementwise: whether an output depends on its own input alone; otherwise ``f`` acts on rows, as softmax does.
+
+    Returns:
+        The transfer function.
+
+    Raises:
+        TypeError: ``name`` is not a string, or a function is not callable.
+        ValueError: the name is taken by the package, or ``torch_fn`` changes shape or dtype, or is not elementwise.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {type(name).__name__}")
+    if not callable(torch_fn):
+        raise TypeError(f"torch_fn must be callable, got {type(torch_fn).__name__}")
+    if potential is not None and not callable(potential):
+        raise TypeError(f"potential must be callable or None, got {type(potential).__name__}")
+    if name in _DEFINITIONS and not _DEFINITIONS[name].registered:
+        raise ValueError(f"name must not be one of the package's transfer functions, got {name!r}")
+    a = torch.linspace(-2.0, 2.0, 6, dtype=torch.float64).reshape(2, 3)
+    y = torch_fn(a.clone())
+    if not isinstance(y, Tensor) or y.shape != a.shape or y.dtype != a.dtype:
+        got = f"{list(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(
+            f"torch_fn of transfer {name!r} must keep shape and dtype {list(a.shape)} of {a.dtype}, got {got}"
+        )
+    alone = torch.stack([torch_fn(value.reshape(1, 1)).reshape(()) for value in a.flatten()]).reshape(a.shape)
+    if elementwise and not torch.allclose(alone, y, equal_nan=True):
+        raise ValueError(f"torch_fn of transfer {name!r} is not elementwise: give elementwise=False if it acts on rows")
+    definition = _Definition(
+        torch_fn, potential, elementwise=elementwise, convex=False, triton_fn=triton_fn, registered=True
+    )
+    _DEFINITIONS[name] = definition
+    return Transfer(name)
 
 
 def available() -> tuple[str, ...]:

@@ -172,7 +172,8 @@ def test_matching_loss_differentiates_to_the_activation_difference(transfer):
     (gradient,) = torch.autograd.grad(transfer.matching_loss(a, reference, target).sum(), a)
     torch.testing.assert_close(gradient, (transfer(a) - target).detach(), rtol=1e-9, atol=1e-9)
     divergence = transfer.matching_loss(a.detach(), reference)
-    assert divergence.min() >= -1e-12
+    if transfer.convex:
+        assert divergence.min() >= -1e-12
     assert transfer.matching_loss(reference, reference).abs().max() == 0
 
 

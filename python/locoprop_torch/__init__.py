@@ -1,5 +1,6 @@
 """LocoProp for PyTorch models: an optimiser that captures layers with hooks and hands them to ``locoprop_kernels``."""
 
+from locoprop_torch.layouts import GroupedLinear
 from locoprop_torch.optimizer import LocoProp
 
-__all__ = ["LocoProp"]
+__all__ = ["GroupedLinear", "LocoProp"]

@@ -33,7 +33,7 @@ from locoprop_kernels import LocalProblem, StepReport, local_steps_, rules
 from locoprop_kernels.rules import Rule
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.discovery import transfer_of
-from locoprop_torch.layouts import Layout, join_state, layout_of, split_state
+from locoprop_torch.layouts import Layout, join_state, laid_out, layout_of, split_state
 
 __all__ = ["LocoLayer", "LocopropTrainer"]
 
@@ -323,9 +323,8 @@ class LocopropTrainer:
                 if slot in slots and value is not None
             }
             split = layout.split(kind)
-            laid_out = torch.empty_like(parameter).copy_(gradient)
             states = split_state(split, parameter, stored)
-            for problem, part, state in zip(problems, split(laid_out), states, strict=True):
+            for problem, part, state in zip(problems, split(laid_out(gradient, parameter)), states, strict=True):
                 setattr(problem, f"grad_{kind}", part)
                 problem.state[kind] = state
         return problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from locoprop_kernels.patches import Patches, Rows
 
-__all__ = ["GroupedLinear", "Layout", "join_state", "layout_of", "split_state"]
+__all__ = [
+    "GroupedLinear",
+    "Layout",
+    "join_state",
+    "laid_out",
+    "layout_of",
+    "number_of_groups",
+    "split_state",
+    "supported_modules",
+    "tied_layers",
+]
 
 
 class GroupedLinear(nn.Module):
@@ -179,6 +189,7 @@ class _ConvLayout(Layout):
         return list(rows.chunk(self.module.groups, 1))
 
 
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, GroupedLinear)
 _LAYOUTS: dict[type[nn.Module], Callable[[Any], Layout]] = {
     nn.Linear: _LinearLayout,
     nn.Conv1d: _ConvLayout,
@@ -208,15 +219,67 @@ def layout_of(module: nn.Module) -> Layout | None:
     return None
 
 
+def supported_modules(model: nn.Module) -> dict[str, Any]:
+    """The modules of ``model`` that LocoProp can train, by name.
+
+    Raises:
+        ValueError: one of them has no shape yet, or strides that are not supported.
+    """
+    modules: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _KINDS):
+            if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
+                raise ValueError(f"layer {name!r} is lazy: run a forward pass before you build the optimiser")
+            if layout_of(module) is not None:
+                modules[name] = module
+    return modules
+
+
+def tied_layers(modules: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """``modules`` grouped by their weight: a group shares one parameter.
+
+    Raises:
+        ValueError: layers that share their weight have different biases or shapes of groups, or layers share a bias
+            alone.
+    """
+    groups: dict[int, dict[str, Any]] = {}
+    for name, module in modules.items():
+        groups.setdefault(id(module.weight), {})[name] = module
+    owners: dict[int, str] = {}
+    for group in groups.values():
+        name, first = next(iter(group.items()))
+        for other, module in group.items():
+            if module.bias is not first.bias:
+                raise ValueError(f"layers {name!r} and {other!r} share their weight, so they must share their bias too")
+            if type(module) is not type(first) or getattr(module, "groups", 1) != getattr(first, "groups", 1):
+                raise ValueError(f"layers {name!r} and {other!r} share their weight, so they must be of one kind")
+        for parameter in first.parameters(recurse=False):
+            other = owners.setdefault(id(parameter), name)
+            if other != name:
+                raise ValueError(f"layers {other!r} and {name!r} share a bias, so they must share their weight too")
+    return list(groups.values())
+
+
+def laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """``tensor`` with the strides of ``parameter``, whose shape it has."""
+    if tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def number_of_groups(module: nn.Module) -> int:
+    """How many local problems a supported module forms."""
+    return module.groups if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, GroupedLinear)) else 1
+
+
 def split_state(
     split: Callable[[Tensor], list[Tensor]], parameter: Tensor, state: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """An update rule's state of ``parameter``, its slots shaped like it, as one state per group: views if possible."""
     states: list[dict[str, Any]] = [{} for _ in split(parameter)]
     for slot, value in state.items():
-        if value.dim() and value.shape == parameter.shape and value.stride() != parameter.stride():
-            value = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
-        parts = split(value) if value.dim() else [value] * len(states)
+        fits = value.dim() and value.shape == parameter.shape
+        parts = split(laid_out(value, parameter)) if fits else [value] * len(states)
         for group, part in zip(states, parts, strict=True):
             group[slot] = part
     return states

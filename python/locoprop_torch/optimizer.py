@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from locoprop_kernels import LocalProblem, StepReport, local_steps_, rules, transfers
 from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS
+from locoprop_kernels.regularisers import Regulariser, as_regulariser
 from locoprop_kernels.steps import BACKENDS, triton_unavailable
 from locoprop_kernels.transfers import Transfer
-from locoprop_torch.capture import Layer, is_supported
+from locoprop_torch.capture import ActivationHook, Layer
 from locoprop_torch.discovery import find_transfers
+from locoprop_torch.layouts import join_state, number_of_groups, split_state, supported_modules, tied_layers
+from locoprop_torch.targets import TARGETS, Target, starting_gradients
 
 __all__ = ["LocoProp", "default_lr_decay"]
 
@@ -40,11 +44,16 @@ def _check_hyperparameters(group: Mapping[str, Any], *, warm_up: bool) -> None:
     _check_number("lr", lr, zero=warm_up)
     _check_number("activation_lr", group["activation_lr"], zero=False)
     _check_number("prox", group["prox"], zero=True)
+    _check_number("weight_decay", group["weight_decay"], zero=True)
     iterations = group["local_iterations"]
     if isinstance(iterations, bool) or not isinstance(iterations, int):
         raise TypeError(f"local_iterations must be an integer, got {iterations!r}")
     if iterations < 1:
         raise ValueError(f"local_iterations must be >= 1, got {iterations!r}")
+
+
+def _as_list(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -93,7 +102,8 @@ class LocoProp(Optimizer):
     as they were. In the second case ``step`` warns once and counts it in :attr:`skipped_steps`.
 
     Args:
-        model: its ``nn.Linear`` layers are captured by forward hooks, and trained unless ``aux`` has their parameters.
+        model: its ``nn.Linear``, ``nn.Conv1d/2d/3d`` and :class:`GroupedLinear` layers are captured by forward hooks,
+            and trained unless ``aux`` has their parameters. A convolution's examples are the positions of its output.
         lr: learning rate of the local rule, ``> 0`` (``param_groups[..]["lr"]``; a scheduler may set it to 0).
         activation_lr: ``γ``, step size of the activation targets, ``> 0``.
         local_iterations: ``T >= 1``.
@@ -108,6 +118,12 @@ class LocoProp(Optimizer):
             part of its ``state_dict``.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``.
         compute_dtype: dtype of the operands of the local products; ``None`` for the parameters'.
+        target: ``"dual"``, ``"primal"`` or a function, see :mod:`locoprop_torch.targets`; or one by submodule name.
+        regulariser: a further regulariser, see :class:`locoprop_kernels.Regulariser`.
+        weight_decay: decoupled weight decay ``>= 0``, as AdamW's: ``W`` is multiplied by ``1 - lr * weight_decay``.
+        param_groups: groups with hyper-parameters of their own, as in torch: ``{"params": model.fc1.parameters(),
+            "activation_lr": 1.0}``; ``lr``, ``activation_lr``, ``local_iterations``, ``prox``, ``rule`` and
+            ``weight_decay`` may be set. All parameters of a layer go into one group; those of no group form the first.
 
     Attributes:
         last_reports: the :class:`locoprop_kernels.StepReport` of each parameter group at the last step.
@@ -132,6 +148,10 @@ class LocoProp(Optimizer):
         aux: Optimizer | None = None,
         backend: str = "auto",
         compute_dtype: torch.dtype | None = None,
+        target: Target | Mapping[str, Target] = "dual",
+        regulariser: Regulariser | Callable[[Tensor, Tensor], Tensor] | None = None,
+        weight_decay: float = 0.0,
+        param_groups: Iterable[dict[str, Any]] = (),
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -151,8 +171,12 @@ class LocoProp(Optimizer):
             "local_iterations": local_iterations,
             "prox": prox,
             "rule": rules.get(rule),
+            "weight_decay": weight_decay,
         }
         _check_hyperparameters(defaults, warm_up=False)
+        for choice in target.values() if isinstance(target, Mapping) else [target]:
+            if not callable(choice):
+                _check_choice("target", choice, TARGETS)
         if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
             raise ValueError(
                 "model must not contain DistributedDataParallel: local problems of several processes differ"
@@ -165,50 +189,80 @@ class LocoProp(Optimizer):
         self.aux = aux
         self.backend = backend
         self.compute_dtype = compute_dtype
+        self.target = target
+        self.regulariser = as_regulariser(regulariser)
         self.last_reports: list[StepReport] = []
         self._skipped = _SkipCounter()
         self._transfers = dict(transfers or {})
+        self._targets = dict(target) if isinstance(target, Mapping) else {}
+        self._activation_handles: list[RemovableHandle] = []
         self._layers: dict[str, Layer] = {}
         self._attach()
         owned = {id(p): p for layer in self._layers.values() for p in layer.parameters.values()}
         self._check_coverage(owned)
-        super().__init__(list(owned.values()), defaults)
+        groups = [{**group, "params": _as_list(group["params"])} for group in param_groups]
+        grouped = {id(p) for group in groups for p in group["params"]}
+        rest = [p for key, p in owned.items() if key not in grouped]
+        super().__init__([*([{"params": rest}] if rest else []), *groups], defaults)
 
     # --- layers and parameter groups
 
     def _attach(self) -> None:
         """Capture the supported layers of the model that are not captured yet and that ``aux`` leaves to us."""
-        aux_ids = {id(p) for group in self.aux.param_groups for p in group["params"]} if self.aux else set()
-        layers: dict[str, nn.Linear] = {}
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear) and is_supported(module):
-                parameters = list(module.parameters(recurse=False))
-                if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters):
-                    raise ValueError(f"layer {name!r} is lazy: run a forward pass before you build the optimiser")
-                in_aux = [id(p) in aux_ids for p in parameters]
-                if any(in_aux) and not all(in_aux):
-                    raise ValueError(f"aux must have all parameters of layer {name!r} or none, got only some")
-                if not any(in_aux):
-                    layers[name] = module
-        if not layers:
+        modules = {
+            name: module for name, module in supported_modules(self.model).items() if not self._in_aux(name, module)
+        }
+        if not modules:
             raise ValueError(
-                "model must have at least one supported layer (nn.Linear) whose parameters are not in aux; "
-                f"got {type(self.model).__name__} without one"
+                "model must have at least one supported layer (nn.Linear, nn.Conv1d/2d/3d, GroupedLinear) "
+                f"whose parameters are not in aux; got {type(self.model).__name__} without one"
             )
-        unknown = set(self._transfers) - set(layers)
-        if unknown:
-            raise ValueError(f"transfers must name captured layers ({', '.join(layers)}); got {sorted(unknown)}")
-        owners: dict[int, str] = {}
-        for name, module in layers.items():
-            for parameter in module.parameters(recurse=False):
-                other = owners.setdefault(id(parameter), name)
-                if other != name:
-                    raise ValueError(f"layers {other!r} and {name!r} share a parameter, which is not supported")
-        overrides = {name: transfers.get(transfer) for name, transfer in self._transfers.items()}
-        found = find_transfers(self.model, layers.values())
-        for name, module in layers.items():
-            if name not in self._layers:
-                self._layers[name] = Layer(name, module, overrides.get(name, found[module]))
+        for argument, given in (("transfers", self._transfers), ("target", self._targets)):
+            unknown = set(given) - set(modules)
+            if unknown:
+                raise ValueError(f"{argument} must name captured layers ({', '.join(modules)}); got {sorted(unknown)}")
+        found = find_transfers(self.model, modules.values())
+        chosen = {name: transfers.get(self._transfers.get(name, found[modules[name]])) for name in modules}
+        for tied in tied_layers(modules):
+            name = next(iter(tied))
+            if name in self._layers:
+                continue
+            functions = {chosen[other] for other in tied}
+            if len(functions) > 1:
+                raise ValueError(
+                    f"layers {', '.join(tied)} share their weight, so one transfer function must follow all of them, "
+                    f"got {', '.join(sorted(map(str, functions)))}: set it for each of them in transfers"
+                )
+            transfer = functions.pop()
+            if not transfer.elementwise and number_of_groups(tied[name]) > 1:
+                raise ValueError(
+                    f"layer {name!r} has groups, so its transfer function must be elementwise, got {transfer}"
+                )
+            self._layers[name] = Layer(tied, transfer, keep_gradients=self._target(name) != "dual")
+        self._watch_activations()
+
+    def _in_aux(self, name: str, module: nn.Module) -> bool:
+        if self.aux is None:
+            return False
+        aux_ids = {id(p) for group in self.aux.param_groups for p in group["params"]}
+        inside = [id(p) in aux_ids for p in module.parameters(recurse=False)]
+        if any(inside) and not all(inside):
+            raise ValueError(f"aux must have all parameters of layer {name!r} or none, got only some")
+        return any(inside)
+
+    def _target(self, name: str) -> Target:
+        return self._targets.get(name, "dual") if isinstance(self.target, Mapping) else self.target
+
+    def _watch_activations(self) -> None:
+        """For primal targets: hooks on the modules that the layers' outputs may go through next."""
+        layers = [layer for name, layer in self._layers.items() if self._target(name) == "primal"]
+        for handle in self._activation_handles:
+            handle.remove()
+        self._activation_handles = [
+            module.register_forward_hook(ActivationHook(layers))
+            for module in self.model.modules()
+            if layers and not list(module.children()) and not list(module.parameters())
+        ]
 
     def _check_coverage(self, owned: Mapping[int, Tensor]) -> None:
         covered = set(owned)
@@ -228,7 +282,7 @@ class LocoProp(Optimizer):
             ValueError: a parameter belongs to no supported layer of the model, or a layer's parameters are split.
         """
         params = param_group["params"]
-        param_group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+        param_group["params"] = params = _as_list(params)
         ids = {id(p) for p in params}
         owned = {id(p) for layer in self._layers.values() for p in layer.parameters.values()}
         if not ids <= owned:
@@ -274,7 +328,7 @@ class LocoProp(Optimizer):
         rates = [self._rates(group) for group, _ in work]
         self.last_reports = [
             local_steps_(
-                problems,
+                [problem for problems in layers.values() for problem in problems],
                 rule=group["rule"],
                 lr=rate,
                 prox=group["prox"],
@@ -282,18 +336,18 @@ class LocoProp(Optimizer):
                 backend=self.backend,
                 compute_dtype=self.compute_dtype,
                 commit=False,
+                regulariser=self.regulariser,
             )
-            for (group, problems), rate in zip(work, rates, strict=True)
+            for (group, layers), rate in zip(work, rates, strict=True)
         ]
         finite = self._finite(loss)
         if self.aux is not None and finite:  # the host decides here: with aux, a step waits for the device
             self.aux.step()
-        for (_, problems), report in zip(work, self.last_reports, strict=True):
+        for (group, layers), report in zip(work, self.last_reports, strict=True):
+            self._decay(group, layers, finite)
             report.commit_(finite)
-            for problem in problems:
-                for name, (parameter, _) in problem.trained().items():
-                    if problem.state.get(name):
-                        self.state[parameter] = problem.state[name]
+            for layer, problems in layers.items():
+                self._keep_state(layer, problems)
         self._forget()
         self._skipped.count(finite)
         return loss
@@ -303,13 +357,30 @@ class LocoProp(Optimizer):
         iterations = group["local_iterations"]
         return [float(group["lr"]) * self.lr_decay(t, iterations) for t in range(iterations)]
 
-    def _problems(self) -> list[tuple[dict[str, Any], list[LocalProblem]]]:
-        """The local problems of every parameter group that has some."""
+    def _decay(self, group: dict[str, Any], layers: Iterable[Layer], finite: Tensor) -> None:
+        """Decoupled weight decay, as AdamW's: once a step, before the increment is added."""
+        factor = 1 - float(group["lr"]) * group["weight_decay"]
+        if factor == 1:
+            return
+        kept = torch.where(finite, torch.full((), factor, dtype=torch.float64, device=finite.device), 1.0)
+        for layer in layers:
+            for parameter in layer.trained.values():
+                parameter.mul_(kept)
+
+    def _keep_state(self, layer: Layer, problems: list[LocalProblem]) -> None:
+        for kind, parameter in layer.trained.items():
+            states = [problem.state[kind] for problem in problems if problem.state.get(kind)]
+            if states:
+                stored = self.state.get(parameter, {})
+                self.state[parameter] = join_state(layer.layout.split(kind), parameter, stored, states)
+
+    def _problems(self) -> list[tuple[dict[str, Any], dict[Layer, list[LocalProblem]]]]:
+        """The local problems of the layers of every parameter group that has some."""
         groups = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        work: list[list[LocalProblem]] = [[] for _ in self.param_groups]
+        work: list[dict[Layer, list[LocalProblem]]] = [{} for _ in self.param_groups]
         for name, layer in self._layers.items():
             group = groups.get(id(layer.weight))
-            self._check_unchanged(name, layer)
+            self._check_unchanged(layer)
             trained = layer.trained
             if group is None or not trained:
                 continue
@@ -326,42 +397,50 @@ class LocoProp(Optimizer):
                     f"layer {name!r} has a gradient but no captured forward pass: build the optimiser before the "
                     "forward pass, call the layer as a module, and do not call step() twice for one backward pass"
                 )
-            x, preactivation = layer.rows()
-            gamma = self.param_groups[group]["activation_lr"]
-            gradients = {f"grad_{kind}": gamma * p.grad for kind, p in trained.items()}
-            work[group].append(
-                LocalProblem(
-                    x=x,
-                    preactivation=preactivation,
-                    weight=layer.weight,
-                    bias=layer.bias,
-                    transfer="identity" if self.local_loss == "squared" else layer.transfer,
-                    state={kind: self.state[p] for kind, p in trained.items() if p in self.state},
-                    name=f"layer {name!r}",
-                    **gradients,
-                )
-            )
+            work[group][layer] = self._layer_problems(layer, self.param_groups[group]["activation_lr"])
         if not any(work):
             raise ValueError(
                 "step() needs a forward and a backward pass through at least one captured layer since the last one"
             )
         return [(group, problems) for group, problems in zip(self.param_groups, work, strict=True) if problems]
 
-    def _check_unchanged(self, name: str, layer: Layer) -> None:
-        try:
-            module = self.model.get_submodule(name)
-        except AttributeError:
-            module = None
-        if module is not layer.module:
-            raise ValueError(
-                f"layer {name!r} is no longer the module that the optimiser was built with: build a new optimiser"
-            )
-        for kind in ("weight", "bias"):
-            if getattr(layer.module, kind) is not getattr(layer, kind):
+    def _layer_problems(self, layer: Layer, activation_lr: float) -> list[LocalProblem]:
+        """One local problem per group of the layer."""
+        transfer = transfers.get("identity") if self.local_loss == "squared" else layer.transfer
+        layout = layer.layout
+        rows = layer.rows()
+        weights = layout.weights(layer.weight)
+        biases = [None] * len(weights) if layer.bias is None else layout.biases(layer.bias)
+        problems = [
+            LocalProblem(x, a, weight, bias, transfer=transfer, name=f"layer {layer.name!r}")
+            for (x, a), weight, bias in zip(rows, weights, biases, strict=True)
+        ]
+        gradients = starting_gradients(layer, self._target(layer.name), transfer, [x for x, _ in rows], activation_lr)
+        for kind, parts in gradients.items():
+            parameter = layer.parameters[kind]
+            states = split_state(layout.split(kind), parameter, self.state.get(parameter, {}))
+            for problem, part, state in zip(problems, parts, states, strict=True):
+                setattr(problem, f"grad_{kind}", part)
+                if state:
+                    problem.state[kind] = state
+        return problems
+
+    def _check_unchanged(self, layer: Layer) -> None:
+        for name, captured in layer.modules.items():
+            try:
+                module = self.model.get_submodule(name)
+            except AttributeError:
+                module = None
+            if module is not captured:
                 raise ValueError(
-                    f"the {kind} of layer {name!r} is no longer the parameter that the optimiser was built with: "
-                    "build a new optimiser"
+                    f"layer {name!r} is no longer the module that the optimiser was built with: build a new optimiser"
                 )
+            for kind in ("weight", "bias"):
+                if getattr(module, kind) is not getattr(layer, kind):
+                    raise ValueError(
+                        f"the {kind} of layer {name!r} is no longer the parameter that the optimiser was built with: "
+                        "build a new optimiser"
+                    )
 
     def _finite(self, loss: Any) -> Tensor:
         """Whether the whole step may be committed: a bool tensor on the parameters' device."""
@@ -433,8 +512,8 @@ class LocoProp(Optimizer):
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "last_reports": []}
-        state["_layers"] = {name: layer.transfer for name, layer in self._layers.items()}
+        state = {**self.__dict__, "last_reports": [], "_activation_handles": []}
+        state["_layers"] = [(list(layer.modules), layer.transfer) for layer in self._layers.values()]
         # torch's own __init__ and __setstate__ put these back
         return {
             k: v for k, v in state.items() if not k.endswith("_hooks") and k not in ("_zero_grad_profile_name", "step")
@@ -443,16 +522,22 @@ class LocoProp(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_layers" in state:  # absent when torch's load_state_dict calls this
-            modules = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
-            self._layers = {name: Layer(name, modules[name], transfer) for name, transfer in state["_layers"].items()}
+            self._layers = {}
+            for names, transfer in state["_layers"]:
+                modules = {name: self.model.get_submodule(name) for name in names}
+                self._layers[names[0]] = Layer(modules, transfer, keep_gradients=self._target(names[0]) != "dual")
+            self._watch_activations()
 
     def __repr__(self) -> str:
         width = max(map(len, self._layers))
         lines = [super().__repr__(), f"local loss: {self.local_loss}; layers:"]
         for name, layer in self._layers.items():
-            n, k = layer.weight.shape
+            weights = layer.layout.weights(layer.weight)
+            n, k = weights[0].shape
+            groups = f"{len(weights)} x " if len(weights) > 1 else ""
             transfer = "identity" if self.local_loss == "squared" else layer.transfer
-            lines.append(f"  {name:<{width}}  {k} -> {n}  {transfer}")
+            tied = f"  (also {', '.join(list(layer.modules)[1:])})" if len(layer.modules) > 1 else ""
+            lines.append(f"  {name:<{width}}  {groups}{k} -> {n}  {transfer}{tied}")
         if self.aux is not None:
             lines.append(f"aux: {type(self.aux).__name__}")
         return "\n".join(lines)
