@@ -45,6 +45,7 @@ def _commit_kernel(
     INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
     if tl.load(ok_ptr) != 0:
         tile_ptr = tiles_ptr + tl.program_id(0) * 3
@@ -57,10 +58,11 @@ def _commit_kernel(
         has_bias = (tl.load(bias_ptr + c.GRAD) != 0) & (k_block == 0)
         first = (n_block == 0) & (k_block == 0)
         if has_weight:
-            columns = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
             row_stride = stride(weight_ptr, c.STRIDE)
             k = tl.load(row_ptr + c.INPUTS)
-            _commit_parameter(weight_ptr, rows, columns, n, k, row_stride, PARAMETER, SLOTS, INTERPRETED)
+            for strip in range(0, BLOCK_K, STRIP):
+                columns = k_block * BLOCK_K + strip + tl.arange(0, STRIP)
+                _commit_parameter(weight_ptr, rows, columns, n, k, row_stride, PARAMETER, SLOTS, INTERPRETED)
             if COUNTS_STEPS:
                 if first:
                     _count_steps(weight_ptr, iterations)

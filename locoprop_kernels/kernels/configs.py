@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["Config", "default", "use"]
+if TYPE_CHECKING:
+    from locoprop_kernels.kernels.inspection import Variant
+
+__all__ = ["Config", "default", "driver", "programs", "use", "variants"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Config:
         r: length of a step along the reduction.
         warps: warps per program.
         stages: depth of the load pipeline.
-        split: run the epilogues on half tiles, to save registers.
+        parts: into how many parts (1, 2, 4) the epilogues cut a tile, to save registers.
     """
 
     n: int
@@ -29,7 +33,7 @@ class Config:
     r: int
     warps: int = 8
     stages: int = 3
-    split: bool = False
+    parts: int = 1
 
     @property
     def options(self) -> dict[str, int]:
@@ -39,35 +43,75 @@ class Config:
 
 # In the interpreter an operation costs the same for any tile; different sizes catch swapped dimensions.
 _INTERPRETER = Config(n=16, b=64, k=128, r=32)
-_DEFAULTS = {
-    ("cuda:90", "bf16"): Config(n=128, b=128, k=128, r=64, split=True),
-    ("cuda:90", "fp16"): Config(n=128, b=128, k=128, r=64, split=True),
-    ("cuda:90", "tf32"): Config(n=128, b=128, k=128, r=32, split=True),
-    ("cuda:90", "ieee"): Config(n=64, b=64, k=64, r=16, warps=4, stages=2),
+
+# Chosen from compile reports: the largest tiles that neither spill nor exceed the shared memory. Nothing is measured.
+_HOPPER = Config(n=128, b=128, k=128, r=64, warps=8, stages=3, parts=4)
+_AMPERE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=4)
+_CDNA = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, parts=4)
+_EXACT = Config(n=64, b=64, k=64, r=16, warps=4, stages=2, parts=2)
+_SIXTEEN_BITS = {"sm_90": _HOPPER, "sm_100": _HOPPER, "sm_103": _HOPPER, "gfx90a": _CDNA, "gfx942": _CDNA}
+_TF32 = {
+    "sm_90": Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=4),
+    "sm_100": Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=4),
 }
-_override: Config | None = None
+
+
+@dataclass
+class _Override:
+    config: Config | None = None
+    driver: str | None = None
+    programs: int | None = None
+
+
+_override = _Override()
 
 
 def default(target: str, precision: str) -> Config:
-    """The configuration for a target (``"cuda:90"``, ``"hip:gfx942"``, ``"interpreter"``).
+    """The configuration for a target (``"sm_90"``, ``"gfx942"``, ``"interpreter"``).
 
     Args:
         target: backend and architecture.
         precision: ``"bf16"``, ``"fp16"``, ``"tf32"`` or ``"ieee"`` (float32).
     """
-    if _override is not None:
-        return _override
+    if _override.config is not None:
+        return _override.config
     if target == "interpreter":
         return _INTERPRETER
-    return _DEFAULTS.get((target, precision), _DEFAULTS["cuda:90", precision])
+    if precision == "ieee":
+        return _EXACT
+    table = _TF32 if precision == "tf32" else _SIXTEEN_BITS
+    return table.get(target, _AMPERE)
+
+
+def driver() -> str | None:
+    """The driver asked for by :func:`use`, or ``None``."""
+    return _override.driver
+
+
+def programs() -> int | None:
+    """The number of programs of the single launch asked for by :func:`use`, or ``None``."""
+    return _override.programs
 
 
 @contextmanager
-def use(config: Config) -> Iterator[None]:
-    """Run with ``config`` instead of the default: for tests, and for measuring configurations."""
+def use(config: Config | None = None, driver: str | None = None, programs: int | None = None) -> Iterator[None]:
+    """Run with these instead of the defaults: for tests, and for measuring configurations.
+
+    Args:
+        config: tile sizes and launch options.
+        driver: ``"single"`` or ``"grouped"``, for layers that take either.
+        programs: programs of the single launch; the caller answers for their being resident at once.
+    """
     global _override
-    before, _override = _override, config
+    before, _override = _override, _Override(config, driver, programs)
     try:
         yield
     finally:
         _override = before
+
+
+def variants(target: str) -> list[Variant]:
+    """Every kernel in its default configurations for ``target``, as it would be launched."""
+    from locoprop_kernels.kernels.variants import variants
+
+    return variants(target)

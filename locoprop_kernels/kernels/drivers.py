@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from locoprop_kernels.kernels import columns as c
-from locoprop_kernels.kernels import commit, configs, grouped, prepare, updates
+from locoprop_kernels.kernels import commit, configs, grouped, prepare, single, updates
 from locoprop_kernels.kernels.functions import FUNCTIONS
 from locoprop_kernels.kernels.plan import ALIGNMENT, Key, Layer, Plan
 from locoprop_kernels.problem import LocalProblem, rule_state
@@ -23,6 +23,8 @@ from locoprop_kernels.transfers import Transfer
 __all__ = ["Group", "run", "unsupported"]
 
 _KEPT_PLANS = 32
+# Beyond this a local step takes so long that two launches cost nothing, and the hardware's own queue balances better.
+_MOST_TILES_PER_PROGRAM = 64
 _plans: OrderedDict[Key, Plan] = OrderedDict()
 
 
@@ -36,9 +38,9 @@ def target_of(device: torch.device) -> str:
     if interpreted():
         return "interpreter"
     if torch.version.hip:
-        return "hip:" + torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
-    return f"cuda:{major}{minor}"
+    return f"sm_{major}{minor}"
 
 
 def float32_precision() -> str:
@@ -181,6 +183,25 @@ def _inputs(
     return cells, alive
 
 
+def _resident_programs(device: torch.device) -> int:
+    """How many programs of the single launch are resident at once: one per multiprocessor, whose registers it fills."""
+    programs = configs.programs()
+    if programs is not None:
+        return programs
+    if interpreted():
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _tiles(key: Key) -> int:
+    """Tiles of a local step."""
+    config = key.config
+    return sum(
+        -(-layer.outputs // config.n) * (-(-layer.batch // config.b) + -(-layer.inputs // config.k))
+        for layer in key.layers
+    )
+
+
 def _plan(key: Key) -> Plan:
     plan = _plans.get(key)
     if plan is None:
@@ -257,9 +278,13 @@ def _run_group(
         transposed=precision == "tf32",
         interpreted=interpreted(),
         config=config,
-        programs=1,
+        programs=0,
     )
-    plan = _plan(key)
+    programs = _resident_programs(device) if configs.driver() != "grouped" else 0
+    if programs and configs.driver() != "single" and _tiles(key) > _MOST_TILES_PER_PROGRAM * programs:
+        programs = 0
+    plan = _plan(replace(key, programs=programs))
+    key = plan.key
     states = [
         {
             name: {slot: value.contiguous() for slot, value in rule_state(problem, name, rule, "problem").items()}
@@ -287,38 +312,94 @@ def _run_group(
     if iterations > 1 or trace:
         prepare.prepare_x(table, plan.prepare_x_tiles, constants["prepare_x"], key.transposed)
         prepare.prepare_a0(table, plan.prepare_a0_tiles, constants["prepare_a0"])
-    _grouped(plan, table, rates_tensor, iterations, float(prox), bad, partial, constants)
+    launches = _Launches(plan, table, rates_tensor, iterations, float(prox), bad, partial, constants)
+    if operand == torch.float16:
+        launches.update(0)  # finds the scale of the first increment
+    if key.programs:
+        launches.single()
+    else:
+        launches.grouped()
     return Group(
-        problems, plan, iterations, results, table, states, [*alive, scratch], partial if trace else None, "grouped"
+        problems=problems,
+        plan=plan,
+        iterations=iterations,
+        results=results,
+        table=table,
+        states=states,
+        keep_alive=[*alive, scratch],
+        trace=partial if trace else None,
+        driver="single" if key.programs else "grouped",
     )
 
 
-def _grouped(
-    plan: Plan,
-    table: Tensor,
-    rates: Tensor,
-    iterations: int,
-    prox: float,
-    bad: Tensor,
-    partial: Tensor,
-    constants: dict[str, dict[str, Any]],
-) -> None:
-    def update(t: int) -> None:
-        grouped.launch_update(
-            table, plan.update_tiles, rates, t, iterations, prox, bad, partial, plan.trace_slots, constants["update"]
+@dataclass(eq=False)
+class _Launches:
+    """The drivers: sequences of launches that run a plan's local loop."""
+
+    plan: Plan
+    table: Tensor
+    rates: Tensor
+    iterations: int
+    prox: float
+    bad: Tensor
+    trace: Tensor
+    constants: dict[str, dict[str, Any]]
+
+    def single(self) -> None:
+        plan = self.plan
+        counters = torch.zeros(2 * len(plan.updates_per_block), dtype=torch.int32, device=plan.key.device)
+        lists = (
+            plan.activation_tiles,
+            plan.activation_offsets,
+            plan.update_tiles,
+            plan.update_offsets,
+            plan.activations_per_block,
+            plan.updates_per_block,
+        )
+        single.launch(
+            self.table,
+            lists,
+            counters,
+            self.rates,
+            self.iterations,
+            self.prox,
+            self.bad,
+            self.trace,
+            plan.trace_slots,
+            self.constants["single"],
         )
 
-    def activation(t: int) -> None:
-        grouped.launch_activation(table, plan.activation_tiles, t, partial, plan.trace_slots, constants["activation"])
+    def grouped(self) -> None:
+        for t in range(self.iterations):
+            if t > 0:  # E_0 = 0
+                self.activation(t)
+            self.update(t)
+        if self.plan.key.trace:
+            self.activation(self.iterations)
 
-    if plan.key.operand == torch.float16:
-        update(0)  # finds the scale of the first increment
-    for t in range(iterations):
-        if t > 0:
-            activation(t)
-        update(t)
-    if plan.key.trace:
-        activation(iterations)
+    def activation(self, t: int) -> None:
+        grouped.launch_activation(
+            self.table,
+            self.plan.activation_tiles,
+            t,
+            self.trace,
+            self.plan.trace_slots,
+            self.constants["activation"],
+        )
+
+    def update(self, t: int) -> None:
+        grouped.launch_update(
+            self.table,
+            self.plan.update_tiles,
+            self.rates,
+            t,
+            self.iterations,
+            self.prox,
+            self.bad,
+            self.trace,
+            self.plan.trace_slots,
+            self.constants["update"],
+        )
 
 
 def commit_group(group: Group, ok: Tensor) -> None:

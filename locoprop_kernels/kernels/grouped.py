@@ -25,7 +25,7 @@ def _activation_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     tile_ptr = tiles_ptr + tl.program_id(0) * 3
     row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
@@ -45,7 +45,7 @@ def _activation_kernel(
         BLOCK_N,
         BLOCK_B,
         BLOCK_R,
-        SPLIT,
+        PARTS,
     )
 
 
@@ -73,7 +73,7 @@ def _update_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     tile_ptr = tiles_ptr + tl.program_id(0) * 3
     row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
@@ -101,7 +101,7 @@ def _update_kernel(
         BLOCK_N,
         BLOCK_K,
         BLOCK_R,
-        SPLIT,
+        PARTS,
     )
 
 

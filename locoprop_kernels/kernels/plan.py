@@ -23,7 +23,7 @@ from torch import Tensor
 from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels.configs import Config
 from locoprop_kernels.kernels.functions import FUNCTIONS
-from locoprop_kernels.schedule import Schedule, Tiles, build
+from locoprop_kernels.schedule import Schedule, Tiles, build, validate
 
 __all__ = ["Key", "Layer", "Plan"]
 
@@ -67,7 +67,7 @@ class Key:
     transposed: bool
     interpreted: bool
     config: Config
-    programs: int
+    programs: int  # of the single launch; 0 for the grouped driver
 
 
 class _Arena:
@@ -127,7 +127,10 @@ class Plan:
     def __post_init__(self) -> None:
         key, config = self.key, self.key.config
         sizes = [(layer.batch, layer.inputs if layer.weight else 1, layer.outputs) for layer in key.layers]
-        self.schedule = build(sizes, Tiles(config.n, config.b, config.k), key.programs)
+        tiles = Tiles(config.n, config.b, config.k)
+        self.schedule = build(sizes, tiles, key.programs or 1)
+        if key.programs:
+            validate(self.schedule, sizes, tiles, key.programs)
         self._results, self._scratch = _Arena(), _Arena()
         self._in_results: list[tuple[int, int]] = []  # (layer, column) of offsets into the results
         self._in_scratch: list[tuple[int, int]] = []
@@ -175,7 +178,7 @@ class Plan:
         n = _round_up(layer.outputs, config.n)
         b = _round_up(layer.batch, max(config.b, config.r))
         k = _round_up(layer.inputs, max(config.k, config.r))
-        parts = 2 if config.split else 1
+        parts = config.parts
         n_blocks, b_blocks = n // config.n, -(-layer.batch // config.b)
         k_blocks = -(-layer.inputs // config.k) if layer.weight else 1
         row = self._template[index]
@@ -289,7 +292,7 @@ class Plan:
             "INTERPRETED": key.interpreted,
             "BLOCK_N": config.n,
             "BLOCK_R": config.r,
-            "SPLIT": config.split,
+            "PARTS": config.parts,
         }
         activation = {
             "TRANSFERS": self.transfers,
@@ -310,11 +313,18 @@ class Plan:
         commit = {name: update[name] for name in ("PARAMETER", "SLOTS", "COUNTS_STEPS", "BLOCK_K")}
         prepare = {"BLOCK": _PREPARE, "INTERPRETED": key.interpreted}
         options = {} if key.interpreted else config.options
+        cooperative = {} if key.interpreted else {"launch_cooperative_grid": True}
         return {
             "activation": {**products, **activation, **options},
             "update": {**products, **update, **options},
-            "single": {**products, **activation, **update, **options},
-            "commit": {**commit, "BLOCK_N": config.n, "INTERPRETED": key.interpreted},
+            "single": {**products, **activation, **update, **options, **cooperative},
+            "commit": {
+                **commit,
+                "BLOCK_N": config.n,
+                "STRIP": config.k if key.interpreted else min(16, config.k),
+                "INTERPRETED": key.interpreted,
+                **options,
+            },
             "prepare_x": {"SOURCE": _TRITON_DTYPES[key.x], "TARGET": operand, "PRECISION": precision, **prepare},
             "prepare_a0": {"SOURCE": preactivation, "TARGET": preactivation, "PRECISION": "ieee", **prepare},
         }

@@ -85,9 +85,9 @@ def _product(left_ptrs, right_ptrs, left_step, right_step, length, accumulator, 
 
 
 @triton.jit
-def _halves(accumulator, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Left and right half: an epilogue on half a tile needs half the registers."""
-    return tl.split(accumulator.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+def _halves(tile):
+    """Left and right half: an epilogue on part of a tile needs part of the registers."""
+    return tl.split(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1))
 
 
 @triton.jit
@@ -134,9 +134,10 @@ def _divergence(a0, change, code, parameter, DIVERGENCES: tl.constexpr):
 
 
 @triton.jit
-def _activation_epilogue(row_ptr, product, rows, columns, part, trace_ptr, scale, TRANSFERS: tl.constexpr,
+def _activation_epilogue(row_ptr, product, rows, start, part, trace_ptr, scale, TRANSFERS: tl.constexpr,
                          DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
                          PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    columns = start + tl.arange(0, product.shape[1])
     code = tl.load(row_ptr + c.TRANSFER)
     parameter = bits_to_float(tl.load(row_ptr + c.PARAMETER))
     offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
@@ -154,14 +155,25 @@ def _activation_epilogue(row_ptr, product, rows, columns, part, trace_ptr, scale
     tl.store(sums_ptr + rows, tl.sum(difference, 1))
     if len(DIVERGENCES) > 0:
         loss = tl.where(valid, _divergence(a0, change, code, parameter, DIVERGENCES), 0.0)
-        tl.store(trace_ptr, tl.sum(tl.sum(loss, 1), 0))
+        tl.store(trace_ptr + part, tl.sum(tl.sum(loss, 1), 0))
+
+
+@triton.jit
+def _activation_epilogues(row_ptr, product, rows, start, part, trace_ptr, scale, TRANSFERS: tl.constexpr,
+                          DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
+                          PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    left, right = _halves(product)
+    _activation_epilogue(row_ptr, left, rows, start, part, trace_ptr, scale, TRANSFERS, DIVERGENCES, OPERAND,
+                         PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
+    _activation_epilogue(row_ptr, right, rows, start + product.shape[1] // 2, part + 1, trace_ptr, scale, TRANSFERS,
+                         DIVERGENCES, OPERAND, PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
 
 
 @triton.jit
 def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, TRANSFERS: tl.constexpr,
                     DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
                     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
-                    BLOCK_R: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+                    BLOCK_R: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """``E = f(A0 + Δ Xᵀ + δ) - f(A0)`` on rows of block ``n_block`` and examples of block ``b_block``."""
     rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     examples = b_block * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -179,19 +191,20 @@ def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, TRANS
         if length > 0:  # a frozen weight has no scales
             scale = _scale(row_ptr, n_block, t - 1, BLOCK_R)
     b_blocks = tl.load(row_ptr + c.B_BLOCKS)
-    slot = tl.load(row_ptr + c.TRACE_ACTIVATION) + (n_block * b_blocks + b_block) * (1 + SPLIT)
-    trace_ptr += t * trace_stride + slot
-    if SPLIT:
-        left, right = _halves(product, BLOCK_N, BLOCK_B)
-        half = tl.arange(0, BLOCK_B // 2)
-        start = b_block * BLOCK_B
-        _activation_epilogue(row_ptr, left, rows, start + half, 2 * b_block, trace_ptr, scale, TRANSFERS, DIVERGENCES,
-                             OPERAND, PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
-        _activation_epilogue(row_ptr, right, rows, start + BLOCK_B // 2 + half, 2 * b_block + 1, trace_ptr + 1, scale,
-                             TRANSFERS, DIVERGENCES, OPERAND, PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
+    trace_ptr += t * trace_stride + tl.load(row_ptr + c.TRACE_ACTIVATION) + n_block * b_blocks * PARTS
+    start, part = b_block * BLOCK_B, b_block * PARTS
+    if PARTS == 1:
+        _activation_epilogue(row_ptr, product, rows, start, part, trace_ptr, scale, TRANSFERS, DIVERGENCES, OPERAND,
+                             PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
+    elif PARTS == 2:
+        _activation_epilogues(row_ptr, product, rows, start, part, trace_ptr, scale, TRANSFERS, DIVERGENCES, OPERAND,
+                              PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
     else:
-        _activation_epilogue(row_ptr, product, rows, examples, b_block, trace_ptr, scale, TRANSFERS, DIVERGENCES,
-                             OPERAND, PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
+        left, right = _halves(product)
+        _activation_epilogues(row_ptr, left, rows, start, part, trace_ptr, scale, TRANSFERS, DIVERGENCES, OPERAND,
+                              PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
+        _activation_epilogues(row_ptr, right, rows, start + BLOCK_B // 2, part + 2, trace_ptr, scale, TRANSFERS,
+                              DIVERGENCES, OPERAND, PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
 
 
 @triton.jit
@@ -270,25 +283,41 @@ def _objective(delta, start, prox):
 
 
 @triton.jit
-def _weight_epilogue(row_ptr, product, rows, columns, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
-                     trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
+def _weight_epilogue(row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
+                     bad_ptr, trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
                      COUNTS_STEPS: tl.constexpr, OPERAND: tl.constexpr, PARAMETER: tl.constexpr,
                      PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr):  # fmt: skip
     """Update of a weight tile; returns its largest |Δ|."""
+    columns = start + tl.arange(0, product.shape[1])
     n, k = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS)
     row_stride = stride(row_ptr, c.WEIGHT + c.STRIDE)
-    delta, start = _step(row_ptr + c.WEIGHT, product * (1.0 / old_scale), rows, columns, n, k, row_stride, t, last,
+    delta, gradient = _step(row_ptr + c.WEIGHT, product * (1.0 / old_scale), rows, columns, n, k, row_stride, t, last,
                          rate, prox, loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER,
                          INTERPRETED)  # fmt: skip
     copy_ptr = address(row_ptr, c.WEIGHT + c.COPY, OPERAND)
     offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     tl.store(copy_ptr + offsets, as_operand(delta * new_scale, OPERAND, PRECISION, INTERPRETED))
     if TRACE:
-        tl.store(trace_ptr, _objective(delta, start, prox))
+        tl.store(trace_ptr + part, _objective(delta, gradient, prox))
     amax = 0.0
     if OPERAND == tl.float16:
         amax = tl.max(tl.max(tl.abs(delta), 1), 0)
     return amax
+
+
+@triton.jit
+def _weight_epilogues(row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
+                      bad_ptr, trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
+                      COUNTS_STEPS: tl.constexpr, OPERAND: tl.constexpr, PARAMETER: tl.constexpr,
+                      PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr):  # fmt: skip
+    left, right = _halves(product)
+    amax = _weight_epilogue(row_ptr, left, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
+                            bad_ptr, trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION,
+                            INTERPRETED, TRACE)  # fmt: skip
+    right_amax = _weight_epilogue(row_ptr, right, rows, start + product.shape[1] // 2, part + 1, t, last, rate, prox,
+                                  loss_scale, old_scale, new_scale, bad_ptr, trace_ptr, RULE, HYPER, SLOTS,
+                                  COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED, TRACE)  # fmt: skip
+    return tl.maximum(amax, right_amax)
 
 
 @triton.jit
@@ -302,10 +331,10 @@ def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_pt
             change += tl.load(sums_ptr)
             sums_ptr += stride(row_ptr, c.ROW_SUMS_STRIDE)
     n = tl.load(row_ptr + c.OUTPUTS)
-    delta, start = _step(row_ptr + c.BIAS, change[:, None], rows, tl.arange(0, 1), n, 1, 1, t, last, rate, prox,
+    delta, gradient = _step(row_ptr + c.BIAS, change[:, None], rows, tl.arange(0, 1), n, 1, 1, t, last, rate, prox,
                          loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER, INTERPRETED)  # fmt: skip
     if TRACE:
-        tl.store(trace_ptr, _objective(delta, start, prox))
+        tl.store(trace_ptr, _objective(delta, gradient, prox))
 
 
 @triton.jit
@@ -313,15 +342,14 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
                 HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
                 OPERAND: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
                 TRACE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                BLOCK_R: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+                BLOCK_R: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """``G = (G_0 + Eᵀ X) · scale + λ Δ`` and a step of the rule, on rows of ``n_block`` and columns of ``k_block``."""
     rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
     batch = tl.load(row_ptr + c.BATCH)
     loss_scale = bits_to_float(tl.load(row_ptr + c.SCALE))
     k_blocks = tl.load(row_ptr + c.K_BLOCKS)
-    slot = tl.load(row_ptr + c.TRACE_UPDATE) + n_block * (k_blocks * (1 + SPLIT) + 1)
-    trace_ptr += (t + 1) * trace_stride + slot
+    trace_ptr += (t + 1) * trace_stride + tl.load(row_ptr + c.TRACE_UPDATE) + n_block * (k_blocks * PARTS + 1)
 
     if tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0:
         inner = tl.arange(0, BLOCK_R)
@@ -343,29 +371,34 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
         if OPERAND == tl.float16:
             old_scale = _scale(row_ptr, n_block, t - 1, BLOCK_R)
             new_scale = _scale(row_ptr, n_block, t, BLOCK_R)
-        part_ptr = trace_ptr + k_block * (1 + SPLIT)
-        if SPLIT:
-            left, right = _halves(product, BLOCK_N, BLOCK_K)
-            half = k_block * BLOCK_K + tl.arange(0, BLOCK_K // 2)
-            left_amax = _weight_epilogue(
-                row_ptr, left, rows, half, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr, part_ptr,
-                RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED, TRACE)  # fmt: skip
-            right_amax = _weight_epilogue(
-                row_ptr, right, rows, half + BLOCK_K // 2, t, last, rate, prox, loss_scale, old_scale, new_scale,
-                bad_ptr, part_ptr + 1, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION,
+        start, part = k_block * BLOCK_K, k_block * PARTS
+        if PARTS == 1:
+            amax = _weight_epilogue(
+                row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
+                trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED,
+                TRACE)  # fmt: skip
+        elif PARTS == 2:
+            amax = _weight_epilogues(
+                row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
+                trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED,
+                TRACE)  # fmt: skip
+        else:
+            left, right = _halves(product)
+            left_amax = _weight_epilogues(
+                row_ptr, left, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
+                trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED,
+                TRACE)  # fmt: skip
+            right_amax = _weight_epilogues(
+                row_ptr, right, rows, start + BLOCK_K // 2, part + 2, t, last, rate, prox, loss_scale, old_scale,
+                new_scale, bad_ptr, trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION,
                 INTERPRETED, TRACE)  # fmt: skip
             amax = tl.maximum(left_amax, right_amax)
-        else:
-            amax = _weight_epilogue(
-                row_ptr, product, rows, columns, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
-                part_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED,
-                TRACE)  # fmt: skip
         if OPERAND == tl.float16:
             n_blocks = tl.load(row_ptr + c.N_BLOCKS)
             block = (((t + 1) % 3) * n_blocks + n_block) * k_blocks + k_block
             tl.store(address(row_ptr, c.AMAX, tl.float32) + block, amax)
 
     if (k_block == 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
-        bias_ptr = trace_ptr + k_blocks * (1 + SPLIT)
+        bias_ptr = trace_ptr + k_blocks * PARTS
         _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, bias_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS,
                    PARAMETER, INTERPRETED, TRACE)  # fmt: skip

@@ -1,0 +1,95 @@
+"""Every kernel in its default configurations, as it would be launched: what the compile report compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from locoprop_kernels import rules
+from locoprop_kernels.kernels import columns as c
+from locoprop_kernels.kernels import commit, configs, grouped, prepare, single, updates
+from locoprop_kernels.kernels.inspection import Variant
+from locoprop_kernels.kernels.plan import Key, Layer, Plan
+
+__all__ = ["variants"]
+
+_OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
+_RULES: dict[str, rules.Rule] = {"rmsprop": rules.RMSprop(), "rmsprop centered": rules.RMSprop(centered=True)}
+_TRANSFERS = ("tanh", "identity", "sigmoid")
+_POINTERS = {"table_ptr": "*i64", "rates_ptr": "*fp32", "trace_ptr": "*fp64", "ok_ptr": "*u8"}
+
+
+def variants(target: str) -> list[Variant]:
+    """Every kernel in its default configurations for ``target`` (``"sm_90"``, ``"gfx942"``, ...)."""
+    hip = target.startswith("gfx")
+    return [
+        variant
+        for precision in _OPERANDS
+        if not (hip and precision == "tf32")
+        for variant in _of_precision(target, precision)
+    ]
+
+
+def _of_precision(target: str, precision: str) -> Iterator[Variant]:
+    for name, rule in _RULES.items():
+        plan = _plan(target, precision, rule, trace=False)
+        constants = plan.constants()
+        yield _variant("local_steps", single._local_steps_kernel, constants["single"], plan, name)
+        yield _variant("update", grouped._update_kernel, constants["update"], plan, name)
+    yield _variant("activation", grouped._activation_kernel, constants["activation"], plan, ", ".join(_TRANSFERS))
+    yield _variant("commit", commit._commit_kernel, constants["commit"], plan, name)
+    columns = (c.X_SOURCE, c.INPUTS, c.WEIGHT_STRIDE, c.X, c.XT, c.XT_STRIDE)
+    names = [argument for argument in prepare._prepare_kernel.arg_names if argument.endswith("_COLUMN")]
+    at = {name: column.value for name, column in zip(names, columns, strict=True)}
+    yield _variant("prepare", prepare._prepare_kernel, {**constants["prepare_x"], **at}, plan, "with transpose")
+
+
+def _plan(target: str, precision: str, rule: rules.Rule, trace: bool) -> Plan:
+    found = updates.lookup(rule)
+    assert found is not None
+    layers = tuple(Layer(1000, 784, 500, transfer, 0.0, True, True, False, 1.0) for transfer in _TRANSFERS)
+    return Plan(
+        Key(
+            layers=layers,
+            device=torch.device("cpu"),
+            parameter=torch.float32,
+            x=torch.float32,
+            preactivation=torch.float32,
+            operand=_OPERANDS[precision],
+            precision=precision,
+            rule=found[0],
+            hyper=found[1],
+            slots=tuple(rule.slots),
+            counts_steps=rule.counts_steps,
+            trace=trace,
+            transposed=precision == "tf32",
+            interpreted=False,
+            config=configs.default(target, precision),
+            programs=100,
+        )
+    )
+
+
+def _variant(kernel: str, function: Any, constants: dict[str, Any], plan: Plan, note: str) -> Variant:
+    arguments = set(function.arg_names)
+    signature = {}
+    for name in function.arg_names:
+        if name.endswith("_ptr"):
+            signature[name] = _POINTERS.get(name, "*i32")
+        elif name not in constants:
+            signature[name] = "fp32" if name == "prox" else "i32"
+    config = plan.key.config
+    multiplies = "BLOCK_R" in arguments
+    shape = f"{config.n}x{config.b}x{config.k}x{config.r} {config.warps} warps {config.stages} stages, "
+    return Variant(
+        kernel=kernel,
+        configuration=f"{plan.key.precision} {shape if multiplies else ''}{note}",
+        function=function,
+        signature=signature,
+        constants={name: value for name, value in constants.items() if name in arguments},
+        divisible=tuple(name for name in signature if name.endswith("_ptr")),
+        precision=plan.key.precision if multiplies else "none",
+        options={name: value for name, value in constants.items() if name not in arguments},
+    )
