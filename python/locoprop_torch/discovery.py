@@ -25,6 +25,8 @@ _MODULES: dict[type[nn.Module], _Signature] = {
     nn.LeakyReLU: ("leaky_relu", "negative_slope"),
     nn.Softplus: ("softplus", "beta"),
     nn.ELU: ("elu", "alpha"),
+    nn.GELU: ("gelu", "approximate"),
+    nn.SiLU: ("silu", None),
     nn.Softmax: ("softmax", "dim"),
 }
 _FUNCTIONS: dict[Callable[..., Any], _Signature] = {
@@ -47,6 +49,8 @@ _FUNCTIONS: dict[Callable[..., Any], _Signature] = {
     torch.atan: ("arctan", None),
     torch.atan_: ("arctan", None),
     torch.arctan: ("arctan", None),
+    F.gelu: ("gelu", "approximate"),
+    F.silu: ("silu", None),
     F.softmax: ("softmax", "dim"),
     torch.softmax: ("softmax", "dim"),
 }
@@ -64,13 +68,22 @@ _MOVES_FUNCTIONS = {torch.flatten, torch.reshape, torch.unsqueeze, torch.squeeze
 _MOVES_METHODS = {"contiguous", "flatten", "reshape", "view", "unsqueeze", "squeeze", "transpose", "permute"}
 
 
-def _transfer_of(signature: _Signature, value: Any) -> Transfer | None:
+def _softmax_dims(layer: nn.Module | None) -> tuple[int, ...]:
+    """The dimensions that mean "over the features" in a softmax of the layer's output."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return 1, 1 - layer.weight.dim()
+    return (-1,)
+
+
+def _transfer_of(signature: _Signature, value: Any, softmax_dims: tuple[int, ...] = (-1,)) -> Transfer | None:
     """The transfer function of a call with parameter ``value`` (``None`` = default); ``None`` if it is unknown."""
     name, parameter = signature
     if parameter is None or value is None:
         return None if name == "softmax" else transfers.get(name)
-    if name == "softmax":  # rows of a layer's output are its last dimension
-        return transfers.get(name) if value == -1 else None
+    if name == "softmax":
+        return transfers.get(name) if value in softmax_dims else None
+    if name == "gelu":
+        return {"none": transfers.get("gelu"), "tanh": transfers.get("gelu_tanh")}.get(value)
     return transfers.get(name, **{parameter: value}) if isinstance(value, (int, float)) else None
 
 
@@ -126,7 +139,7 @@ def _moves(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.target in (_MOVES_METHODS if node.op == "call_method" else _MOVES_FUNCTIONS)
 
 
-def _follower(node: fx.Node, modules: dict[str, nn.Module]) -> Transfer | None:
+def _follower(node: fx.Node, modules: dict[str, nn.Module], softmax_dims: tuple[int, ...]) -> Transfer | None:
     """The transfer function that alone consumes the output of ``node``, if it is a known one."""
     moved = False
     while len(node.users) == 1:
@@ -140,7 +153,7 @@ def _follower(node: fx.Node, modules: dict[str, nn.Module]) -> Transfer | None:
         signature, value = _signature(user, modules)
         if signature is None:
             return None
-        transfer = _transfer_of(signature, value)
+        transfer = _transfer_of(signature, value, softmax_dims)
         if transfer is None or (moved and not transfer.elementwise):
             return None
         if transfer.name == "relu" and len(user.users) == 1 and _is_square(next(iter(user.users)), user):
@@ -173,6 +186,12 @@ def find_transfers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Mod
     def visit(module: nn.Module) -> None:
         if module in wanted or wanted.isdisjoint(module.modules()):
             return
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            if module.linear1 in wanted:  # its forward branches on data, so nothing can trace it
+                found[module.linear1].add(transfer_of(module.activation, -1, 3) or transfers.get("identity"))
+            for child in module.children():
+                visit(child)
+            return
         graph = _trace(module)
         if graph is None:
             children = list(module.children())
@@ -187,7 +206,7 @@ def find_transfers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Mod
                 continue
             called = modules[str(node.target)]
             if called in wanted:
-                found[called].add(_follower(node, modules) or transfers.get("identity"))
+                found[called].add(_follower(node, modules, _softmax_dims(called)) or transfers.get("identity"))
             else:
                 visit(called)  # a leaf of the trace, such as a transformer layer of torch.nn
 
@@ -197,7 +216,8 @@ def find_transfers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Mod
             signature = _MODULES.get(type(follower))
             if layer in wanted and signature is not None:
                 value = getattr(follower, signature[1]) if signature[1] else None
-                found[layer].add(_transfer_of(signature, value) or transfers.get("identity"))
+                transfer = _transfer_of(signature, value, _softmax_dims(layer))
+                found[layer].add(transfer or transfers.get("identity"))
 
     visit(model)
     return {
