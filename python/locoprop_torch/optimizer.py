@@ -270,9 +270,11 @@ class LocoProp(Optimizer):
             covered |= {id(p) for group in self.aux.param_groups for p in group["params"]}
         left = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in covered]
         if left:
+            attention = any(isinstance(module, nn.MultiheadAttention) for module in self.model.modules())
             raise ValueError(
                 "no captured layer owns these trainable parameters; give them to an optimiser and pass it as aux, "
                 f"or freeze them: {', '.join(left)}"
+                + ("; expose_projections(model) makes those of nn.MultiheadAttention layers" if attention else "")
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
