@@ -1,0 +1,96 @@
+"""The regression guard: ratios and compile-report figures of two reports, side by side. No test calls it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import report
+
+__all__ = ["differences", "figures", "main", "strip"]
+
+
+def figures(results: dict[str, Any]) -> dict[str, float]:
+    """What is comparable between runs: speed-ups, fractions of the floor, errors, and compile-report figures."""
+    found: dict[str, float] = {}
+    for case, entry in results.get("cases", {}).items():
+        for name, fact in entry.get("contestants", {}).items():
+            if not name.startswith("ours"):
+                continue
+            for base, ratio in fact.get("speedup", {}).items():
+                found[f"{case} / {name} / speedup over {base}"] = ratio["p50"]
+            for key in ("fraction_of_floor", "error"):
+                if key in fact:
+                    found[f"{case} / {name} / {key}"] = fact[key]
+    for kernel, numbers in results.get("compile_report", {}).items():
+        for key, value in numbers.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                found[f"{kernel} / {key}"] = value
+    return found
+
+
+def strip(results: dict[str, Any]) -> dict[str, Any]:
+    """A report without times: what is worth committing as a baseline."""
+    kept = {key: results[key] for key in ("schema", "command", "commit", "device", "versions") if key in results}
+    cases: dict[str, Any] = {}
+    for case, entry in results.get("cases", {}).items():
+        facts = {
+            name: {key: fact[key] for key in ("speedup", "fraction_of_floor", "error") if key in fact}
+            for name, fact in entry.get("contestants", {}).items()
+            if name.startswith("ours") and "speedup" in fact
+        }
+        if facts:
+            cases[case] = {"contestants": facts}
+    return {**kept, "cases": cases, **{key: results[key] for key in ("compile_report",) if key in results}}
+
+
+def differences(
+    old: dict[str, float], new: dict[str, float], tolerance: float
+) -> list[tuple[str, float | None, float | None, str]]:
+    """``(figure, old, new, verdict)`` of everything in either; the verdict is empty within the tolerance."""
+    rows: list[tuple[str, float | None, float | None, str]] = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        verdict = ""
+        if before is None or after is None:
+            verdict = "only new" if before is None else "only old"
+        elif "error" in key:
+            verdict = "less accurate" if after > 2 * before else ""
+        elif "speedup" in key or "fraction" in key:
+            change = after / before - 1
+            verdict = f"slower {change:+.0%}" if change < -tolerance else f"faster {change:+.0%}" * (change > tolerance)
+        elif after > before:
+            verdict = "more"
+        rows.append((key, before, after, verdict))
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m bench compare BASELINE NEW``: exit code 1 with ``--strict`` if something got worse."""
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
+    parser.add_argument("baseline", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--tolerance", type=float, default=0.15, help="relative change that counts (default: 0.15)")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if anything is worse")
+    parser.add_argument("--write", action="store_true", help="make NEW, without its times, the baseline")
+    options = parser.parse_args(arguments)
+    new = report.load(options.new)
+    if options.write:
+        report.save(strip(new), options.baseline)
+        return 0
+    old = report.load(options.baseline)
+    console = Console()
+    if old["device"].get("name") != new["device"].get("name"):
+        console.print("[bold yellow]different devices: ratios may differ for that reason alone[/]")
+    rows = differences(figures(old), figures(new), options.tolerance)
+    table = Table("figure", "baseline", "new", "")
+    for key, before, after, verdict in rows:
+        if verdict:
+            table.add_row(key, *("" if value is None else f"{value:.3g}" for value in (before, after)), verdict)
+    console.print(table if table.row_count else f"{len(rows)} figures, none changed by more than the tolerance")
+    worse = [row for row in rows if row[3].startswith(("slower", "less", "more"))]
+    return 1 if options.strict and worse else 0

@@ -1,0 +1,155 @@
+"""The tensors of a case: the same start for all contestants, and what a step should do to it, in float64."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import locoprop_kernels as lk
+from bench import textbook
+from bench.cases import Case
+
+__all__ = ["LR", "Work"]
+
+LR = 2e-5
+_EXACT_CHECK_FLOPS = {"cpu": 5e11, "cuda": 2e14}
+
+
+class _SquaredReLU(nn.Module):
+    def forward(self, a: Tensor) -> Tensor:
+        return torch.relu(a).square()
+
+
+_MODULES = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "squared_relu": _SquaredReLU}
+
+
+class Work:
+    """Parameters, inputs and targets of a case, from a fixed seed.
+
+    Args:
+        case: the case.
+        device: where to put it.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        generator = torch.Generator().manual_seed(0)
+
+        def uniform(*shape: int, bound: float) -> Tensor:
+            return ((2 * torch.rand(*shape, generator=generator) - 1) * bound).to(device)
+
+        self.parameters = [
+            (uniform(layer.outputs, layer.inputs, bound=layer.inputs**-0.5), uniform(layer.outputs, bound=0.03))
+            for layer in case.layers
+        ]
+        self.names = [layer.transfer for layer in case.layers]
+        self.local_names = ["identity"] * len(self.names) if case.loss == "squared" else self.names
+        iterations = case.iterations
+        self.rates = [LR * max(1 - t / iterations, 0.25) for t in range(iterations)]
+        first, last = case.layers[0], case.layers[-1]
+        if case.scope == "step":
+            self.x = torch.rand(first.batch, first.inputs, generator=generator).to(device)
+            self.y = torch.rand(last.batch, last.outputs, generator=generator).to(device)
+        else:
+            self.inputs = [
+                torch.randn(layer.batch, layer.inputs, generator=generator).to(device) for layer in case.layers
+            ]
+            self.gradients = [
+                (torch.randn(layer.batch, layer.outputs, generator=generator) * 1e-3 / layer.batch).to(device)
+                for layer in case.layers
+            ]
+
+    # --- networks
+
+    def model(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+        """A fresh network with the start parameters; the last transfer function belongs to the loss."""
+        modules: list[nn.Module] = []
+        for layer, (weight, bias) in zip(self.case.layers, self.parameters, strict=True):
+            linear = nn.Linear(layer.inputs, layer.outputs, device=self.device, dtype=dtype)
+            with torch.no_grad():
+                linear.weight.copy_(weight)
+                linear.bias.copy_(bias)
+            modules.append(linear)
+            if layer.transfer in _MODULES:
+                modules.append(_MODULES[layer.transfer]())
+        return nn.Sequential(*modules[:-1])
+
+    @staticmethod
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        """BCE with logits, summed over outputs, mean over the batch."""
+        return F.binary_cross_entropy_with_logits(output, target, reduction="sum") / len(target)
+
+    def transfers(self, model: nn.Sequential) -> dict[str, str]:
+        """Transfer functions of the linear layers by name, for :class:`locoprop_torch.LocoProp`."""
+        linear = [name for name, module in model.named_children() if isinstance(module, nn.Linear)]
+        return dict(zip(linear, self.local_names, strict=True))
+
+    # --- single layers
+
+    def problems(self, dtype: torch.dtype = torch.float32) -> list[lk.LocalProblem]:
+        """Fresh local problems of the layers (``scope="local"``)."""
+        found = []
+        for i, (weight, bias) in enumerate(self.parameters):
+            x, gradient = self.inputs[i].to(dtype), textbook.ACTIVATION_LR * self.gradients[i].to(dtype)
+            weight, bias = weight.to(dtype, copy=True), bias.to(dtype, copy=True)
+            found.append(
+                lk.LocalProblem(
+                    x=x,
+                    preactivation=F.linear(x, weight, bias),
+                    weight=weight,
+                    bias=bias,
+                    grad_weight=gradient.t() @ x,
+                    grad_bias=gradient.sum(0),
+                    transfer=self.local_names[i],
+                )
+            )
+        return found
+
+    # --- the check
+
+    @cached_property
+    def exact(self) -> bool:
+        """Whether :attr:`truth` is in float64."""
+        return self.case.flops() <= _EXACT_CHECK_FLOPS[self.device.type]
+
+    @cached_property
+    def truth(self) -> Tensor:
+        """Change of all parameters in one step, flat: by the reference in float64, or float32 where that takes long."""
+        from locoprop_torch import LocoProp
+
+        dtype = torch.float64 if self.exact else torch.float32
+        if self.case.scope == "local":
+            problems = self.problems(dtype)
+            lk.local_steps_(problems, lr=self.rates, backend="reference")
+            changed = [(p.weight, p.bias) for p in problems]
+        else:
+            model = self.model(dtype)
+            optimizer = LocoProp(
+                model,
+                lr=LR,
+                activation_lr=textbook.ACTIVATION_LR,
+                local_iterations=self.case.iterations,
+                transfers=self.transfers(model),
+                backend="reference",
+            )
+            self.loss(model(self.x.to(dtype)), self.y.to(dtype)).backward()
+            optimizer.step()
+            changed = [(m.weight, m.bias) for m in model if isinstance(m, nn.Linear)]
+        return self.change(changed)
+
+    def change(self, parameters: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Difference of ``parameters`` to the start, flat."""
+        pieces = [
+            (new.detach().double() - old.double()).flatten()
+            for pair, start in zip(parameters, self.parameters, strict=True)
+            for new, old in zip(pair, start, strict=True)
+            if new is not None
+        ]
+        return torch.cat(pieces)
+
+    def error(self, parameters: list[tuple[Tensor, Tensor | None]]) -> float:
+        """Relative error of a step that led to ``parameters``."""
+        return float((self.change(parameters) - self.truth).norm() / self.truth.norm())
