@@ -244,6 +244,28 @@ def test_defaults_are_the_packages():
         assert getattr(ours, name) == getattr(theirs, name)
 
 
+def test_readme_of_the_package():
+    """Its example, with one import line changed."""
+    model = nn.Sequential(
+        LocoLayer(nn.Linear(28 * 28, 1000), nn.Tanh()),
+        LocoLayer(nn.Linear(1000, 500), nn.Tanh()),
+        LocoLayer(nn.Linear(500, 250), nn.Tanh()),
+        LocoLayer(nn.Linear(250, 30), nn.Tanh()),
+        LocoLayer(nn.Linear(30, 250), nn.Tanh()),
+        LocoLayer(nn.Linear(250, 500), nn.Tanh()),
+        LocoLayer(nn.Linear(500, 1000), nn.Tanh()),
+        LocoLayer(nn.Linear(1000, 28 * 28), nn.Sigmoid(), implicit=True),
+    )
+
+    def loss_fn(logits, labels):
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1).mean()
+
+    trainer = LocopropTrainer(model, loss_fn)
+    x = torch.rand(16, 28 * 28).round()
+    losses = [trainer.step(x, x).item() for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
 def test_layer_interface():
     layer = LocoLayer(nn.Linear(3, 2), nn.Tanh())
     x = torch.randn(4, 3)
