@@ -40,9 +40,10 @@ class Rule(ABC):
     """An update rule: what :func:`locoprop_kernels.local_steps_` asks of it.
 
     A rule of your own runs on the reference backend as it is. The Triton backend asks for two attributes more:
-    ``triton_function``, a ``@triton.jit`` function ``(delta, grad, s0, s1, s2, lr, step, HYPER) -> (delta, s0, s1, s2)``
-    of blocks, where ``s0`` ... are up to three slots in order and unused ones are passed through; and ``triton_hyper``, a
-    tuple of Python numbers that it gets as ``HYPER``. Derive a frozen dataclass: checkpoints compare rules by ``repr``.
+    ``triton_function``, a ``@triton.jit`` function of blocks, ``(delta, grad, s0, s1, s2, lr, step, HYPER)`` to
+    ``(delta, s0, s1, s2)``, where ``s0`` ... are up to three slots in order and unused ones are passed through; and
+    ``triton_hyper``, a tuple of Python numbers that it gets as ``HYPER``. Make it a frozen dataclass: checkpoints
+    compare rules by ``repr``.
     """
 
     @property

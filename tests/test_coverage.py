@@ -281,6 +281,57 @@ def test_transfers_of_transformers_are_found(module, name):
     assert next(line for line in lines if "linear2" in line).endswith(" identity")
 
 
+def test_functional_transfers_beside_our_own_modules():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = expose_projections(nn.MultiheadAttention(8, 2, batch_first=True))
+            self.experts, self.conv, self.up = GroupedLinear(4, 2, 2), nn.Conv1d(5, 5, 1), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+            x = torch.tanh(self.experts(x.unflatten(-1, (4, 2)).movedim(2, 0))).movedim(0, 2).flatten(2)
+            return F.silu(self.up(torch.softmax(self.conv(x), 1)))
+
+    lines = repr(LocoProp(nn.Sequential(Block(), nn.Identity()))).splitlines()
+    found = {line.split()[0]: line.split()[-1] for line in lines if line.startswith("  0.")}
+    assert found == {
+        **{f"0.attention.{name}_proj": "identity" for name in ("q", "k", "v", "out")},
+        "0.experts": "tanh",
+        "0.conv": "softmax",
+        "0.up": "silu",
+    }
+
+
+def test_closed_form_of_a_convolution():
+    torch.manual_seed(0)
+    module = nn.Conv2d(2, 3, 2).double()
+    (rows,) = layout_of(module).inputs(torch.randn(4, 2, 5, 5, dtype=torch.float64))
+    a = torch.randn(rows.shape[0], 3, dtype=torch.float64)
+    problems = [
+        lk.LocalProblem(x, a, module.weight.detach().flatten(1), grad_weight=torch.ones(3, 8, dtype=torch.float64))
+        for x in (rows, torch.cat(list(rows.chunks(300))))
+    ]
+    torch.testing.assert_close(*(lk.closed_form(problem, prox=0.1)[0] for problem in problems))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolutions_under_autocast_and_in_low_precision(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, groups=1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, groups=2)).to(dtype)
+    model[0].bias.requires_grad_(False)
+    opt = LocoProp(model, lr=1e-2, activation_lr=100.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    x = torch.randn(5, 3, 9, 8, dtype=dtype).mT
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+        loss = model(x).square().mean()
+    loss.backward()
+    opt.step()
+    assert opt.skipped_steps == 0
+    assert [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)] == [False, True, False, False]
+    assert all(p.dtype == dtype for p in model.parameters())
+
+
 def test_unsupported_layers_are_named():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Unflatten(1, (4, 1)), nn.ConvTranspose1d(4, 2, 1))
     with pytest.raises(ValueError, match=r"aux.*1\.weight, 1\.bias, 3\.weight, 3\.bias"):
@@ -546,8 +597,13 @@ def test_registered_transfer_in_a_model(registered):
         opt.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    with pytest.raises(ValueError, match="cannot run this step|cannot run"):
-        lk.local_steps_([random_problem("own")[0]], lr=[0.1], backend="triton")
+    problem = random_problem("own")[0]
+    single = lk.LocalProblem(*(tensor.float() for tensor in (problem.x, problem.preactivation, problem.weight)))
+    single.grad_weight, single.transfer = problem.grad_weight.float(), registered
+    with pytest.raises(ValueError, match="'own' has no Triton function"):
+        lk.local_steps_([single], lr=[0.1], backend="triton")
+    with pytest.raises(ValueError, match="regulariser"):
+        lk.local_steps_([single], lr=[0.1], backend="triton", regulariser=lambda w, _: w)
 
 
 def test_bad_transfers():

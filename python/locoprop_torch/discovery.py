@@ -13,6 +13,8 @@ from torch import fx, nn
 
 from locoprop_kernels import transfers
 from locoprop_kernels.transfers import Transfer
+from locoprop_torch.attention import MultiheadAttention
+from locoprop_torch.layouts import GroupedLinear
 
 __all__ = ["find_transfers", "transfer_of"]
 
@@ -162,9 +164,16 @@ def _follower(node: fx.Node, modules: dict[str, nn.Module], softmax_dims: tuple[
     return None
 
 
+class _Tracer(fx.Tracer):
+    """Leaves our own modules whole, as fx leaves those of torch: their forward branches on shapes."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (GroupedLinear, MultiheadAttention)) or super().is_leaf_module(m, module_qualified_name)
+
+
 def _trace(module: nn.Module) -> fx.Graph | None:
     try:
-        return fx.Tracer().trace(module)
+        return _Tracer().trace(module)
     except Exception:  # whatever a model's Python does with a proxy: the parts that can be traced are traced alone
         return None
 
