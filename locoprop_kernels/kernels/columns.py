@@ -29,7 +29,7 @@ BIAS = tl.constexpr(32)  # start of the bias' columns; a bias is a matrix [N, 1]
 # Columns of a parameter, counted from WEIGHT or BIAS. GRAD = 0 says that it is frozen or absent.
 DELTA = tl.constexpr(0)  # Δ, float32, zero-padded
 STRIDE = tl.constexpr(1)  # row stride of DELTA, COPY and NEW; weights only
-COPY = tl.constexpr(2)  # Δ in the operands' dtype; weights only; two of them in the Gram driver
+COPY = tl.constexpr(2)  # Δ in the operands' dtype; in the Gram driver two of them, and two float32 of δ
 GRAD = tl.constexpr(3)
 GRAD_ROW = tl.constexpr(4)
 VALUE = tl.constexpr(5)  # the parameter itself
@@ -38,9 +38,11 @@ VALUE_COLUMN = tl.constexpr(7)
 STEP = tl.constexpr(8)  # the rule's step counter, int64
 OLD = tl.constexpr(9)  # three state slots as they were before the step, contiguous
 NEW = tl.constexpr(12)  # their working copies
+COPY_SIZE = tl.constexpr(15)  # elements of a copy
 
 WEIGHT_STRIDE = tl.constexpr(17)  # WEIGHT + STRIDE
 WEIGHT_COPY = tl.constexpr(18)
+BIAS_COPY = tl.constexpr(34)
 
 X_SOURCE = tl.constexpr(48)  # the caller's tensor, its two strides; 0 where X is read in place
 A0_SOURCE = tl.constexpr(51)
@@ -52,5 +54,7 @@ TRACE_ACTIVATION = tl.constexpr(58)  # the layer's first slot among a local step
 TRACE_UPDATE = tl.constexpr(59)
 B_BLOCKS = tl.constexpr(60)
 SCALE = tl.constexpr(61)  # of the matching loss: one over the number of examples, or 1; float32 bits
+ROWS = tl.constexpr(62)  # B in the Gram driver, where BATCH is K
+CHANGE = tl.constexpr(63)  # change of the pre-activations of a softmax layer [N, B], float32, strides as E
 
 WIDTH = tl.constexpr(64)

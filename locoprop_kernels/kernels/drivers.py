@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locoprop_kernels import reference
 from locoprop_kernels.kernels import columns as c
-from locoprop_kernels.kernels import commit, configs, grouped, prepare, single, updates
-from locoprop_kernels.kernels.functions import FUNCTIONS
-from locoprop_kernels.kernels.plan import ALIGNMENT, Key, Layer, Plan
+from locoprop_kernels.kernels import commit, configs, functions, grouped, prepare, rowwise, single, updates
+from locoprop_kernels.kernels.plan import ALIGNMENT, Key, Layer, Piece, Plan
 from locoprop_kernels.problem import LocalProblem, rule_state
 from locoprop_kernels.reference import Increment
 from locoprop_kernels.rules import Rule
@@ -69,7 +69,7 @@ def unsupported(problems: Sequence[LocalProblem], rule: Rule, compute_dtype: tor
         if torch.float64 in dtypes:
             return "float64 is not supported (float32, bfloat16 and float16 are)"
         assert isinstance(problem.transfer, Transfer)
-        if problem.transfer.name not in FUNCTIONS:
+        if problem.transfer.name != "softmax" and functions.lookup(problem.transfer) is None:
             return f"the transfer function {problem.transfer.name!r} has no Triton function"
     return None
 
@@ -102,57 +102,79 @@ class Group:
     keep_alive: list[Any]
     trace: Tensor | None
     driver: str
+    losses: list[Tensor] | None = None  # of the Gram form, [T + 1] per problem
+
+    def deltas(self, index: int) -> dict[str, Tensor]:
+        """Increments of a problem, as views."""
+        pieces = self.plan.pieces[index]
+        return {name: self._view(name, piece, piece.delta) for name, piece in pieces.items()}
 
     def increment(self, index: int, views: bool) -> Increment:
         """The results of a problem, as views; none unless ``views``."""
-        delta: dict[str, Tensor] = {}
-        state: dict[str, dict[str, Tensor]] = {}
         if not views:
-            return Increment(delta, state, self.driver, self.objective(index))
+            return Increment({}, {}, self.driver, self.objective(index))
+        state = {}
         for name, piece in self.plan.pieces[index].items():
-
-            def view(offset: int, piece: Any = piece) -> Tensor:
-                size = (piece.rows - 1) * piece.stride + piece.columns
-                flat = self.results[offset : offset + 4 * size].view(torch.float32)
-                value = flat.as_strided((piece.rows, piece.columns), (piece.stride, 1))
-                return value
-
-            delta[name] = view(piece.delta) if name == "weight" else view(piece.delta)[:, 0]
             slots = zip(self.plan.key.slots, piece.slots, strict=True)
-            state[name] = {slot: view(o) if name == "weight" else view(o)[:, 0] for slot, o in slots}
+            state[name] = {slot: self._view(name, piece, offset) for slot, offset in slots}
             if self.plan.key.counts_steps:
                 state[name]["step"] = self.states[index][name]["step"] + self.iterations
-        return Increment(delta, state, self.driver, self.objective(index))
+        return Increment(self.deltas(index), state, self.driver, self.objective(index))
+
+    def _view(self, name: str, piece: Piece, offset: int) -> Tensor:
+        size = (piece.rows - 1) * piece.stride + piece.columns
+        flat = self.results[offset : offset + 4 * size].view(torch.float32)
+        matrix = flat.as_strided((piece.rows, piece.columns), (piece.stride, 1))
+        return matrix if name == "weight" else matrix[:, 0]
 
     def objective(self, index: int) -> Tensor | None:
         """Local objective of a problem before every local step and at the end."""
         if self.trace is None:
             return None
         activation, update = (self.trace[:, lo:hi].sum(1) for lo, hi in self.plan.trace_ranges[index])
-        layer = self.plan.key.layers[index]
-        return activation * layer.scale + update
+        if self.losses is not None:
+            activation = self.losses[index]
+        return activation * self.plan.key.layers[index].scale + update
 
 
 def _layer(
-    problem: LocalProblem, x: Tensor, reduction: str, operand: torch.dtype, precision: str, config: configs.Config
+    problem: LocalProblem, x: Tensor, reduction: str, operand: torch.dtype, tf32: bool, config: configs.Config
 ) -> Layer:
-    b, k, n = problem.shape
+    _, k, n = problem.shape
     transfer = problem.transfer
     assert isinstance(transfer, Transfer)
-    whole_tiles = b % max(config.b, config.r) == 0 and k % max(config.k, config.r) == 0
+    function, divergence = None, None
+    if transfer.name not in ("identity", "softmax"):
+        found = functions.lookup(transfer)
+        assert found is not None
+        function, divergence = found
+    whole_tiles = x.shape[0] % max(config.b, config.r) == 0 and k % max(config.k, config.r) == 0
+    aligned = x.dtype == operand and x.is_contiguous() and x.data_ptr() % 16 == 0
     return Layer(
-        batch=b,
+        batch=x.shape[0],
         inputs=k,
         outputs=n,
-        transfer=transfer.name,
+        function=function,
+        divergence=divergence,
         parameter=transfer.parameters[0] if transfer.parameters else 0.0,
         weight=problem.grad_weight is not None,
         bias=problem.grad_bias is not None,
-        x_in_place=(
-            whole_tiles and precision != "tf32" and x.dtype == operand and x.is_contiguous() and x.data_ptr() % 16 == 0
-        ),
+        x_in_place=whole_tiles and aligned and not tf32,
         scale=problem.scale(reduction),
+        rows=problem.shape[0],
     )
+
+
+def _form(problem: LocalProblem, operand: torch.dtype, iterations: int) -> str:
+    """Which form of the local gradient a problem takes."""
+    transfer = problem.transfer
+    assert isinstance(transfer, Transfer)
+    if transfer.name == "softmax":
+        return "softmax"
+    # XᵀX grows with the batch, which float16 has no range for.
+    if operand != torch.float16 and reference._gram_is_cheaper(problem, transfer, iterations):
+        return "gram"
+    return "product"
 
 
 def _inputs(
@@ -232,12 +254,13 @@ def run(
         bad = torch.zeros(1, dtype=torch.int32, device=device)
         members: dict[Any, list[int]] = {}
         for index, problem in enumerate(problems):
-            dtypes = (problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype)
-            members.setdefault(dtypes, []).append(index)
+            form = _form(problem, compute_dtype or problem.weight.dtype, len(rates))
+            kind = (form, problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype)
+            members.setdefault(kind, []).append(index)
         placed: list[tuple[Group, int]] = [None] * len(problems)  # type: ignore[list-item]
-        for indices in members.values():
+        for (form, *_), indices in members.items():
             part = [problems[i] for i in indices]
-            group = _run_group(part, rule, rates, prox, reduction, compute_dtype, trace, bad)
+            group = _run_group(part, form, rule, rates, prox, reduction, compute_dtype, trace, bad)
             for place, index in enumerate(indices):
                 placed[index] = (group, place)
     return placed, bad
@@ -245,6 +268,7 @@ def run(
 
 def _run_group(
     problems: list[LocalProblem],
+    form: str,
     rule: Rule,
     rates: list[float],
     prox: float,
@@ -259,20 +283,25 @@ def _run_group(
     config = configs.default(target_of(device), precision)
     found = updates.lookup(rule)
     assert found is not None
-    xs = [problem.x if isinstance(problem.x, Tensor) else torch.cat([*problem.x.chunks()]) for problem in problems]
+    grams = [reference._GramForm(problem, operand) for problem in problems] if form == "gram" else []
+    xs = [gram.gram.tensor for gram in grams] or [
+        problem.x if isinstance(problem.x, Tensor) else torch.cat([*problem.x.chunks()]) for problem in problems
+    ]
     key = Key(
         layers=tuple(
-            _layer(problem, x, reduction, operand, precision, config) for problem, x in zip(problems, xs, strict=True)
+            _layer(problem, x, reduction, operand, precision == "tf32", config)
+            for problem, x in zip(problems, xs, strict=True)
         ),
         device=device,
         parameter=first.weight.dtype,
-        x=first.x.dtype,
+        x=xs[0].dtype,
         preactivation=first.preactivation.dtype,
         operand=operand,
         precision=precision,
         rule=found[0],
         hyper=found[1],
         slots=tuple(rule.slots),
+        form=form,
         counts_steps=rule.counts_steps,
         trace=trace,
         transposed=precision == "tf32",
@@ -280,7 +309,7 @@ def _run_group(
         config=config,
         programs=0,
     )
-    programs = _resident_programs(device) if configs.driver() != "grouped" else 0
+    programs = _resident_programs(device) if form == "product" and configs.driver() != "grouped" else 0
     if programs and configs.driver() != "single" and _tiles(key) > _MOST_TILES_PER_PROGRAM * programs:
         programs = 0
     plan = _plan(replace(key, programs=programs))
@@ -299,6 +328,8 @@ def _run_group(
         ),
         strict=True,
     )
+    for cells, gram in zip(inputs, grams, strict=False):
+        cells[c.ROW_SUMS.value] = gram.sum_x.data_ptr()
     results = allocate(plan.results_bytes, device, "the increments and the new state")
     scratch = allocate(plan.scratch_bytes, device, "the scratch of the local loop")
     table, rates_tensor = plan.table(results, scratch, inputs, rates)
@@ -311,25 +342,29 @@ def _run_group(
     constants = plan.constants()
     if iterations > 1 or trace:
         prepare.prepare_x(table, plan.prepare_x_tiles, constants["prepare_x"], key.transposed)
-        prepare.prepare_a0(table, plan.prepare_a0_tiles, constants["prepare_a0"])
+        prepare.prepare_a0(table, plan.prepare_a0_tiles, constants["prepare_a0"])  # no tiles in the Gram form
     launches = _Launches(plan, table, rates_tensor, iterations, float(prox), bad, partial, constants)
     if operand == torch.float16:
         launches.update(0)  # finds the scale of the first increment
-    if key.programs:
-        launches.single()
-    else:
-        launches.grouped()
-    return Group(
+    driver = "single" if key.programs else {"product": "grouped"}.get(form, form)
+    group = Group(
         problems=problems,
         plan=plan,
         iterations=iterations,
         results=results,
         table=table,
         states=states,
-        keep_alive=[*alive, scratch],
+        keep_alive=[*alive, scratch, grams],
         trace=partial if trace else None,
-        driver="single" if key.programs else "grouped",
+        driver=driver,
     )
+    if key.programs:
+        launches.single()
+    elif form == "gram":
+        group.losses = launches.gram(group, grams)
+    else:
+        launches.grouped(rowwise=form == "softmax")
+    return group
 
 
 @dataclass(eq=False)
@@ -369,13 +404,28 @@ class _Launches:
             self.constants["single"],
         )
 
-    def grouped(self) -> None:
-        for t in range(self.iterations):
-            if t > 0:  # E_0 = 0
+    def grouped(self, rowwise: bool) -> None:
+        for t in range(self.iterations + 1):
+            if t > 0 and (t < self.iterations or self.plan.key.trace):  # E_0 = 0
                 self.activation(t)
+                if rowwise:
+                    self.softmax(t)
+            if t < self.iterations:
+                self.update(t)
+
+    def gram(self, group: Group, grams: list[reference._GramForm]) -> list[Tensor] | None:
+        """Returns the matching losses before every local step and at the end, if they are asked for."""
+        losses: list[list[Tensor]] = [[torch.zeros((), dtype=torch.float64, device=self.table.device)] for _ in grams]
+        for t in range(self.iterations):
             self.update(t)
-        if self.plan.key.trace:
-            self.activation(self.iterations)
+            if self.plan.key.trace:
+                for index, gram in enumerate(grams):
+                    losses[index].append(gram.divergence(group.deltas(index)))
+        return [torch.stack(values) for values in losses] if self.plan.key.trace else None
+
+    def softmax(self, t: int) -> None:
+        plan = self.plan
+        rowwise.launch(self.table, plan.softmax_tiles, t, self.trace, plan.trace_slots, self.constants["softmax"])
 
     def activation(self, t: int) -> None:
         grouped.launch_activation(

@@ -5,12 +5,22 @@ live. Polynomials are near-minimax fits (iteratively reweighted least squares in
 ``F(a) - F(a0) - (a - a0) f(a0)``, are the difference of nearly equal numbers: they are float64 throughout.
 """
 
+from typing import Any
+
+import numpy as np
 import triton
 import triton.language as tl
 
-LN2 = tl.constexpr(0.6931471805599453)
+from locoprop_kernels.transfers import Transfer
+
+ROOT_HALF = tl.constexpr(0.7071067811865476)
+ROOT_TWO_OVER_PI = tl.constexpr(0.7978845608028654)
+ROOT_HALF_OVER_PI = tl.constexpr(0.3989422804014327)
 HALF_PI = tl.constexpr(1.5707963267948966)
 QUARTER_PI = tl.constexpr(0.7853981633974483)
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
+NODES = tl.constexpr(tuple(float(x) for x in (_NODES + 1) / 2))
+WEIGHTS = tl.constexpr(tuple(float(x) for x in _WEIGHTS / 2))
 DILOGARITHM_AT_ONE = tl.constexpr(1.6449340668482264)  # π²/6
 
 
@@ -108,12 +118,12 @@ def arctan(a, p):
 
 
 @triton.jit
-def identity_divergence(a, a0, p):
+def identity_divergence(a, a0, p, F: tl.constexpr):
     return (a - a0) * (a - a0) * 0.5
 
 
 @triton.jit
-def tanh_divergence(a, a0, p):
+def tanh_divergence(a, a0, p, F: tl.constexpr):
     size, size0 = tl.abs(a), tl.abs(a0)
     u, u0 = tl.exp(-2.0 * size), tl.exp(-2.0 * size0)
     t0 = (1.0 - u0) / (1.0 + u0)
@@ -122,26 +132,26 @@ def tanh_divergence(a, a0, p):
 
 
 @triton.jit
-def sigmoid_divergence(a, a0, p):
+def sigmoid_divergence(a, a0, p, F: tl.constexpr):
     difference = tl.maximum(a, 0.0) - tl.maximum(a0, 0.0)
     difference += tl.log(1.0 + tl.exp(-tl.abs(a))) - tl.log(1.0 + tl.exp(-tl.abs(a0)))
     return difference - (a - a0) / (1.0 + tl.exp(-a0))
 
 
 @triton.jit
-def relu_divergence(a, a0, p):
+def relu_divergence(a, a0, p, F: tl.constexpr):
     r, r0 = tl.maximum(a, 0.0), tl.maximum(a0, 0.0)
     return 0.5 * (r * r - r0 * r0) - (a - a0) * r0
 
 
 @triton.jit
-def leaky_relu_divergence(a, a0, p):
+def leaky_relu_divergence(a, a0, p, F: tl.constexpr):
     f, f0 = tl.where(a < 0, a * p, a), tl.where(a0 < 0, a0 * p, a0)
     return 0.5 * (a * f - a0 * f0) - (a - a0) * f0
 
 
 @triton.jit
-def squared_relu_divergence(a, a0, p):
+def squared_relu_divergence(a, a0, p, F: tl.constexpr):
     r, r0 = tl.maximum(a, 0.0), tl.maximum(a0, 0.0)
     return (r * r * r - r0 * r0 * r0) / 3.0 - (a - a0) * r0 * r0
 
@@ -164,14 +174,14 @@ def _dilogarithm(a):
 
 
 @triton.jit
-def softplus_divergence(a, a0, p):
+def softplus_divergence(a, a0, p, F: tl.constexpr):
     b, b0 = a * p, a0 * p
     f0 = tl.maximum(b0, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b0)))
     return (_dilogarithm(b) - _dilogarithm(b0) - (b - b0) * f0) / (p * p)
 
 
 @triton.jit
-def elu_divergence(a, a0, p):
+def elu_divergence(a, a0, p, F: tl.constexpr):
     r, r0 = tl.maximum(a, 0.0), tl.maximum(a0, 0.0)
     low, low0 = a - r, a0 - r0
     e, e0 = tl.exp(low), tl.exp(low0)
@@ -196,9 +206,57 @@ def _arctan_float64(a):
 
 
 @triton.jit
-def arctan_divergence(a, a0, p):
+def arctan_divergence(a, a0, p, F: tl.constexpr):
     logs = 0.5 * (tl.log(1.0 + a * a) - tl.log(1.0 + a0 * a0))
     return a * (_arctan_float64(a) - _arctan_float64(a0)) - logs
+
+
+@triton.jit
+def gelu(a, p):
+    return 0.5 * a * (1.0 + tl.erf(a * ROOT_HALF))
+
+
+@triton.jit
+def gelu_tanh(a, p):
+    return 0.5 * a * (1.0 + tanh((a + 0.044715 * a * a * a) * ROOT_TWO_OVER_PI, p))
+
+
+@triton.jit
+def silu(a, p):
+    return a / (1.0 + tl.exp(-a))
+
+
+@triton.jit
+def _gelu_potential(a):
+    return 0.5 * ((a * a - 1.0) * 0.5 * (1.0 + tl.erf(a * ROOT_HALF)) + a * tl.exp(-0.5 * a * a) * ROOT_HALF_OVER_PI)
+
+
+@triton.jit
+def gelu_divergence(a, a0, p, F: tl.constexpr):
+    f0 = 0.5 * a0 * (1.0 + tl.erf(a0 * ROOT_HALF))
+    return _gelu_potential(a) - _gelu_potential(a0) - (a - a0) * f0
+
+
+@triton.jit
+def _silu_potential(a):
+    return a * (tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))) - _dilogarithm(a)
+
+
+@triton.jit
+def silu_divergence(a, a0, p, F: tl.constexpr):
+    return _silu_potential(a) - _silu_potential(a0) - (a - a0) * a0 / (1.0 + tl.exp(-a0))
+
+
+@triton.jit
+def quadrature_divergence(a, a0, p, F: tl.constexpr):
+    """For an ``F`` without a potential: Gauss-Legendre along the segment, of float32 values."""
+    p32 = p.to(tl.float32)
+    start = F(a0.to(tl.float32), p32)
+    mean = tl.zeros_like(a)
+    for i in tl.static_range(len(NODES)):
+        value = F((a0 + NODES[i] * (a - a0)).to(tl.float32), p32) - start
+        mean += WEIGHTS[i] * value.to(tl.float64)
+    return (a - a0) * mean
 
 
 FUNCTIONS = {
@@ -211,4 +269,14 @@ FUNCTIONS = {
     "softplus": (softplus, softplus_divergence),
     "elu": (elu, elu_divergence),
     "arctan": (arctan, arctan_divergence),
+    "gelu": (gelu, gelu_divergence),
+    "gelu_tanh": (gelu_tanh, quadrature_divergence),
+    "silu": (silu, silu_divergence),
 }
+
+
+def lookup(transfer: Transfer) -> tuple[Any, Any] | None:
+    """``(f, divergence)`` as Triton functions; ``None`` if there are none."""
+    if transfer.triton_fn is not None and transfer.elementwise:
+        return transfer.triton_fn, quadrature_divergence
+    return FUNCTIONS.get(transfer.name)

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels.configs import Config
-from locoprop_kernels.kernels.functions import FUNCTIONS
 from locoprop_kernels.schedule import Schedule, Tiles, build, validate
 
-__all__ = ["Key", "Layer", "Plan"]
+__all__ = ["ALIGNMENT", "Key", "Layer", "Piece", "Plan"]
 
 ALIGNMENT = 256  # bytes; of every piece of scratch
 _KEPT_TABLES = 16
+_NO_CODE = -1
 _PREPARE = 64  # tile size of the copies into the scratch
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -40,12 +40,14 @@ class Layer:
     batch: int
     inputs: int
     outputs: int
-    transfer: str
+    function: Any  # None for the identity, and for softmax
+    divergence: Any
     parameter: float
     weight: bool
     bias: bool
     x_in_place: bool
     scale: float
+    rows: int  # of X; batch is K in the Gram driver
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Key:
     rule: Any
     hyper: tuple[float, ...]
     slots: tuple[str, ...]
+    form: str  # "product", "gram" or "softmax"
     counts_steps: bool
     trace: bool
     transposed: bool
@@ -92,7 +95,7 @@ def _float_bits(value: float) -> int:
 
 
 @dataclass(eq=False)
-class _Piece:
+class Piece:
     """Where a parameter's results lie: byte offsets of Δ and of the slots, and their shape."""
 
     delta: int
@@ -120,7 +123,7 @@ class Plan:
     schedule: Schedule = field(init=False)
     results_bytes: int = field(init=False)
     scratch_bytes: int = field(init=False)
-    pieces: list[dict[str, _Piece]] = field(init=False)
+    pieces: list[dict[str, Piece]] = field(init=False)
     trace_slots: int = field(init=False)
     trace_ranges: list[list[tuple[int, int]]] = field(init=False)
 
@@ -138,14 +141,16 @@ class Plan:
         self.pieces, self.trace_ranges, self.trace_slots = [], [], 0
         self._prepare_x_tiles: list[tuple[int, int, int]] = []
         self._prepare_a0_tiles: list[tuple[int, int, int]] = []
-        transfers: list[str] = []
+        self._softmax_tiles: list[tuple[int, int]] = []
+        functions: list[tuple[Any, Any]] = []
         for index, layer in enumerate(key.layers):
-            if layer.transfer not in transfers:
-                transfers.append(layer.transfer)
-            self._lay_out(index, layer, transfers.index(layer.transfer))
+            pair = (layer.function, layer.divergence)
+            if layer.function is not None and pair not in functions:
+                functions.append(pair)
+            self._lay_out(index, layer, functions.index(pair) if layer.function is not None else _NO_CODE)
         self.results_bytes, self.scratch_bytes = self._results.size, self._scratch.size
-        self.transfers = tuple(FUNCTIONS[name][0] for name in transfers)
-        self.divergences = tuple(FUNCTIONS[name][1] for name in transfers) if key.trace else ()
+        self.transfers = tuple(function for function, _ in functions)
+        self.divergences = tuple(divergence for _, divergence in functions) if key.trace else ()
         self._tables: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self._kept_for_graphs: list[tuple[Tensor, Tensor]] = []
         self._relative = tuple(
@@ -160,6 +165,7 @@ class Plan:
             self.schedule.updates_per_block,
             np.array(self._prepare_x_tiles, np.int32).reshape(-1, 3),
             np.array(self._prepare_a0_tiles, np.int32).reshape(-1, 3),
+            np.array(self._softmax_tiles, np.int32).reshape(-1, 2),
         )
         (
             self.activation_tiles,
@@ -170,6 +176,7 @@ class Plan:
             self.updates_per_block,
             self.prepare_x_tiles,
             self.prepare_a0_tiles,
+            self.softmax_tiles,
         ) = (torch.from_numpy(np.ascontiguousarray(values)).to(key.device) for values in lists)
 
     def _lay_out(self, index: int, layer: Layer, code: int) -> None:
@@ -178,7 +185,6 @@ class Plan:
         n = _round_up(layer.outputs, config.n)
         b = _round_up(layer.batch, max(config.b, config.r))
         k = _round_up(layer.inputs, max(config.k, config.r))
-        parts = config.parts
         n_blocks, b_blocks = n // config.n, -(-layer.batch // config.b)
         k_blocks = -(-layer.inputs // config.k) if layer.weight else 1
         row = self._template[index]
@@ -204,14 +210,24 @@ class Plan:
             if key.transposed:
                 scratch(c.XT, b * k, itemsize)
                 row[c.XT_STRIDE.value] = b
-            scratch(c.WEIGHT_COPY, n * k, itemsize)
+            row[c.WEIGHT.value + c.COPY_SIZE.value] = n * k
+            scratch(c.WEIGHT_COPY, n * k * (2 if key.form == "gram" else 1), itemsize)
             scratch(c.AMAX, 3 * n_blocks * k_blocks, 4)
-        scratch(c.A0, n * b, key.preactivation.itemsize)
-        scratch(c.E, n * b, itemsize)
-        row[c.E_STRIDE.value] = b
-        self._prepare_a0_tiles += self._square_tiles(index, b, n)
-        scratch(c.ROW_SUMS, b_blocks * parts * n, 4)
-        row[c.ROW_SUMS_STRIDE.value], row[c.ROW_SUM_COUNT.value] = n, b_blocks * parts
+        row[c.E_STRIDE.value], row[c.ROW_SUMS_STRIDE.value], row[c.ROWS.value] = b, n, layer.rows
+        if key.form == "gram":
+            if layer.bias:
+                row[c.BIAS.value + c.COPY_SIZE.value] = n
+                scratch(c.BIAS_COPY, 2 * n, 4)
+        else:
+            scratch(c.A0, n * b, key.preactivation.itemsize)
+            scratch(c.E, n * b, itemsize)
+            self._prepare_a0_tiles += self._square_tiles(index, b, n)
+            parts = 1 if key.form == "softmax" else config.parts
+            scratch(c.ROW_SUMS, b_blocks * parts * n, 4)
+            row[c.ROW_SUM_COUNT.value] = b_blocks * parts
+        if key.form == "softmax":
+            scratch(c.CHANGE, n * b, 4)
+            self._softmax_tiles += [(index, block) for block in range(b_blocks)]
 
         pieces = {}
         if layer.weight:
@@ -223,20 +239,20 @@ class Plan:
 
         ranges = []
         for column, count in (
-            (c.TRACE_ACTIVATION, n_blocks * b_blocks * parts),
-            (c.TRACE_UPDATE, n_blocks * (k_blocks * parts + 1)),
+            (c.TRACE_ACTIVATION, n_blocks * b_blocks * config.parts),
+            (c.TRACE_UPDATE, n_blocks * (k_blocks * config.parts + 1)),
         ):
             row[column.value] = self.trace_slots
             ranges.append((self.trace_slots, self.trace_slots + count))
             self.trace_slots += count
         self.trace_ranges.append(ranges)
 
-    def _lay_out_parameter(self, index: int, base: int, rows: int, stride: int, n: int, k: int) -> _Piece:
+    def _lay_out_parameter(self, index: int, base: int, rows: int, stride: int, n: int, k: int) -> Piece:
         offsets = [self._results.take(rows * stride, 4) for _ in range(1 + len(self.key.slots))]
         for column, offset in zip((c.DELTA.value, *range(c.NEW.value, c.NEW.value + 3)), offsets, strict=False):
             self._template[index, base + column] = offset
             self._in_results.append((index, base + column))
-        return _Piece(offsets[0], offsets[1:], n, k, stride)
+        return Piece(offsets[0], offsets[1:], n, k, stride)
 
     def _square_tiles(self, index: int, rows: int, columns: int) -> list[tuple[int, int, int]]:
         return [(index, i, j) for i in range(-(-rows // _PREPARE)) for j in range(-(-columns // _PREPARE))]
@@ -290,9 +306,9 @@ class Plan:
             "OPERAND": operand,
             "PRECISION": precision,
             "INTERPRETED": key.interpreted,
+            "TRACE": key.trace,
             "BLOCK_N": config.n,
             "BLOCK_R": config.r,
-            "PARTS": config.parts,
         }
         activation = {
             "TRANSFERS": self.transfers,
@@ -306,18 +322,19 @@ class Plan:
             "SLOTS": len(key.slots),
             "COUNTS_STEPS": key.counts_steps,
             "PARAMETER": parameter,
-            "TRACE": key.trace,
             "TRANSPOSED": key.transposed,
             "BLOCK_K": config.k,
         }
         commit = {name: update[name] for name in ("PARAMETER", "SLOTS", "COUNTS_STEPS", "BLOCK_K")}
         prepare = {"BLOCK": _PREPARE, "INTERPRETED": key.interpreted}
         options = {} if key.interpreted else config.options
+        parts = {"PARTS": config.parts}
         cooperative = {} if key.interpreted else {"launch_cooperative_grid": True}
         return {
-            "activation": {**products, **activation, **options},
-            "update": {**products, **update, **options},
-            "single": {**products, **activation, **update, **options, **cooperative},
+            "activation": {**products, **parts, **activation, "ROWWISE": key.form == "softmax", **options},
+            "update": {**products, **parts, **update, "GRAM": key.form == "gram", **options},
+            "single": {**products, **parts, **activation, **update, **options, **cooperative},
+            "softmax": {**products, "PREACTIVATION": preactivation, "BLOCK_B": config.b, **options},
             "commit": {
                 **commit,
                 "BLOCK_N": config.n,

@@ -83,7 +83,8 @@ def _local_steps_kernel(
                 block = tl.load(row_ptr + c.FIRST_BLOCK) + n_block
                 _wait(updates_done_ptr + block, t * tl.load(updates_per_block_ptr + block))
                 activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, TRANSFERS, DIVERGENCES, OPERAND,
-                                PREACTIVATION, PRECISION, INTERPRETED, BLOCK_N, BLOCK_B, BLOCK_R, PARTS)  # fmt: skip
+                                PREACTIVATION, PRECISION, INTERPRETED, TRACE, False, BLOCK_N, BLOCK_B, BLOCK_R,
+                                PARTS)  # fmt: skip
                 _signal(activations_done_ptr + block)
         if t < iterations:
             rate = tl.load(rates_ptr + t)
@@ -95,7 +96,7 @@ def _local_steps_kernel(
                 _wait(activations_done_ptr + block, t * tl.load(activations_per_block_ptr + block))
                 update_tile(row_ptr, n_block, k_block, t, t == iterations - 1, rate, prox, bad_ptr, trace_ptr,
                             trace_stride, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED,
-                            TRACE, TRANSPOSED, BLOCK_N, BLOCK_K, BLOCK_R, PARTS)  # fmt: skip
+                            TRACE, TRANSPOSED, False, BLOCK_N, BLOCK_K, BLOCK_R, PARTS)  # fmt: skip
                 _signal(updates_done_ptr + block)
 
 

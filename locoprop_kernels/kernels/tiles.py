@@ -91,7 +91,7 @@ def _halves(tile):
 
 
 @triton.jit
-def _scale(row_ptr, n_block, t, BLOCKS: tl.constexpr):
+def increment_scale(row_ptr, n_block, t, BLOCKS: tl.constexpr):
     """Power of two by which the update of local step ``t`` scales Δ, to about 2⁻⁶: float16 has no range for less.
 
     It is taken from the largest |Δ| before the update (at the first from Δ_1 itself, which a first pass has left
@@ -112,7 +112,7 @@ def _scale(row_ptr, n_block, t, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _transfer_difference(a0, change, code, parameter, TRANSFERS: tl.constexpr):
-    """``f(a0 + change) - f(a0)`` for the layer's own ``f``."""
+    """``f(a0 + change) - f(a0)`` for the layer's own ``f``; the identity has no code."""
     difference = change
     for i in tl.static_range(len(TRANSFERS)):
         if code == i:
@@ -122,21 +122,23 @@ def _transfer_difference(a0, change, code, parameter, TRANSFERS: tl.constexpr):
 
 
 @triton.jit
-def _divergence(a0, change, code, parameter, DIVERGENCES: tl.constexpr):
-    a0 = a0.to(tl.float64)
-    a = a0 + change.to(tl.float64)
-    loss = a0
+def _divergence(a0, change, code, parameter, TRANSFERS: tl.constexpr, DIVERGENCES: tl.constexpr):
+    a0, change = a0.to(tl.float64), change.to(tl.float64)
+    a = a0 + change
+    loss = 0.5 * change * change
     for i in tl.static_range(len(DIVERGENCES)):
         if code == i:
             divergence: tl.constexpr = DIVERGENCES[i]
-            loss = divergence(a, a0, parameter.to(tl.float64))
+            f: tl.constexpr = TRANSFERS[i]
+            loss = divergence(a, a0, parameter.to(tl.float64), f)
     return loss
 
 
 @triton.jit
 def _activation_epilogue(row_ptr, product, rows, start, part, trace_ptr, scale, TRANSFERS: tl.constexpr,
                          DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
-                         PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+                         PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr,
+                         ROWWISE: tl.constexpr):  # fmt: skip
     columns = start + tl.arange(0, product.shape[1])
     code = tl.load(row_ptr + c.TRANSFER)
     parameter = bits_to_float(tl.load(row_ptr + c.PARAMETER))
@@ -146,34 +148,41 @@ def _activation_epilogue(row_ptr, product, rows, start, part, trace_ptr, scale, 
     change = product * (1.0 / scale)
     if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
         change += tl.load(address(row_ptr, c.BIAS + c.DELTA, tl.float32) + rows)[:, None]
-    a0 = tl.load(address(row_ptr, c.A0, PREACTIVATION) + offsets).to(tl.float32)
-    difference = _transfer_difference(a0, change, code, parameter, TRANSFERS)
-    difference = tl.where(valid, difference, 0.0)
-    tl.store(address(row_ptr, c.E, OPERAND) + offsets, as_operand(difference * scale, OPERAND, PRECISION, INTERPRETED))
+    if ROWWISE:  # another kernel goes over whole rows
+        tl.store(address(row_ptr, c.CHANGE, tl.float32) + offsets, change)
+    else:
+        a0 = tl.load(address(row_ptr, c.A0, PREACTIVATION) + offsets).to(tl.float32)
+        difference = _transfer_difference(a0, change, code, parameter, TRANSFERS)
+        difference = tl.where(valid, difference, 0.0)
+        tl.store(
+            address(row_ptr, c.E, OPERAND) + offsets, as_operand(difference * scale, OPERAND, PRECISION, INTERPRETED)
+        )
 
-    sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + part * stride(row_ptr, c.ROW_SUMS_STRIDE)
-    tl.store(sums_ptr + rows, tl.sum(difference, 1))
-    if len(DIVERGENCES) > 0:
-        loss = tl.where(valid, _divergence(a0, change, code, parameter, DIVERGENCES), 0.0)
-        tl.store(trace_ptr + part, tl.sum(tl.sum(loss, 1), 0))
+        sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + part * stride(row_ptr, c.ROW_SUMS_STRIDE)
+        tl.store(sums_ptr + rows, tl.sum(difference, 1))
+        if TRACE:
+            loss = tl.where(valid, _divergence(a0, change, code, parameter, TRANSFERS, DIVERGENCES), 0.0)
+            tl.store(trace_ptr + part, tl.sum(tl.sum(loss, 1), 0))
 
 
 @triton.jit
 def _activation_epilogues(row_ptr, product, rows, start, part, trace_ptr, scale, TRANSFERS: tl.constexpr,
                           DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
-                          PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+                          PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr,
+                          ROWWISE: tl.constexpr):  # fmt: skip
     left, right = _halves(product)
     _activation_epilogue(row_ptr, left, rows, start, part, trace_ptr, scale, TRANSFERS, DIVERGENCES, OPERAND,
-                         PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
+                         PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
     _activation_epilogue(row_ptr, right, rows, start + product.shape[1] // 2, part + 1, trace_ptr, scale, TRANSFERS,
-                         DIVERGENCES, OPERAND, PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
+                         DIVERGENCES, OPERAND, PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
 
 
 @triton.jit
 def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, TRANSFERS: tl.constexpr,
                     DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
-                    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
-                    BLOCK_R: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+                    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr, ROWWISE: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr,
+                    PARTS: tl.constexpr):  # fmt: skip
     """``E = f(A0 + Δ Xᵀ + δ) - f(A0)`` on rows of block ``n_block`` and examples of block ``b_block``."""
     rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     examples = b_block * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -189,22 +198,22 @@ def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, TRANS
     scale = 1.0
     if OPERAND == tl.float16:
         if length > 0:  # a frozen weight has no scales
-            scale = _scale(row_ptr, n_block, t - 1, BLOCK_R)
+            scale = increment_scale(row_ptr, n_block, t - 1, BLOCK_R)
     b_blocks = tl.load(row_ptr + c.B_BLOCKS)
     trace_ptr += t * trace_stride + tl.load(row_ptr + c.TRACE_ACTIVATION) + n_block * b_blocks * PARTS
     start, part = b_block * BLOCK_B, b_block * PARTS
     if PARTS == 1:
         _activation_epilogue(row_ptr, product, rows, start, part, trace_ptr, scale, TRANSFERS, DIVERGENCES, OPERAND,
-                             PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
+                             PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
     elif PARTS == 2:
         _activation_epilogues(row_ptr, product, rows, start, part, trace_ptr, scale, TRANSFERS, DIVERGENCES, OPERAND,
-                              PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
+                              PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
     else:
         left, right = _halves(product)
         _activation_epilogues(row_ptr, left, rows, start, part, trace_ptr, scale, TRANSFERS, DIVERGENCES, OPERAND,
-                              PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
+                              PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
         _activation_epilogues(row_ptr, right, rows, start + BLOCK_B // 2, part + 2, trace_ptr, scale, TRANSFERS,
-                              DIVERGENCES, OPERAND, PREACTIVATION, PRECISION, INTERPRETED)  # fmt: skip
+                              DIVERGENCES, OPERAND, PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
 
 
 @triton.jit
@@ -283,18 +292,52 @@ def _objective(delta, start, prox):
 
 
 @triton.jit
+def _sum_x(row_ptr, columns, k):
+    """``Σx`` of the Gram driver."""
+    return tl.load(address(row_ptr, c.ROW_SUMS, tl.float32) + columns, columns < k, 0.0)
+
+
+@triton.jit
+def _old_bias(row_ptr, rows, t):
+    """``δ`` before local step ``t`` in the Gram driver, where other tiles read it while one writes the next."""
+    size = tl.load(row_ptr + c.BIAS + c.COPY_SIZE)
+    return tl.load(address(row_ptr, c.BIAS + c.COPY, tl.float32) + (t % 2) * size + rows)
+
+
+@triton.jit
+def _gram_bias_change(row_ptr, rows, t, OPERAND: tl.constexpr, BLOCK_R: tl.constexpr):
+    """``Δ Σx + B δ``."""
+    inner = tl.arange(0, BLOCK_R)
+    copy_ptr = address(row_ptr, c.WEIGHT + c.COPY, OPERAND) + (t % 2) * stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
+    copy_ptrs = copy_ptr + rows.to(tl.int64)[:, None] * stride(row_ptr, c.WEIGHT + c.STRIDE) + inner[None, :]
+    change = _old_bias(row_ptr, rows, t) * tl.load(row_ptr + c.ROWS).to(tl.float32)
+    k = tl.load(row_ptr + c.INPUTS)
+    for start in range(0, k, BLOCK_R):
+        sum_x = _sum_x(row_ptr, start + inner, k)
+        change += tl.sum(tl.load(copy_ptrs + start).to(tl.float32) * sum_x[None, :], 1)
+    return change
+
+
+@triton.jit
 def _weight_epilogue(row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
                      bad_ptr, trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
                      COUNTS_STEPS: tl.constexpr, OPERAND: tl.constexpr, PARAMETER: tl.constexpr,
-                     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr):  # fmt: skip
+                     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr,
+                     GRAM: tl.constexpr):  # fmt: skip
     """Update of a weight tile; returns its largest |Δ|."""
     columns = start + tl.arange(0, product.shape[1])
     n, k = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS)
     row_stride = stride(row_ptr, c.WEIGHT + c.STRIDE)
-    delta, gradient = _step(row_ptr + c.WEIGHT, product * (1.0 / old_scale), rows, columns, n, k, row_stride, t, last,
+    change = product * (1.0 / old_scale)
+    if GRAM:
+        if (t > 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
+            change += _old_bias(row_ptr, rows, t)[:, None] * _sum_x(row_ptr, columns, k)[None, :]
+    delta, gradient = _step(row_ptr + c.WEIGHT, change, rows, columns, n, k, row_stride, t, last,
                          rate, prox, loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER,
                          INTERPRETED)  # fmt: skip
     copy_ptr = address(row_ptr, c.WEIGHT + c.COPY, OPERAND)
+    if GRAM:
+        copy_ptr += ((t + 1) % 2) * stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
     offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     tl.store(copy_ptr + offsets, as_operand(delta * new_scale, OPERAND, PRECISION, INTERPRETED))
     if TRACE:
@@ -309,30 +352,40 @@ def _weight_epilogue(row_ptr, product, rows, start, part, t, last, rate, prox, l
 def _weight_epilogues(row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
                       bad_ptr, trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
                       COUNTS_STEPS: tl.constexpr, OPERAND: tl.constexpr, PARAMETER: tl.constexpr,
-                      PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr):  # fmt: skip
+                      PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr,
+                     GRAM: tl.constexpr):  # fmt: skip
     left, right = _halves(product)
     amax = _weight_epilogue(row_ptr, left, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
                             bad_ptr, trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION,
-                            INTERPRETED, TRACE)  # fmt: skip
+                            INTERPRETED, TRACE, GRAM)  # fmt: skip
     right_amax = _weight_epilogue(row_ptr, right, rows, start + product.shape[1] // 2, part + 1, t, last, rate, prox,
                                   loss_scale, old_scale, new_scale, bad_ptr, trace_ptr, RULE, HYPER, SLOTS,
-                                  COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED, TRACE)  # fmt: skip
+                                  COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED, TRACE, GRAM)  # fmt: skip
     return tl.maximum(amax, right_amax)
 
 
 @triton.jit
 def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_ptr, RULE: tl.constexpr,
                HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr, PARAMETER: tl.constexpr,
-               INTERPRETED: tl.constexpr, TRACE: tl.constexpr):  # fmt: skip
+               INTERPRETED: tl.constexpr, TRACE: tl.constexpr, GRAM: tl.constexpr, OPERAND: tl.constexpr,
+               BLOCK_R: tl.constexpr):  # fmt: skip
     change = tl.zeros_like(rows).to(tl.float32)
     if t > 0:
-        sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + rows
-        for _ in range(0, tl.load(row_ptr + c.ROW_SUM_COUNT)):
-            change += tl.load(sums_ptr)
-            sums_ptr += stride(row_ptr, c.ROW_SUMS_STRIDE)
+        if GRAM:
+            change += _gram_bias_change(row_ptr, rows, t, OPERAND, BLOCK_R)
+        else:
+            sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + rows
+            for _ in range(0, tl.load(row_ptr + c.ROW_SUM_COUNT)):
+                change += tl.load(sums_ptr)
+                sums_ptr += stride(row_ptr, c.ROW_SUMS_STRIDE)
     n = tl.load(row_ptr + c.OUTPUTS)
     delta, gradient = _step(row_ptr + c.BIAS, change[:, None], rows, tl.arange(0, 1), n, 1, 1, t, last, rate, prox,
                          loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER, INTERPRETED)  # fmt: skip
+    if GRAM:
+        copy_ptr = address(row_ptr, c.BIAS + c.COPY, tl.float32) + ((t + 1) % 2) * tl.load(
+            row_ptr + c.BIAS + c.COPY_SIZE
+        )
+        tl.store(copy_ptr + rows[:, None], delta)
     if TRACE:
         tl.store(trace_ptr, _objective(delta, gradient, prox))
 
@@ -341,8 +394,8 @@ def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_pt
 def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_ptr, trace_stride, RULE: tl.constexpr,
                 HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
                 OPERAND: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-                TRACE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                BLOCK_R: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+                TRACE: tl.constexpr, TRANSPOSED: tl.constexpr, GRAM: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """``G = (G_0 + Eᵀ X) · scale + λ Δ`` and a step of the rule, on rows of ``n_block`` and columns of ``k_block``."""
     rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -353,8 +406,12 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
 
     if tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0:
         inner = tl.arange(0, BLOCK_R)
-        e_ptrs = (address(row_ptr, c.E, OPERAND)
-                  + rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + inner[None, :])  # fmt: skip
+        if GRAM:
+            e_ptr = address(row_ptr, c.WEIGHT + c.COPY, OPERAND) + (t % 2) * stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
+            e_stride = stride(row_ptr, c.WEIGHT + c.STRIDE)
+        else:
+            e_ptr, e_stride = address(row_ptr, c.E, OPERAND), stride(row_ptr, c.E_STRIDE)
+        e_ptrs = e_ptr + rows.to(tl.int64)[:, None] * e_stride + inner[None, :]
         if TRANSPOSED:
             x_ptrs = (address(row_ptr, c.XT, OPERAND)
                       + columns.to(tl.int64)[None, :] * stride(row_ptr, c.XT_STRIDE) + inner[:, None])  # fmt: skip
@@ -369,29 +426,29 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
 
         old_scale, new_scale = 1.0, 1.0
         if OPERAND == tl.float16:
-            old_scale = _scale(row_ptr, n_block, t - 1, BLOCK_R)
-            new_scale = _scale(row_ptr, n_block, t, BLOCK_R)
+            old_scale = increment_scale(row_ptr, n_block, t - 1, BLOCK_R)
+            new_scale = increment_scale(row_ptr, n_block, t, BLOCK_R)
         start, part = k_block * BLOCK_K, k_block * PARTS
         if PARTS == 1:
             amax = _weight_epilogue(
                 row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
                 trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED,
-                TRACE)  # fmt: skip
+                TRACE, GRAM)  # fmt: skip
         elif PARTS == 2:
             amax = _weight_epilogues(
                 row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
                 trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED,
-                TRACE)  # fmt: skip
+                TRACE, GRAM)  # fmt: skip
         else:
             left, right = _halves(product)
             left_amax = _weight_epilogues(
                 row_ptr, left, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
                 trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED,
-                TRACE)  # fmt: skip
+                TRACE, GRAM)  # fmt: skip
             right_amax = _weight_epilogues(
                 row_ptr, right, rows, start + BLOCK_K // 2, part + 2, t, last, rate, prox, loss_scale, old_scale,
                 new_scale, bad_ptr, trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION,
-                INTERPRETED, TRACE)  # fmt: skip
+                INTERPRETED, TRACE, GRAM)  # fmt: skip
             amax = tl.maximum(left_amax, right_amax)
         if OPERAND == tl.float16:
             n_blocks = tl.load(row_ptr + c.N_BLOCKS)
@@ -401,4 +458,4 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
     if (k_block == 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
         bias_ptr = trace_ptr + k_blocks * PARTS
         _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, bias_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS,
-                   PARAMETER, INTERPRETED, TRACE)  # fmt: skip
+                   PARAMETER, INTERPRETED, TRACE, GRAM, OPERAND, BLOCK_R)  # fmt: skip

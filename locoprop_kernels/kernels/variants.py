@@ -9,7 +9,7 @@ import torch
 
 from locoprop_kernels import rules
 from locoprop_kernels.kernels import columns as c
-from locoprop_kernels.kernels import commit, configs, grouped, prepare, single, updates
+from locoprop_kernels.kernels import commit, configs, functions, grouped, prepare, rowwise, single, updates
 from locoprop_kernels.kernels.inspection import Variant
 from locoprop_kernels.kernels.plan import Key, Layer, Plan
 
@@ -17,7 +17,7 @@ __all__ = ["variants"]
 
 _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 _RULES: dict[str, rules.Rule] = {"rmsprop": rules.RMSprop(), "rmsprop centered": rules.RMSprop(centered=True)}
-_TRANSFERS = ("tanh", "identity", "sigmoid")
+_TRANSFERS = ("tanh", "relu", "sigmoid")
 _POINTERS = {"table_ptr": "*i64", "rates_ptr": "*fp32", "trace_ptr": "*fp64", "ok_ptr": "*u8"}
 
 
@@ -34,22 +34,42 @@ def variants(target: str) -> list[Variant]:
 
 def _of_precision(target: str, precision: str) -> Iterator[Variant]:
     for name, rule in _RULES.items():
-        plan = _plan(target, precision, rule, trace=False)
+        plan = _plan(target, precision, rule)
         constants = plan.constants()
         yield _variant("local_steps", single._local_steps_kernel, constants["single"], plan, name)
         yield _variant("update", grouped._update_kernel, constants["update"], plan, name)
     yield _variant("activation", grouped._activation_kernel, constants["activation"], plan, ", ".join(_TRANSFERS))
     yield _variant("commit", commit._commit_kernel, constants["commit"], plan, name)
+    if precision != "fp16":
+        gram = _plan(target, precision, rules.RMSprop(), "gram")
+        yield _variant("gram update", grouped._update_kernel, gram.constants()["update"], gram, "rmsprop")
+    softmax = _plan(target, precision, rules.RMSprop(), "softmax")
+    yield _variant("softmax", rowwise._softmax_kernel, softmax.constants()["softmax"], softmax, "")
     columns = (c.X_SOURCE, c.INPUTS, c.WEIGHT_STRIDE, c.X, c.XT, c.XT_STRIDE)
     names = [argument for argument in prepare._prepare_kernel.arg_names if argument.endswith("_COLUMN")]
     at = {name: column.value for name, column in zip(names, columns, strict=True)}
     yield _variant("prepare", prepare._prepare_kernel, {**constants["prepare_x"], **at}, plan, "with transpose")
 
 
-def _plan(target: str, precision: str, rule: rules.Rule, trace: bool) -> Plan:
+def _plan(target: str, precision: str, rule: rules.Rule, form: str = "product") -> Plan:
     found = updates.lookup(rule)
     assert found is not None
-    layers = tuple(Layer(1000, 784, 500, transfer, 0.0, True, True, False, 1.0) for transfer in _TRANSFERS)
+    layers = tuple(
+        Layer(
+            batch=1000,
+            inputs=784,
+            outputs=500,
+            function=function,
+            divergence=divergence,
+            parameter=0.0,
+            weight=True,
+            bias=True,
+            x_in_place=False,
+            scale=1.0,
+            rows=1000,
+        )
+        for function, divergence in (functions.FUNCTIONS[name] for name in _TRANSFERS)
+    )
     return Plan(
         Key(
             layers=layers,
@@ -62,12 +82,13 @@ def _plan(target: str, precision: str, rule: rules.Rule, trace: bool) -> Plan:
             rule=found[0],
             hyper=found[1],
             slots=tuple(rule.slots),
+            form=form,
             counts_steps=rule.counts_steps,
-            trace=trace,
+            trace=False,
             transposed=precision == "tf32",
             interpreted=False,
             config=configs.default(target, precision),
-            programs=100,
+            programs=100 if form == "product" else 0,
         )
     )
 
@@ -81,7 +102,7 @@ def _variant(kernel: str, function: Any, constants: dict[str, Any], plan: Plan, 
         elif name not in constants:
             signature[name] = "fp32" if name == "prox" else "i32"
     config = plan.key.config
-    multiplies = "BLOCK_R" in arguments
+    multiplies = "PARTS" in arguments
     shape = f"{config.n}x{config.b}x{config.k}x{config.r} {config.warps} warps {config.stages} stages, "
     return Variant(
         kernel=kernel,
