@@ -232,6 +232,20 @@ def test_tied_layers_are_one_problem():
     assert model.second.weight is model.first.weight
 
 
+def test_copies_of_tied_grouped_and_primal_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(Tied(), nn.Unflatten(1, (1, 2)), nn.Conv1d(1, 2, 2), nn.Tanh())
+    pair = model, LocoProp(model, lr=1e-2, target={"2": "primal"})
+    twin = copy.deepcopy(pair)
+    x = torch.randn(5, 4)
+    for module, opt in (pair, twin):
+        opt.zero_grad()
+        module(x).square().sum().backward()
+        opt.step()
+    assert repr(pair[1]) == repr(twin[1])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin[0].parameters(), strict=True))
+
+
 def test_tied_layers_must_agree():
     with pytest.raises(ValueError, match=r"first, second share their weight.*identity, tanh|tanh.*identity"):
         LocoProp(Tied((torch.tanh, torch.erf)))
@@ -439,6 +453,20 @@ def test_dual_target_written_by_hand():
     assert_equal_weights(train(mlp(), target=target), train(mlp()))
 
 
+def test_targets_of_several_passes():
+    results = []
+    for target in ("dual", lambda a, g: torch.tanh(a) - 10.0 * g):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh()).double()
+        opt = LocoProp(model, lr=1e-2, target=target)
+        opt.zero_grad()
+        for size in (5, 2, 7):
+            (model(torch.randn(size, 2, 4, dtype=torch.float64)) ** 2).sum().backward()
+        opt.step()
+        results.append(list(model.parameters()))
+    assert_equal_weights(*results)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_primal_target(inplace):
     model, twin = mlp(), mlp()
@@ -548,6 +576,13 @@ def test_parameter_groups_have_their_own_hyperparameters():
     model = mlp()
     with pytest.raises(ValueError, match="all parameters of layer '2' or none"):
         train(model, param_groups=[{"params": model[2].weight}])
+    model = mlp()
+    opt = LocoProp(model, param_groups=[{"params": model[2].parameters(), "transfer": "softplus"}])
+    assert next(line for line in repr(opt).splitlines() if line.startswith("  2 ")).endswith("softplus(beta=1)")
+    opt.load_state_dict(opt.state_dict())
+    assert str(opt.param_groups[1]["transfer"]) == "softplus(beta=1)"
+    actual = train(model := mlp(), param_groups=[{"params": model[2].parameters(), "transfer": "softplus"}])
+    assert_equal_weights(actual, train(mlp(), transfers={"2": "softplus"}))
     with pytest.raises(ValueError, match="weight_decay must be"):
         train(mlp(), weight_decay=-1.0)
 

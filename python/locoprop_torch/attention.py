@@ -123,7 +123,7 @@ def _linear(weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Line
     return layer
 
 
-def expose_projections(model: nn.Module) -> Any:
+def expose_projections(model: nn.Module, _replaced: dict[nn.Module, nn.Module] | None = None) -> Any:
     """Replace every ``nn.MultiheadAttention`` in ``model`` by a :class:`MultiheadAttention`, in place.
 
     Do it before building optimisers: the projections are new parameters, with the same values.
@@ -131,8 +131,12 @@ def expose_projections(model: nn.Module) -> Any:
     Returns:
         ``model``; its replacement where it is an ``nn.MultiheadAttention`` itself.
     """
+    replaced = {} if _replaced is None else _replaced  # a module that is used twice stays one module
     if isinstance(model, nn.MultiheadAttention):
-        return MultiheadAttention(model)
-    for name, child in model.named_children():
-        setattr(model, name, expose_projections(child))
+        if model not in replaced:
+            replaced[model] = MultiheadAttention(model)
+        return replaced[model]
+    for name, child in list(model._modules.items()):
+        if child is not None:
+            setattr(model, name, expose_projections(child, replaced))
     return model

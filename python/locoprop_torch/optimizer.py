@@ -122,8 +122,9 @@ class LocoProp(Optimizer):
         regulariser: a further regulariser, see :class:`locoprop_kernels.Regulariser`.
         weight_decay: decoupled weight decay ``>= 0``, as AdamW's: ``W`` is multiplied by ``1 - lr * weight_decay``.
         param_groups: groups with hyper-parameters of their own, as in torch: ``{"params": model.fc1.parameters(),
-            "activation_lr": 1.0}``; ``lr``, ``activation_lr``, ``local_iterations``, ``prox``, ``rule`` and
-            ``weight_decay`` may be set. All parameters of a layer go into one group; those of no group form the first.
+            "activation_lr": 1.0}``; ``lr``, ``activation_lr``, ``local_iterations``, ``prox``, ``rule``,
+            ``transfer`` (over what ``transfers`` says) and ``weight_decay`` may be set. All parameters of a layer go
+            into one group; those of no group form the first.
 
     Attributes:
         last_reports: the :class:`locoprop_kernels.StepReport` of each parameter group at the last step.
@@ -172,6 +173,7 @@ class LocoProp(Optimizer):
             "prox": prox,
             "rule": rules.get(rule),
             "weight_decay": weight_decay,
+            "transfer": None,
         }
         _check_hyperparameters(defaults, warm_up=False)
         for choice in target.values() if isinstance(target, Mapping) else [target]:
@@ -200,6 +202,8 @@ class LocoProp(Optimizer):
         self._attach()
         owned = {id(p): p for layer in self._layers.values() for p in layer.parameters.values()}
         self._check_coverage(owned)
+        for layer in self._layers.values():
+            self._transfer(layer, defaults)
         groups = [{**group, "params": _as_list(group["params"])} for group in param_groups]
         grouped = {id(p) for group in groups for p in group["params"]}
         rest = [p for key, p in owned.items() if key not in grouped]
@@ -234,10 +238,6 @@ class LocoProp(Optimizer):
                     f"got {', '.join(sorted(map(str, functions)))}: set it for each of them in transfers"
                 )
             transfer = functions.pop()
-            if not transfer.elementwise and number_of_groups(tied[name]) > 1:
-                raise ValueError(
-                    f"layer {name!r} has groups, so its transfer function must be elementwise, got {transfer}"
-                )
             self._layers[name] = Layer(tied, transfer, keep_gradients=self._target(name) != "dual")
         self._watch_activations()
 
@@ -302,6 +302,8 @@ class LocoProp(Optimizer):
                 raise ValueError(f"params must have all parameters of layer {name!r} or none, got only some")
         group = {**self.defaults, **param_group}
         param_group["rule"] = rules.get(group["rule"])
+        if group["transfer"] is not None:
+            param_group["transfer"] = transfers.get(group["transfer"])
         _check_hyperparameters(group, warm_up=False)
         super().add_param_group(param_group)
 
@@ -399,16 +401,17 @@ class LocoProp(Optimizer):
                     f"layer {name!r} has a gradient but no captured forward pass: build the optimiser before the "
                     "forward pass, call the layer as a module, and do not call step() twice for one backward pass"
                 )
-            work[group][layer] = self._layer_problems(layer, self.param_groups[group]["activation_lr"])
+            work[group][layer] = self._layer_problems(layer, self.param_groups[group])
         if not any(work):
             raise ValueError(
                 "step() needs a forward and a backward pass through at least one captured layer since the last one"
             )
         return [(group, problems) for group, problems in zip(self.param_groups, work, strict=True) if problems]
 
-    def _layer_problems(self, layer: Layer, activation_lr: float) -> list[LocalProblem]:
+    def _layer_problems(self, layer: Layer, hyperparameters: dict[str, Any]) -> list[LocalProblem]:
         """One local problem per group of the layer."""
-        transfer = transfers.get("identity") if self.local_loss == "squared" else layer.transfer
+        transfer = self._transfer(layer, hyperparameters)
+        activation_lr = hyperparameters["activation_lr"]
         layout = layer.layout
         rows = layer.rows()
         weights = layout.weights(layer.weight)
@@ -426,6 +429,16 @@ class LocoProp(Optimizer):
                 if state:
                     problem.state[kind] = state
         return problems
+
+    def _transfer(self, layer: Layer, hyperparameters: dict[str, Any]) -> Transfer:
+        if self.local_loss == "squared":
+            return transfers.get("identity")
+        transfer = transfers.get(hyperparameters["transfer"] or layer.transfer)
+        if not transfer.elementwise and number_of_groups(layer.modules[layer.name]) > 1:
+            raise ValueError(
+                f"layer {layer.name!r} has groups, so its transfer function must be elementwise, got {transfer}"
+            )
+        return transfer
 
     def _check_unchanged(self, layer: Layer) -> None:
         for name, captured in layer.modules.items():
@@ -476,7 +489,10 @@ class LocoProp(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the rules as text, and ``aux``'s under ``"aux"``."""
         state = super().state_dict()
-        state["param_groups"] = [{**group, "rule": repr(group["rule"])} for group in state["param_groups"]]
+        state["param_groups"] = [
+            {**group, "rule": repr(group["rule"]), "transfer": str(group["transfer"])}
+            for group in state["param_groups"]
+        ]
         state["skipped_steps"] = self.skipped_steps
         state["aux"] = None if self.aux is None else self.aux.state_dict()
         return state
@@ -496,10 +512,10 @@ class LocoProp(Optimizer):
                     )
         if (state_dict.get("aux") is None) != (self.aux is None):
             raise ValueError(f"state_dict must be of an optimiser {'without' if self.aux is None else 'with'} aux")
-        rules_now = [group["rule"] for group in self.param_groups]
+        kept = [{key: group[key] for key in ("rule", "transfer")} for group in self.param_groups]
         super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
-        for group, rule in zip(self.param_groups, rules_now, strict=True):
-            group["rule"] = rule
+        for group, own in zip(self.param_groups, kept, strict=True):
+            group.update(own)
         # torch casts state to the parameters' dtype; ours stays in the dtype it was saved in, and is not shared.
         parameters = [p for group in self.param_groups for p in group["params"]]
         saved_ids = [i for group in groups for i in group["params"]]
@@ -532,14 +548,15 @@ class LocoProp(Optimizer):
 
     def __repr__(self) -> str:
         width = max(map(len, self._layers))
+        groups_of = {id(p): group for group in self.param_groups for p in group["params"]}
         lines = [super().__repr__(), f"local loss: {self.local_loss}; layers:"]
         for name, layer in self._layers.items():
             weights = layer.layout.weights(layer.weight)
             n, k = weights[0].shape
-            groups = f"{len(weights)} x " if len(weights) > 1 else ""
-            transfer = "identity" if self.local_loss == "squared" else layer.transfer
+            count = f"{len(weights)} x " if len(weights) > 1 else ""
+            transfer = self._transfer(layer, groups_of.get(id(layer.weight), self.defaults))
             tied = f"  (also {', '.join(list(layer.modules)[1:])})" if len(layer.modules) > 1 else ""
-            lines.append(f"  {name:<{width}}  {groups}{k} -> {n}  {transfer}{tied}")
+            lines.append(f"  {name:<{width}}  {count}{k} -> {n}  {transfer}{tied}")
         if self.aux is not None:
             lines.append(f"aux: {type(self.aux).__name__}")
         return "\n".join(lines)
