@@ -1,6 +1,7 @@
 """The drop-in for the PyPI package ``locoprop``: its recorded trajectories, and the installed package side by side."""
 
 import copy
+import inspect
 import json
 from pathlib import Path
 
@@ -89,6 +90,7 @@ OPTIMIZERS = {
     "Adam": (torch.optim.Adam, {"lr": 1e-3}),
     "Adagrad": (torch.optim.Adagrad, {"lr": 1e-2}),
     "AdamW": (torch.optim.AdamW, {"lr": 1e-3}),  # no rule of ours
+    "RMSprop alpha": (torch.optim.RMSprop, {"lr": 1e-3, "alpha": 1.0, "eps": 1.0}),  # refused by our rule
     "RMSprop with decay": (torch.optim.RMSprop, {"lr": 1e-3, "weight_decay": 0.1}),
 }
 
@@ -122,7 +124,7 @@ def test_same_numbers_as_the_package(model, optimizer, correction):
         x, y = batch()
         torch.testing.assert_close(ours.step(x, y), theirs.step(x, y), rtol=1e-12, atol=0)
         assert_same(theirs, ours)
-    plain = optimizer in ("AdamW", "RMSprop with decay")
+    plain = optimizer in ("AdamW", "RMSprop alpha", "RMSprop with decay")
     layers = sum(isinstance(layer, LocoLayer) for layer in ours.model)
     assert len(ours.last_reports) == (0 if plain else layers if correction else 1)
 
@@ -239,9 +241,10 @@ def test_layer_without_gradient_is_left_alone():
 
 def test_defaults_are_the_packages():
     locoprop = pytest.importorskip("locoprop")
-    theirs, ours = (package.LocopropTrainer(mlp(), None) for package in (locoprop, locoprop_torch.compat))
-    for name in ("learning_rate", "local_iterations", "momentum", "correction"):
-        assert getattr(ours, name) == getattr(theirs, name)
+    for cls in ("LocopropTrainer", "LocoLayer"):
+        theirs, ours = (inspect.signature(getattr(package, cls)) for package in (locoprop, locoprop_torch.compat))
+        same = list(ours.parameters.values())[: len(theirs.parameters)]
+        assert [(p.name, p.default) for p in same] == [(p.name, p.default) for p in theirs.parameters.values()]
 
 
 def test_readme_of_the_package():

@@ -21,9 +21,10 @@ What is plainly a bug is done right:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from locoprop_torch.layouts import Layout, join_state, laid_out, layout_of, spli
 
 __all__ = ["LocoLayer", "LocopropTrainer"]
 
-_DEFAULT_HPARAMS = {"lr": 2e-5, "eps": 1e-6, "momentum": 0.999, "alpha": 0.9}
+_DEFAULT_HPARAMS = MappingProxyType({"lr": 2e-5, "eps": 1e-6, "momentum": 0.999, "alpha": 0.9})
 
 
 class LocoLayer(nn.Module):
@@ -71,6 +72,13 @@ class LocoLayer(nn.Module):
 
 def rule_of(optimizer: torch.optim.Optimizer) -> Rule | None:
     """The update rule that does what ``optimizer`` does; ``None`` where there is none (weight decay, AMSGrad, ...)."""
+    try:
+        return _rule_of(optimizer)
+    except ValueError:  # a hyper-parameter that torch takes and the rules refuse, such as alpha=1
+        return None
+
+
+def _rule_of(optimizer: torch.optim.Optimizer) -> Rule | None:
     if len(optimizer.param_groups) != 1:
         return None
     group = optimizer.param_groups[0]
@@ -136,7 +144,7 @@ class LocopropTrainer:
         model: its trainable modules must be :class:`LocoLayer`; others are called, and not trained.
         loss_fn: ``(output of the model, ys) -> scalar loss``.
         optimizer_class: any ``torch.optim`` optimiser; one is made per layer, see :attr:`opts`.
-        optimizer_hparams: its arguments; ``None`` for ``lr=2e-5, eps=1e-6, momentum=0.999, alpha=0.9``.
+        optimizer_hparams: its arguments.
         learning_rate: step size ``γ`` of the activation targets.
         local_iterations: ``T``.
         momentum: weight of the past in a running average of ``∂L/∂A``.
@@ -154,7 +162,7 @@ class LocopropTrainer:
         model: nn.Sequential,
         loss_fn: Callable[[Tensor, Any], Tensor],
         optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.RMSprop,
-        optimizer_hparams: dict[str, Any] | None = None,
+        optimizer_hparams: Mapping[str, Any] = _DEFAULT_HPARAMS,
         learning_rate: float = 10,
         local_iterations: int = 5,
         momentum: float = 0.0,
@@ -173,13 +181,12 @@ class LocopropTrainer:
         self.last_reports: list[StepReport] = []
         self.grads: list[Tensor | None] = []
         self.opts: list[torch.optim.Optimizer | None] = []
-        hparams = _DEFAULT_HPARAMS if optimizer_hparams is None else optimizer_hparams
         for layer in model:
             trainable = any(p.requires_grad and p.numel() > 0 for p in layer.parameters())
             if trainable and not isinstance(layer, LocoLayer):
                 warnings.warn(f"{layer} is trainable but not a LocoLayer: it will not be updated.", stacklevel=2)
             trained = trainable and isinstance(layer, LocoLayer)
-            self.opts.append(optimizer_class(layer.parameters(), **hparams) if trained else None)
+            self.opts.append(optimizer_class(layer.parameters(), **optimizer_hparams) if trained else None)
 
     def step(self, xs: Tensor, ys: Any) -> Tensor:
         """One forward and one backward pass, then the local iterations of every layer.
