@@ -35,7 +35,9 @@ def figures(results: dict[str, Any]) -> dict[str, float]:
 
 def strip(results: dict[str, Any]) -> dict[str, Any]:
     """A report without times: what is worth committing as a baseline."""
-    kept = {key: results[key] for key in ("schema", "command", "commit", "device", "versions") if key in results}
+    kept: dict[str, Any] = {
+        key: results[key] for key in ("schema", "command", "commit", "device", "versions") if key in results
+    }
     cases: dict[str, Any] = {}
     for case, entry in results.get("cases", {}).items():
         facts = {

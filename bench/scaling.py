@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench scaling", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--contestant", nargs="*", default=["ours-fp32", "ours-bf16", "textbook"])
+    parser.add_argument("--clock", choices=[*device.CLOCKS], default="wall", help="cpu: processor time, one thread")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder for scaling.json and scaling.png")
     options = parser.parse_args(arguments)
@@ -67,22 +68,25 @@ def main(arguments: list[str]) -> int:
     if where.type == "cuda" and not torch.cuda.is_available():
         print("--device cuda: this machine has no GPU that torch can use", file=sys.stderr)
         return 2
-    console = Console()
-    results = run(where, options.contestant, options.rounds, console)
+    if options.clock == "cpu":
+        torch.set_num_threads(1)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    results = run(where, options.contestant, options.rounds, options.clock, console)
     if options.out:
         report.save(results, options.out / "scaling.json")
         _draw(results, options.out / "scaling.png")
     return 0
 
 
-def run(where: torch.device, names: list[str], rounds: int, console: Console) -> dict[str, Any]:
+def run(where: torch.device, names: list[str], rounds: int, by: str, console: Console) -> dict[str, Any]:
     """Measure all sweeps and print the exponents."""
     gpu = where.type == "cuda"
     field = [one for one in all_contestants(where) if one.name in names]
     programs = torch.cuda.get_device_properties(where).multi_processor_count if gpu else 1
     results: dict[str, Any] = {
         "schema": 1,
-        "command": "python -m bench scaling",
+        "command": f"python -m bench scaling --clock {by} --rounds {rounds} --contestant {' '.join(names)}",
+        "clock": "device events" if gpu else by,
         "commit": device.commit(),
         "device": device.describe(where),
         "versions": device.versions(),
@@ -90,7 +94,7 @@ def run(where: torch.device, names: list[str], rounds: int, console: Console) ->
         "sweeps": {},
     }
     for variable, (values, make) in track([*sweeps(gpu).items()], "sweeps", console=console, transient=True):
-        points = [_point(make(value), field, where, rounds) for value in values]
+        points = [_point(make(value), field, where, rounds, by) for value in values]
         for point, value in zip(points, values, strict=True):
             case = make(value)
             plan = schedule.build(case.sizes(), _TILES, programs)  # type: ignore[arg-type]
@@ -109,7 +113,7 @@ def run(where: torch.device, names: list[str], rounds: int, console: Console) ->
     return results
 
 
-def _point(case: Case, field: list[Any], where: torch.device, rounds: int) -> dict[str, Any]:
+def _point(case: Case, field: list[Any], where: torch.device, rounds: int, by: str) -> dict[str, Any]:
     work = Work(case, where)
     entries = {one.name: one.build(work) for one in field}
     for entry in entries.values():
@@ -117,7 +121,7 @@ def _point(case: Case, field: list[Any], where: torch.device, rounds: int) -> di
     samples: dict[str, list[float]] = {name: [] for name in entries}
     for _ in range(rounds):
         for name, entry in entries.items():
-            samples[name].append(device.clock(entry.run, where))
+            samples[name].append(device.clock(entry.run, where, by=by))
     return {"flops": case.flops(), "seconds": {name: quantiles(times) for name, times in samples.items()}}
 
 

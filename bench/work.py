@@ -57,9 +57,10 @@ class Work:
             self.inputs = [
                 torch.randn(layer.batch, layer.inputs, generator=generator).to(device) for layer in case.layers
             ]
+            # Residuals that other weights would explain, as in a network: the step then depends smoothly on rounding.
             self.gradients = [
-                (torch.randn(layer.batch, layer.outputs, generator=generator) * 1e-3 / layer.batch).to(device)
-                for layer in case.layers
+                x @ (2e-4 * torch.randn(layer.outputs, layer.inputs, generator=generator)).to(device).t()
+                for x, layer in zip(self.inputs, case.layers, strict=True)
             ]
 
     # --- networks
