@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,44 @@ def test_momentum_and_schedules_as_in_the_package(model, correction):
                     opt.param_groups[0]["lr"] = 1e-4 / (k + 1)
             trainer.step(x, y)
         assert_same(theirs, ours)
+
+
+def random_model(draw):
+    """Convolutions, with pooling or without, then linear layers; on inputs ``[B, 1, 8, 8]``."""
+    activations = [nn.Tanh(), nn.ReLU(), nn.Sigmoid(), nn.Softplus(), nn.ELU(0.5), nn.GELU(), nn.SiLU(), nn.Hardtanh()]
+    modules, x = [], torch.zeros(1, 1, 8, 8)
+    for _ in range(draw.randint(0, 2)):
+        channels, padding = 2 * draw.randint(1, 3), draw.randint(0, 2)
+        kernel = min(draw.randint(1, 3), x.shape[-1] + 2 * padding)
+        convolution = nn.Conv2d(x.shape[1], channels, kernel, draw.randint(1, 2), padding)
+        modules.append(LocoLayer(convolution, draw.choice(activations), implicit=draw.random() < 0.2))
+        if draw.random() < 0.5:
+            modules.append(draw.choice([nn.AvgPool2d(2, ceil_mode=True), nn.MaxPool2d(2, 1, padding=1)]))
+        x = nn.Sequential(*modules)(torch.zeros(1, 1, 8, 8))
+    modules.append(nn.Flatten())
+    k = x.numel()
+    for n in [draw.randint(2, 12) for _ in range(draw.randint(0, 3))]:
+        modules.append(LocoLayer(nn.Linear(k, n, bias=draw.random() < 0.7), draw.choice(activations)))
+        k = n
+    modules.append(LocoLayer(nn.Linear(k, 5), nn.Softmax(dim=1), implicit=True))
+    return nn.Sequential(*modules).double()
+
+
+@pytest.mark.parametrize("correction", [0.0, 0.1])
+@pytest.mark.parametrize("repetition", range(12))
+def test_random_models(repetition, correction):
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    optimizer = OPTIMIZERS[draw.choice([name for name in OPTIMIZERS if name != "RMSprop alpha"])]
+    momentum, iterations = draw.choice([0.0, 0.3]), draw.randint(1, 7)
+    options = {"correction": correction, "momentum": momentum, "local_iterations": iterations}
+    theirs, ours = both(random_model(draw), optimizer, learning_rate=draw.uniform(0.5, 10), **options)
+    for _ in range(3):
+        x, y = batch()
+        torch.testing.assert_close(ours.step(x, y), theirs.step(x, y), rtol=1e-9, atol=1e-9)
+        assert_same(theirs, ours, 1e-8)  # ill-conditioned where a gradient is next to zero
 
 
 def test_any_module_and_activation():
