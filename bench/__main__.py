@@ -66,16 +66,14 @@ def main(arguments: list[str]) -> int:
     budget = measure.Budget(
         seconds=2.0 if options.quick else options.seconds, longest=options.longest, clock=options.clock
     )
-    results = run(chosen, fields, where, budget, console, command(arguments))
-    if options.json:
-        report.save(results, options.json)
+    file = options.json or (options.out / "bench.json" if options.out else None)
+    results = run(chosen, fields, where, budget, console, command(arguments), file)
     if options.out:
         from bench import plots
 
-        report.save(results, options.out / "bench.json")
         written = plots.draw(results, options.out)
         _save_table(results, options.out / "table.txt")
-        console.print("wrote", ", ".join(str(path) for path in (options.out / "bench.json", *written)))
+        console.print("wrote", ", ".join(str(path) for path in (file, *written)))
     return 0
 
 
@@ -109,8 +107,9 @@ def run(
     budget: measure.Budget,
     console: Console,
     how: str,
+    file: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure the cases, printing each table as it is ready."""
+    """Measure the cases; prints each table, and writes ``file`` anew, as soon as a case is done."""
     warnings.filterwarnings("ignore", message=".*TensorFloat32.*|.*TF32.*")
     results: dict[str, Any] = {
         "schema": 1,
@@ -134,6 +133,8 @@ def run(
             entry = measure.measure(case, fields, where, results["rates"], budget, log)
             results["cases"][case.name] = entry
             report.print_case(console, case.name, entry)
+            if file is not None:
+                report.save(results, file)
             progress.advance(task)
     return results
 

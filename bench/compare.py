@@ -1,4 +1,4 @@
-"""The regression guard: ratios and compile-report figures of two reports, side by side. No test calls it."""
+"""The regression guard: ratios, or a compile report's figures, of two files side by side. No test calls it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from bench import report
 __all__ = ["differences", "figures", "main", "strip"]
 
 
+_COMPILED = ("registers", "spill_bytes", "shared_bytes", "scalar_products")
+
+
 def figures(results: dict[str, Any]) -> dict[str, float]:
     """What is comparable between runs: speed-ups, fractions of the floor, errors, and compile-report figures."""
     found: dict[str, float] = {}
@@ -26,10 +29,9 @@ def figures(results: dict[str, Any]) -> dict[str, float]:
             for key in ("fraction_of_floor", "error"):
                 if key in fact:
                     found[f"{case} / {name} / {key}"] = fact[key]
-    for kernel, numbers in results.get("compile_report", {}).items():
-        for key, value in numbers.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                found[f"{kernel} / {key}"] = value
+    for record in results.get("records", []):  # a compile report, or a baseline with one
+        for key in _COMPILED:
+            found[f"{record['kernel']} [{record['configuration']}] {record['target']} / {key}"] = record[key]
     return found
 
 
@@ -47,7 +49,11 @@ def strip(results: dict[str, Any]) -> dict[str, Any]:
         }
         if facts:
             cases[case] = {"contestants": facts}
-    return {**kept, "cases": cases, **{key: results[key] for key in ("compile_report",) if key in results}}
+    records = [
+        {key: record[key] for key in ("kernel", "configuration", "target", *_COMPILED)}
+        for record in results.get("records", [])
+    ]
+    return {**kept, **({"cases": cases} if cases else {}), **({"records": records} if records else {})}
 
 
 def differences(
@@ -86,7 +92,7 @@ def main(arguments: list[str]) -> int:
         return 0
     old = report.load(options.baseline)
     console = Console()
-    if old["device"].get("name") != new["device"].get("name"):
+    if old.get("device", {}).get("name") != new.get("device", {}).get("name"):
         console.print("[bold yellow]different devices: ratios may differ for that reason alone[/]")
     rows = differences(figures(old), figures(new), options.tolerance)
     table = Table("figure", "baseline", "new", "")

@@ -19,7 +19,7 @@ from bench.cases import Case
 from bench.work import LR, Work
 from locoprop_kernels.products import product, rounded
 
-__all__ = ["Contestant", "Entry", "all_contestants"]
+__all__ = ["Contestant", "Entry", "all_contestants", "with_config"]
 
 Parameters = list[tuple[Tensor, Tensor | None]]
 
@@ -186,7 +186,7 @@ def _graph(run: Callable[[], Any], mutable: list[Tensor]) -> tuple[Callable[[], 
 # --- (e) ours
 
 
-def _ours(work: Work, precision: str, backend: str) -> Entry:
+def _ours(work: Work, precision: str, backend: str, use: dict[str, Any] | None = None) -> Entry:
     compute_dtype = None if precision in ("fp32", "tf32") else _DTYPES[precision]
     if work.case.scope == "step":
         run, parameters, reports = _ours_step(work, compute_dtype, backend)
@@ -197,7 +197,20 @@ def _ours(work: Work, precision: str, backend: str) -> Entry:
         report = reports()
         return {"backend": report.backend, "driver": report.driver}
 
+    if use is not None:
+        run = _with_kernels(run, use)
     return Entry(_with_tf32(run, precision == "tf32"), parameters, details)
+
+
+def _with_kernels(run: Callable[[], Any], use: dict[str, Any]) -> Callable[[], Any]:
+    """``run`` with a driver or a configuration of the Triton kernels that is not the default one."""
+    from locoprop_kernels.kernels import configs
+
+    def wrapped() -> Any:
+        with configs.use(**use):
+            return run()
+
+    return wrapped
 
 
 def _ours_step(work: Work, compute_dtype: torch.dtype | None, backend: str) -> tuple[Any, Any, Any]:
@@ -249,6 +262,8 @@ def _floor(work: Work, precision: str) -> Entry:
         operands.append((layer, x, e, delta, gram))
 
     def mm(left: Tensor, right: Tensor) -> Tensor:
+        if left.is_cuda:
+            return torch.mm(left, right)
         return product(rounded(left, left.dtype), rounded(right, right.dtype), left.dtype)
 
     def run() -> None:
@@ -290,6 +305,14 @@ def _ordinary(work: Work, make: Callable[[Any], torch.optim.Optimizer]) -> Entry
     return Entry(run)
 
 
+def with_config(config: Any, precision: str = "bf16", driver: str | None = None) -> Contestant:
+    """Ours with a configuration of the Triton kernels (``locoprop_kernels.kernels.configs.Config``), to tune them."""
+    name = f"{config.n}x{config.b}x{config.k}-r{config.r}-w{config.warps}-s{config.stages}-p{config.parts}"
+    use = {"config": config, "driver": driver}
+    build = partial(_ours, precision=precision, backend="triton", use=use)
+    return Contestant(f"ours-{precision}-{driver or 'auto'}-{name}", build, precision=precision)
+
+
 def all_contestants(device: torch.device) -> list[Contestant]:
     """Everything that can take part on ``device``; the first that is available is the baseline of the ratios."""
     gpu = device.type == "cuda"
@@ -322,6 +345,9 @@ def all_contestants(device: torch.device) -> list[Contestant]:
             name = f"ours-{precision}" if backend == "triton" or not gpu else f"ours-reference-{precision}"
             build = partial(_ours, precision=precision, backend=backend)
             found.append(Contestant(name, build, tolerance=tolerance, precision=precision))
+    for driver in ("single", "grouped") if gpu else ():
+        build = partial(_ours, precision="bf16", backend="triton", use={"driver": driver})
+        found.append(Contestant(f"ours-bf16-{driver}", build, precision="bf16"))
     for precision in ("fp32", "bf16", "tf32") if gpu else ("fp32", "bf16"):
         found.append(Contestant(f"floor-{precision}", partial(_floor, precision=precision), precision=precision))
     fused = partial(torch.optim.Adam, lr=1e-3, fused=True)

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,8 @@ def rates(device: torch.device, by: str = "wall") -> dict[str, float]:
     for name, dtype in precisions.items():
         if gpu:
             torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-        left, right = (rounded(torch.randn(size, size, device=device), dtype) for _ in range(2))
-        found[name] = 2 * size**3 / _best(lambda a=left, b=right, d=dtype: product(a, b, d), device, by)  # type: ignore[misc]
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        found[name] = 2 * size**3 / _best(partial(_mm, left, right), device, by)
     if gpu:
         torch.set_float32_matmul_precision("highest")
         torch.cuda.empty_cache()
@@ -139,6 +140,12 @@ def rates(device: torch.device, by: str = "wall") -> dict[str, float]:
         matrix = torch.randn(size, size)
         found["fp32_torch_mm"] = 2 * size**3 / _best(lambda: torch.mm(matrix, matrix), device, by)
     return found
+
+
+def _mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if left.is_cuda:
+        return torch.mm(left, right)
+    return product(rounded(left, left.dtype), rounded(right, right.dtype), left.dtype)
 
 
 def _best(run: Callable[[], Any], device: torch.device, by: str, rounds: int = 8) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +36,11 @@ class Work:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
+        rand, randn = (partial(f, generator=generator, device=device) for f in (torch.rand, torch.randn))
 
         def uniform(*shape: int, bound: float) -> Tensor:
-            return ((2 * torch.rand(*shape, generator=generator) - 1) * bound).to(device)
+            return (2 * rand(*shape) - 1) * bound
 
         self.parameters = [
             (uniform(layer.outputs, layer.inputs, bound=layer.inputs**-0.5), uniform(layer.outputs, bound=0.03))
@@ -51,15 +52,12 @@ class Work:
         self.rates = [LR * max(1 - t / iterations, 0.25) for t in range(iterations)]
         first, last = case.layers[0], case.layers[-1]
         if case.scope == "step":
-            self.x = torch.rand(first.batch, first.inputs, generator=generator).to(device)
-            self.y = torch.rand(last.batch, last.outputs, generator=generator).to(device)
+            self.x, self.y = rand(first.batch, first.inputs), rand(last.batch, last.outputs)
         else:
-            self.inputs = [
-                torch.randn(layer.batch, layer.inputs, generator=generator).to(device) for layer in case.layers
-            ]
+            self.inputs = [randn(layer.batch, layer.inputs) for layer in case.layers]
             # Residuals that other weights would explain, as in a network: the step then depends smoothly on rounding.
             self.gradients = [
-                x @ (2e-4 * torch.randn(layer.outputs, layer.inputs, generator=generator)).to(device).t()
+                x @ (2e-4 * randn(layer.outputs, layer.inputs)).t()
                 for x, layer in zip(self.inputs, case.layers, strict=True)
             ]
 

@@ -1,0 +1,234 @@
+"""One command for a machine with a GPU: the numerics (``pytest -m gpu``), then the timings, in under eight minutes.
+
+Needs nothing from outside: torch with Triton, numpy, pytest and rich; the package need not be installed
+(``PYTHONPATH=.:python python -m bench.gpu``). The results go into one JSON file, which is written after every case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import cases, device, measure, report
+from bench.contestants import Contestant, all_contestants, with_config
+
+__all__ = ["CASES", "goals", "main"]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: In order of importance: the run stops when its time is up.
+CASES = (
+    "paper-local",
+    "paper",
+    "square-4096-B8192",
+    "tokens-64k-s",
+    "tokens-64k-m",
+    "gpt2-mlp-x12",
+    "paper-s",
+    "batch-10000",
+    "gpt-block-m-16k",
+    "gpt-block-s-64k",
+    "width-x2",
+    "width-x4",
+    "T-2",
+    "T-50",
+    "batch-100",
+    "square-1024-B8192",
+    "square-2048-B8192",
+    "square-512-B1000",
+    "depth-16",
+    "batch-65536",
+    "square-8192-B8192",
+    "gpt-block-m-64k",
+)
+_COMPILED_CASES = ("paper-local",)
+# (n, b, k, r, warps, stages, parts) of the tile kernels, to compare with the default on the paper's network.
+_CONFIGS = (
+    (128, 128, 128, 64, 8, 3, 4),
+    (128, 128, 128, 64, 8, 4, 4),
+    (128, 128, 64, 64, 8, 3, 2),
+    (128, 64, 64, 64, 8, 4, 2),
+    (64, 128, 128, 64, 8, 3, 2),
+    (64, 128, 128, 64, 4, 3, 4),
+    (64, 64, 64, 64, 4, 4, 1),
+    (128, 128, 128, 32, 8, 4, 4),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; the exit code is that of the numerics."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench_out/gpu.json"), help="default: bench_out/gpu.json")
+    parser.add_argument("--minutes", type=float, default=7.5, help="for everything (default: 7.5)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of timing for each case (default: 1.5)")
+    parser.add_argument("--skip-numerics", action="store_true")
+    parser.add_argument("--case", nargs="*", default=list(CASES))
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(
+            f"bench.gpu: torch {torch.__version__} finds no GPU on this machine; nothing was run. "
+            "`python -m bench` times what a CPU can do."
+        )
+        return 0
+    end = time.monotonic() + 60 * options.minutes
+    if hasattr(signal, "alarm"):
+        signal.alarm(int(60 * options.minutes) + 25)  # a kernel that hangs: stop; what was measured is in the file
+    console = Console(width=150)
+    results: dict[str, Any] = {
+        "schema": 1,
+        "command": "python -m bench.gpu",
+        "commit": device.commit(),
+        "device": device.describe(torch.device("cuda")),
+        "versions": device.versions(),
+        "clock": "device events",
+    }
+    if not options.skip_numerics:
+        results["numerics"] = numerics(min(180.0, 60 * options.minutes * 0.4), console)
+        report.save(results, options.out)
+    timings(results, options, end, console)
+    results["goals"] = goals(results)
+    report.save(results, options.out)
+    _print_goals(console, results["goals"])
+    console.print(f"wrote {options.out}")
+    return int(results.get("numerics", {}).get("exit_code", 0) != 0)
+
+
+def numerics(limit: float, console: Console) -> dict[str, Any]:
+    """Run the tests that are marked ``gpu``; which files could not be taken is part of the result."""
+    files: list[str] = []
+    without: list[str] = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text()
+        if "mark.gpu" in text:
+            missing = "hypothesis" in text and importlib.util.find_spec("hypothesis") is None
+            (without if missing else files).append(path.relative_to(ROOT).as_posix())
+    facts: dict[str, Any] = {"files": files, "left_out_without_hypothesis": without}
+    if not files:
+        console.print("no test file has tests marked gpu that can run here")
+        return {**facts, "exit_code": 0, "summary": "nothing to run"}
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider", *files]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+        code, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as expired:
+        raw = expired.stdout or b""
+        code, output = 124, raw.decode() if isinstance(raw, bytes) else raw
+    code = 0 if code == 5 else code  # 5: nothing was collected
+    lines = output.strip().splitlines()
+    if code:
+        console.print("\n".join(lines[-60:]), markup=False)
+    summary = lines[-1] if lines else ""
+    console.print(f"numerics: {summary}", markup=False)
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", summary)}
+    return {**facts, "exit_code": code, "seconds": time.monotonic() - begin, **counts}
+
+
+def timings(results: dict[str, Any], options: argparse.Namespace, end: float, console: Console) -> None:
+    """Measure case after case, then configurations of the kernels, until the time is up."""
+    where = torch.device("cuda")
+    results["rates"] = device.rates(where)
+    results["cases"] = {}
+    report.print_device(console, results)
+    field = all_contestants(where)
+    budget = measure.Budget(seconds=options.seconds, rounds=(5, 100), longest=5.0)
+
+    def run(name: str, case: cases.Case, contestants: list[Contestant]) -> None:
+        begin = time.monotonic()
+        entry = measure.measure(case, contestants, where, results["rates"], budget, lambda text: None)
+        results["cases"][name] = entry
+        report.print_case(console, name, entry)
+        console.print(f"[dim]{time.monotonic() - begin:.0f} s[/]")
+        report.save(results, options.out)
+
+    for case in _ordered(options.case):
+        if time.monotonic() > end - 20:
+            results.setdefault("not_reached", []).append(case.name)
+            continue
+        slow = case.name in _COMPILED_CASES
+        run(case.name, case, [one for one in field if slow or not one.slow_start])
+    if time.monotonic() < end - 45 and not results.get("not_reached"):
+        paper = cases.select(["paper-local"], quick=False)[0]
+        run("configurations", replace(paper, name="configurations"), _configurations(field))
+
+
+def _ordered(patterns: list[str]) -> list[cases.Case]:
+    chosen = {case.name: case for case in cases.select(patterns, quick=False)}
+    return [chosen.pop(name) for name in CASES if name in chosen] + [*chosen.values()]
+
+
+def _configurations(field: list[Contestant]) -> list[Contestant]:
+    from locoprop_kernels.kernels.configs import Config
+
+    tuned = [with_config(Config(*sizes), driver=driver) for driver in ("single", "grouped") for sizes in _CONFIGS]
+    return [one for one in field if one.name in ("ours-bf16", "floor-bf16")] + tuned
+
+
+def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the project set out to reach on an H100, and what this run measured (``None``: not measured)."""
+
+    def seconds(case: str, *names: str) -> float | None:
+        facts = results.get("cases", {}).get(case, {}).get("contestants", {})
+        times = [facts[name]["seconds"]["p50"] for name in names if "seconds" in facts.get(name, {})]
+        return min(times) if times else None
+
+    def ratio(case: str, slow: tuple[str, ...], fast: tuple[str, ...]) -> float | None:
+        above, below = seconds(case, *slow), seconds(case, *fast)
+        return above / below if above and below else None
+
+    ours = ("ours-bf16", "ours-bf16-single", "ours-bf16-grouped")
+    graphs = tuple(f"textbook-{form}graph-{p}" for form in ("", "compiled-") for p in ("fp32", "tf32", "bf16"))
+    step = seconds("paper", *ours)
+    found: list[tuple[str, float | None, str, float]] = [
+        ("paper-local, bf16: ms", _scaled(seconds("paper-local", *ours), 1e3), "<=", 0.35),
+        ("paper-local: over the eager textbook form", ratio("paper-local", ("textbook",), ours), ">=", 20),
+        ("paper-local: over the best CUDA graph", ratio("paper-local", graphs, ours), ">=", 3),
+        ("paper-local: fraction of the floor", ratio("paper-local", ("floor-bf16",), ours), ">=", 0.4),
+        ("paper: over an eager fused-Adam step", ratio("paper", ours, ("adam-fused",)), "<=", 2),
+        ("paper: s for 6000 steps (100 epochs of MNIST), products of time", _scaled(step, 6000), "<=", 10),
+        ("square-4096-B8192: fraction of the floor", ratio("square-4096-B8192", ("floor-bf16",), ours), ">=", 0.85),
+        ("gpt2-mlp-x12: ms", _scaled(seconds("gpt2-mlp-x12", *ours), 1e3), "<=", 10),
+        ("paper-local: tf32 over bf16", ratio("paper-local", ("ours-tf32",), ours), "<=", 2.2),
+    ]
+    gram, product = seconds("tokens-64k-s", "ours-bf16"), seconds("tokens-64k-m", *ours)
+    both = product / gram if gram and product else None
+    found.append(("tokens-64k: Gram over the product form", both, ">=", 10))
+    return [
+        {"goal": name, "bound": f"{sign} {bound:g}", "measured": value, "met": _met(value, sign, bound)}
+        for name, value, sign, bound in found
+    ]
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _met(value: float | None, sign: str, bound: float) -> bool | None:
+    if value is None:
+        return None
+    return value <= bound if sign == "<=" else value >= bound
+
+
+def _print_goals(console: Console, found: list[dict[str, Any]]) -> None:
+    table = Table("goal", "bound", "measured", "met")
+    for goal in found:
+        value = "" if goal["measured"] is None else f"{goal['measured']:.3g}"
+        met = {True: "yes", False: "no", None: "not measured"}[goal["met"]]
+        table.add_row(goal["goal"], goal["bound"], value, met)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
