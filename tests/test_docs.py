@@ -62,3 +62,13 @@ def test_accuracy_table_is_the_measured_one():
     for row in json.loads((ROOT / "bench/results/accuracy.json").read_text())["rows"]:
         errors = f"{row['textbook_form']:.1e} | {row['increment_form']:.1e}"
         assert f"| {row['K']} → {row['N']} | {row['operands']} | {errors} |" in page
+
+
+def test_training_table_is_the_measured_one():
+    """The table in precision.md, from bench/results/mnist_two_epochs."""
+    page = (ROOT / "docs/precision.md").read_text(encoding="utf-8")
+    for dtype in ("float32", "bfloat16"):
+        results = json.loads((ROOT / f"bench/results/mnist_two_epochs/{dtype}/results.json").read_text())
+        run = results["methods"]["LocoProp-M"]
+        losses = [*run["train_loss"], run["test_loss"][-1]]
+        assert f"| {dtype} | {' | '.join(f'{loss:.2f}' for loss in losses)} |" in page
