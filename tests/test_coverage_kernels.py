@@ -1,0 +1,103 @@
+"""Layers beyond nn.Linear, and the user's own transfer functions and rules, on the Triton kernels."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import locoprop_kernels as lk
+from locoprop_kernels import rules, transfers
+from locoprop_torch import GroupedLinear, LocoProp
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@triton.jit
+def own_tile(a, p):
+    return a / (1.0 + tl.exp(-a)) + tl.log(1.0 + a * a)
+
+
+def own(a):
+    return a * torch.sigmoid(a) + torch.log(1 + a.square())
+
+
+@triton.jit
+def damped(delta, grad, s0, s1, s2, lr, step, HYPER: tl.constexpr):
+    s0 = HYPER[0] * s0 + grad
+    return delta - lr * s0 / (1.0 + tl.abs(s0)), s0, s1, s2
+
+
+@dataclass(frozen=True)
+class Damped(rules.Rule):
+    decay: float = 0.5
+    triton_function = damped
+
+    @property
+    def triton_hyper(self):
+        return (self.decay,)
+
+    @property
+    def slots(self):
+        return {"sum": 0.0}
+
+    def update_(self, delta, grad, state, lr, step):
+        total = state["sum"].mul_(self.decay).add_(grad)
+        delta.sub_(lr * total / (1 + total.abs()))
+
+
+@pytest.fixture
+def registered():
+    yield lk.register_transfer("own", own, own_tile)
+    del transfers._DEFINITIONS["own"]
+
+
+MODELS = {
+    "convolutions": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1, groups=2), nn.Tanh(), nn.Conv2d(4, 3, 2), nn.Softmax(dim=1)),
+        (3, 2, 7, 6),
+    ),
+    "grouped linear": (lambda: nn.Sequential(GroupedLinear(2, 5, 4), nn.SiLU()), (2, 9, 5)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_as_on_the_reference(name):
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    model = make().to(DEVICE)
+    twin = copy.deepcopy(model)
+    start = [p.detach().clone() for p in model.parameters()]
+    options = {"lr": 1e-2, "local_iterations": 3, "rule": "adam", "prox": 0.1}
+    pairs = [(m, LocoProp(m, backend=b, **options)) for m, b in ((model, "reference"), (twin, "triton"))]
+    for _ in range(2):
+        x = torch.randn(shape, device=DEVICE)
+        for m, opt in pairs:
+            opt.zero_grad()
+            m(x).square().sum().backward()
+            opt.step()
+    assert pairs[1][1].last_reports[0].backend == "triton"
+    for p, q, p0 in zip(model.parameters(), twin.parameters(), start, strict=True):
+        assert (p - q).abs().max() <= 1e-4 * (p - p0).abs().max()
+
+
+def test_own_transfer_and_rule(registered):
+    torch.manual_seed(0)
+    x, weight, residual = (torch.randn(shape, device=DEVICE) for shape in ((33, 20), (7, 20), (33, 7)))
+    weight = weight / 20**0.5
+    problems = [
+        lk.LocalProblem(x, x @ weight.T, weight.clone(), grad_weight=residual.T @ x, transfer=registered)
+        for _ in range(2)
+    ]
+    reports = [
+        lk.local_steps_([problem], rule=Damped(), lr=[0.05] * 4, backend=backend, trace=True)
+        for problem, backend in zip(problems, ("reference", "triton"), strict=True)
+    ]
+    reference, tiles = (problem.weight for problem in problems)
+    assert (reference - tiles).abs().max() <= 1e-5 * (reference - weight).abs().max()
+    torch.testing.assert_close(reports[1].trace[0], reports[0].trace[0], rtol=1e-4, atol=1e-6)
