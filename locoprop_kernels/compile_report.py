@@ -127,9 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.pop("TRITON_INTERPRET", "0") != "0" and "triton" in sys.modules:
         parser.error("Triton was imported with TRITON_INTERPRET set; unset it and start a new process")
     try:
+        import rich  # noqa: F401
+
         from locoprop_kernels.kernels.inspection import gpu_target
     except ModuleNotFoundError as error:
-        parser.error(f"{error}; compiling needs Triton and its pip wheel (pip install triton, on Linux)")
+        parser.error(f"{error}; the report needs Triton's pip wheel and rich (pip install triton rich, on Linux)")
     targets = list(dict.fromkeys(options.target or TARGETS))
     try:
         for target in targets:

@@ -155,3 +155,37 @@ def test_interpreted_process_is_refused(monkeypatch, capsys):
         compile_report.main(["--target", "sm_90"])
     assert stop.value.code == 2
     assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+@cache
+def hopper(path):
+    command = [sys.executable, "-m", "locoprop_kernels.compile_report", "--target", "sm_90", "--json", path]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with open(path) as file:
+        return done.stdout, json.load(file)
+
+
+@pytest.fixture
+def hopper_report(tmp_path_factory):
+    return hopper(str(tmp_path_factory.getbasetemp() / "hopper.json"))
+
+
+def test_kernels_on_hopper(hopper_report):
+    """No spills, warp-group matrix instructions, and loads that run ahead of them."""
+    records = hopper_report[1]["records"]
+    assert all(record["spill_bytes"] == 0 and not record["violations"] for record in records)
+    products = [record for record in records if record["precision"] in ("bf16", "fp16", "tf32")]
+    assert {"bf16", "tf32"} <= {record["precision"] for record in products}
+    for record in products:
+        name = f"{record['kernel']} [{record['configuration']}]"
+        assert "HGMMA" in record["matrix_instructions"], name
+        assert {"LDGSTS", "UTMALDG"} & set(record["load_instructions"]), name
+
+
+def test_the_table_names_every_kernel(hopper_report):
+    table, report = hopper_report
+    for column in ("kernel", "configuration", "registers", "spill_bytes", "shared_bytes", "matrix instructions"):
+        assert column in table
+    assert all(record["kernel"] in table for record in report["records"])
+    assert set(report["versions"]) == {"python", "torch", "triton"}
