@@ -1,0 +1,96 @@
+"""The benchmark suite's own arithmetic: work counted right, reports without paths, comparisons that see changes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("rich")
+
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from bench import cases, compare, gpu, measure, model, report, scaling  # noqa: E402
+from bench.contestants import all_contestants  # noqa: E402
+from bench.work import Work  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = cases.network("small", (13, 11, 7, 9, 13), 17, "small", iterations=4)
+
+
+@pytest.mark.parametrize("scope", ["step", "local"])
+@pytest.mark.parametrize("loss", ["matching", "squared"])
+def test_contestants_do_the_same_step(scope, loss):
+    case = cases.Case("small", "small", SMALL.layers, 4, scope=scope, loss=loss)
+    field = [one for one in all_contestants(CPU) if not one.slow_start]
+    result = measure.measure(case, field, CPU, {"fp32": 1e9, "copy": 1e9}, measure.Budget(0.01), lambda text: None)
+    for name, fact in result["contestants"].items():
+        assert "seconds" in fact or "trains networks" in fact["skipped"] or "not installed" in fact["skipped"], (
+            name,
+            fact,
+        )
+    assert result["contestants"]["ours-fp32"]["error"] <= result["contestants"]["textbook"]["error"] + 1e-5
+    assert set(result["contestants"]["ours-fp32"]["speedup"]) >= {"textbook"}
+
+
+def test_the_floor_multiplies_what_the_case_counts(monkeypatch):
+    monkeypatch.setattr("locoprop_kernels.products._onednn_linear", None)  # torch's counter does not know that operator
+    entry = next(one for one in all_contestants(CPU) if one.name == "floor-fp32").build(Work(SMALL, CPU))
+    with FlopCounterMode(display=False) as counter:
+        entry.run()
+    assert counter.get_total_flops() == SMALL.flops()
+
+
+def test_every_case_is_named_once_and_predicted():
+    found = cases.all_cases()
+    assert len({case.name for case in found}) == len(found)
+    assert set(gpu.CASES) <= {case.name for case in found}
+    for case in found:
+        if case.loss == "matching" and case.iterations > 1 and max(layer.inputs for layer in case.layers) <= 2048:
+            prediction = model.predict(case)
+            assert 0 < prediction.floor < prediction.single < prediction.grouped
+
+
+def test_select_takes_names_families_and_prefixes():
+    assert [case.name for case in cases.select(["paper"], quick=False)] == ["paper", "paper-local", "paper-s"]
+    assert {case.name for case in cases.select(["T-*"], quick=False)} == {f"T-{t}" for t in (1, 2, 5, 20, 50)}
+    with pytest.raises(ValueError, match="matches none of"):
+        cases.select(["no such case"], quick=False)
+
+
+def test_a_case_that_does_not_fit_is_left_out_with_the_reason():
+    case = cases.Case("huge", "huge", (cases.Layer(10**7, 10**5, 10**5, "tanh"),), scope="local")
+    result = measure.measure(case, [], CPU, {"fp32": 1e12, "copy": 1e9}, measure.Budget(), lambda text: None)
+    assert "GiB" in result["skipped"]
+
+
+def test_exponents():
+    sizes = [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert scaling.exponent(sizes, [3 * size**1.5 for size in sizes])[0] == pytest.approx(1.5)
+
+
+def test_reports_hold_no_paths(tmp_path):
+    path = tmp_path / "report.json"
+    report.save({"value": 1 / 3}, path)
+    assert report.load(path) == {"value": 0.3333}
+    with pytest.raises(ValueError, match="local paths"):
+        report.save({"where": str(Path.cwd())}, path)
+
+
+def test_compare_sees_what_got_worse(tmp_path, capsys):
+    def results(speedup, error, spills):
+        fact = {"speedup": {"package": {"p50": speedup}}, "error": error, "seconds": {"p50": 1.0}}
+        record = {"kernel": "k", "configuration": "c", "target": "sm_90", "registers": 255, "spill_bytes": spills}
+        record |= {"shared_bytes": 0, "scalar_products": 0}
+        return {"device": {"name": "d"}, "cases": {"paper": {"contestants": {"ours-fp32": fact}}}, "records": [record]}
+
+    old, same, worse = tmp_path / "old.json", tmp_path / "same.json", tmp_path / "worse.json"
+    same.write_text(json.dumps(results(2.1, 1e-5, 0)))
+    worse.write_text(json.dumps(results(1.5, 1e-3, 8)))
+    assert compare.main([str(old), str(same), "--write"]) == 0
+    assert "seconds" not in old.read_text()
+    assert compare.main([str(old), str(same), "--strict"]) == 0
+    assert compare.main([str(old), str(worse), "--strict"]) == 1
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("slower -29%", "less accurate", "more"))
+    assert compare.main([str(old), str(worse)]) == 0

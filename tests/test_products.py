@@ -1,0 +1,53 @@
+"""Products with rounded operands against float64, in every precision, layout and route of torch."""
+
+import pytest
+import torch
+
+from locoprop_kernels import products
+from locoprop_kernels.products import product, rounded
+
+# Rounding of each operand, then accumulation of K terms; the bf16 route on CPUs also rounds the result.
+BUDGET = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+SHAPES = [(1, 1, 1), (1, 9, 5), (7, 1, 3), (33, 65, 17), (128, 100, 64)]
+
+
+def layouts(matrix):
+    yield "contiguous", matrix.contiguous()
+    yield "transposed", matrix.t().contiguous().t()
+    wide = matrix.new_zeros(matrix.shape[0], 2 * matrix.shape[1])
+    wide[:, ::2] = matrix
+    yield "strided", wide[:, ::2]
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product_is_the_product(monkeypatch, shape, dtype, onednn):
+    if not onednn:
+        monkeypatch.setattr(products, "_onednn_linear", None)
+    n, b, k = shape
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    left, right = torch.randn(n, b, dtype=result), torch.randn(b, k, dtype=result)
+    exact = left.double() @ right.double()
+    scale = left.double().norm() * right.double().norm()
+    for _, a in layouts(left):
+        for _, c in layouts(right):
+            value = product(rounded(a, dtype), rounded(c, dtype), result)
+            assert value.dtype == result
+            assert (value.double() - exact).norm() <= BUDGET[dtype] * scale
+
+
+@pytest.mark.parametrize("magnitude", [1e-12, 1e-6, 1.0, 1e6, 1e12])
+def test_float16_operands_keep_their_range(magnitude):
+    left, right = torch.randn(5, 40) * magnitude, torch.randn(40, 6) / magnitude * 1e3
+    exact = left.double() @ right.double()
+    value = product(rounded(left, torch.float16), rounded(right, torch.float16).t().t(), torch.float32)
+    assert (value.double() - exact).norm() <= 2e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_what_is_not_finite_stays_so(dtype):
+    left = torch.ones(3, 4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    left[1, 2] = float("nan")
+    value = product(rounded(left, dtype), rounded(left.t(), dtype), left.dtype)
+    assert not torch.isfinite(value[1]).any()
