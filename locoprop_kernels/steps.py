@@ -125,7 +125,7 @@ def _apply(pending: list[tuple[LocalProblem, Increment]], rule: rules.Rule, ok: 
 
 def _all_finite(pending: list[tuple[LocalProblem, Increment]]) -> Tensor:
     """Whether a commit would write finite numbers only; on the device, without waiting for it."""
-    extremes = []
+    extremes: list[Tensor] = []
     for problem, increment in pending:
         for name, delta in increment.delta.items():
             parameter = getattr(problem, name)
