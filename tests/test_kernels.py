@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,12 +10,14 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from interpreter import checked_addresses, shuffled_programs
+from interpreter import checked_addresses, replaced, shuffled_programs
 from test_reference import RULES, TRANSFERS, problem_for, random_layer
+from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules
-from locoprop_kernels.kernels import configs, drivers
+from locoprop_kernels.kernels import columns as c
+from locoprop_kernels.kernels import configs, drivers, grouped
 from locoprop_kernels.kernels.functions import FUNCTIONS
 
 pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_INTERPRET=1")
@@ -348,3 +351,50 @@ def test_what_is_unsupported_says_what_works():
         with pytest.raises(ValueError, match=message) as error:
             lk.local_steps_([problem], lr=[0.01], backend="triton", **arguments)
         assert "backend='reference'" in str(error.value)
+
+
+def test_offsets_beyond_32_bits():
+    """Addresses of a layer of 2^35 elements, on a made-up table: nothing there is allocated, read or written."""
+    stride, n_block, base, touched = 2**24, 300, 2**44, []
+    row = torch.zeros(c.WIDTH.value, dtype=torch.int64)
+    for name in ("X", "A0", "E", "ROW_SUMS", "WEIGHT_COPY"):
+        row[getattr(c, name).value] = base
+    for name in ("X_STRIDE", "E_STRIDE", "WEIGHT_STRIDE"):
+        row[getattr(c, name).value] = stride
+    row[c.BATCH.value] = row[c.OUTPUTS.value] = 2**24
+    row[c.REDUCED.value], row[c.TRANSFER.value] = SMALL.r, -1
+
+    def real(pointers):
+        return np.max(pointers.data) < base or np.min(pointers.data) > 2**46
+
+    def load(original):
+        def wrapper(pointers, mask, other, *rest):
+            if real(pointers):
+                return original(pointers, mask, other, *rest)
+            touched.append(pointers.data)
+            return TensorHandle(np.zeros(pointers.data.shape, np.float32), tl.float32)
+
+        return wrapper
+
+    def store(original):
+        def wrapper(pointers, *rest):
+            if real(pointers):
+                return original(pointers, *rest)
+            touched.append(pointers.data)
+
+        return wrapper
+
+    constants = {"TRANSFERS": (), "DIVERGENCES": (), "SOURCES": "", "OPERAND": tl.float32, "PREACTIVATION": tl.float32}
+    constants |= {"PRECISION": "ieee", "INTERPRETED": True, "TRACE": False, "ROWWISE": False}
+    constants |= {"BLOCK_N": SMALL.n, "BLOCK_B": SMALL.b, "BLOCK_R": SMALL.r, "PARTS": 2}
+    tiles = torch.tensor([[0, n_block, 5]], dtype=torch.int32)
+    trace = torch.zeros(1, dtype=torch.float64)
+    with (
+        replaced(interpreter_builder, "create_masked_load", load),
+        replaced(interpreter_builder, "create_masked_store", store),
+    ):
+        grouped.launch_activation(row, tiles, 1, trace, 0, constants)
+    last_row, last_example = (n_block + 1) * SMALL.n - 1, 6 * SMALL.b - 1
+    furthest = max(int(np.max(addresses)) for addresses in touched)
+    assert furthest == base + 4 * (last_row * stride + last_example) > base + 2**32
+    assert min(int(np.min(addresses)) for addresses in touched) >= base

@@ -45,14 +45,18 @@ class Config:
 _INTERPRETER = Config(n=16, b=64, k=128, r=32)
 
 # Chosen from compile reports: the largest tiles that neither spill nor exceed the shared memory. Nothing is measured.
-_HOPPER = Config(n=128, b=128, k=128, r=64, warps=8, stages=3, parts=4)
-_AMPERE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=4)
-_CDNA = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, parts=4)
-_EXACT = Config(n=64, b=64, k=64, r=16, warps=4, stages=2, parts=2)
-_SIXTEEN_BITS = {"sm_90": _HOPPER, "sm_100": _HOPPER, "sm_103": _HOPPER, "gfx90a": _CDNA, "gfx942": _CDNA}
+_EXACT = Config(n=64, b=64, k=64, r=16, warps=4, stages=2, parts=4)
+_SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, parts=4)
+_SIXTEEN_BITS = {
+    "sm_80": Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=4),
+    "sm_90": Config(n=128, b=128, k=128, r=64, warps=8, stages=3, parts=4),
+    "sm_100": Config(n=128, b=128, k=64, r=64, warps=8, stages=3, parts=4),
+    "gfx90a": Config(n=128, b=128, k=128, r=32, warps=8, stages=2, parts=4),
+    "gfx942": Config(n=128, b=128, k=128, r=32, warps=8, stages=2, parts=4),
+}
 _TF32 = {
-    "sm_90": Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=4),
-    "sm_100": Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=4),
+    target: Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=4)
+    for target in ("sm_80", "sm_90", "sm_100", "sm_120")
 }
 
 
@@ -80,7 +84,7 @@ def default(target: str, precision: str) -> Config:
     if precision == "ieee":
         return _EXACT
     table = _TF32 if precision == "tf32" else _SIXTEEN_BITS
-    return table.get(target, _AMPERE)
+    return table.get(target, _SMALL)
 
 
 def driver() -> str | None:

@@ -18,6 +18,7 @@ def _activation_kernel(
     trace_stride,
     TRANSFERS: tl.constexpr,
     DIVERGENCES: tl.constexpr,
+    SOURCES: tl.constexpr,
     OPERAND: tl.constexpr,
     PREACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,

@@ -47,6 +47,7 @@ def _local_steps_kernel(
     trace_stride,
     TRANSFERS: tl.constexpr,
     DIVERGENCES: tl.constexpr,
+    SOURCES: tl.constexpr,
     RULE: tl.constexpr,
     HYPER: tl.constexpr,
     SLOTS: tl.constexpr,
