@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from locoprop_torch import demo
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
 pytest.importorskip("rich")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_images(count):
@@ -154,9 +156,13 @@ def test_folder_that_cannot_be_made(tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the Triton backend works here")
-def test_backend_that_cannot_run(tmp_path, capsys):
-    error = message_of(capsys, "--out", str(tmp_path), "--images", "10", "--backend", "triton")
-    assert "backend 'triton' cannot run" in error
+def test_backend_that_cannot_run(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "locoprop_torch.demo", "--out", str(tmp_path), "--images", "10"]
+    done = subprocess.run([*command, "--backend", "triton"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "error: backend 'triton' cannot run" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib"])

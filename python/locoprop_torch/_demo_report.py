@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -111,7 +111,7 @@ def draw_curves(results: dict[str, Any], path: Path) -> None:
                 )
         for axes, label in ((by_epoch, "epoch"), (by_time, "training time (seconds)")):
             _finish(axes, label, config["loss_lower_bound"])
-        by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
+        by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         by_epoch.set_ylabel("train loss (nats per image)")
         by_time.legend(frameon=False)
         figure.suptitle(f"{_title(config)}, batches of {config['batch_size']}")
@@ -122,7 +122,7 @@ def _finish(axes: Axes, label: str, bound: float) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
