@@ -72,3 +72,14 @@ def test_training_table_is_the_measured_one():
         run = results["methods"]["LocoProp-M"]
         losses = [*run["train_loss"], run["test_loss"][-1]]
         assert f"| {dtype} | {' | '.join(f'{loss:.2f}' for loss in losses)} |" in page
+
+
+def test_tuning_table_is_the_measured_one():
+    """The table in hyperparameters.md, from bench/results/demo_tuning.json."""
+    page = (ROOT / "docs/hyperparameters.md").read_text(encoding="utf-8")
+    trials = json.loads((ROOT / "bench/results/demo_tuning.json").read_text())["trials"]
+    for method in ("LocoProp-M", "LocoProp-S"):
+        losses = {(trial["lr"], trial["activation_lr"]): trial["train_loss"] for trial in trials[method]}
+        for lr in (1e-5, 3e-5, 1e-4):
+            cells = " | ".join(f"{losses[lr, gamma]:.1f}" for gamma in (1.0, 3.0, 10.0))
+            assert f"| {method} | {lr:g} | {cells} |" in page
