@@ -142,6 +142,8 @@ def _draw(results: dict[str, Any], path: Path) -> None:
             scale = sweep["points"][-1]["seconds"][next(iter(sweep["points"][0]["seconds"]))]["min"] / predicted[-1]
             label = f"schedule (scaled): {sweep['exponents']['schedule'][0]:.2f}"
             axes.loglog(sweep["values"], predicted * scale, "k:", label=label)
+        axes.set_xticks(sweep["values"], [f"{value:,}" for value in sweep["values"]], minor=False)
+        axes.set_xticks([], minor=True)
         axes.set_xlabel(variable)
         axes.set_ylabel("seconds")
         axes.legend(fontsize=6)

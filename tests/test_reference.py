@@ -143,6 +143,19 @@ def test_gram_form_is_the_product_form(monkeypatch, bias, prox):
             torch.testing.assert_close(gram_value, product_value, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("transfer", ["tanh", "softmax"])
+@pytest.mark.parametrize("compute_dtype", [None, torch.float16])
+def test_chunks_of_the_batch_change_nothing(monkeypatch, transfer, compute_dtype):
+    results = []
+    for rows in (7, 10**6):
+        monkeypatch.setattr("locoprop_kernels.reference._cached_rows", lambda _, rows=rows: rows)
+        problem = problem_for(*random_layer(15, 40, 6, 5, dtype=torch.float32), transfer)
+        report = lk.local_steps_([problem], lr=[0.01] * 7, compute_dtype=compute_dtype, trace=True)
+        results.append((problem.weight, problem.bias, report.problems[0].trace))
+    for chunked, whole in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-2 if compute_dtype else 1e-4, atol=1e-4)
+
+
 def test_gram_is_taken_only_where_it_costs_less():
     tall = problem_for(*random_layer(4, 200, 6, 5), "identity")
     flat = problem_for(*random_layer(4, 6, 200, 5), "identity")
