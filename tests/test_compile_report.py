@@ -160,7 +160,7 @@ def test_interpreted_process_is_refused(monkeypatch, capsys):
 @cache
 def hopper(path):
     command = [sys.executable, "-m", "locoprop_kernels.compile_report", "--target", "sm_90", "--json", path]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     with open(path) as file:
         return done.stdout, json.load(file)
