@@ -823,3 +823,13 @@ def test_empty_batches_are_refused():
     model(torch.zeros(0, 6)).sum().backward()
     with pytest.raises(ValueError, match=r"layer '0'.*must not be empty, got B=0"):
         opt.step()
+
+
+def test_trace_shows_every_layers_local_objective():
+    model = mlp()
+    opt = LocoProp(model, lr=1e-4, rule="sgd", local_iterations=5, trace=True)
+    backward(model, opt, *batch())
+    opt.step()
+    traces = opt.last_reports[0].trace
+    assert [len(trace) for trace in traces] == [6, 6, 6]
+    assert all((trace.diff() < 0).all() for trace in traces)

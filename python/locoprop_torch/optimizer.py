@@ -125,6 +125,7 @@ class LocoProp(Optimizer):
             "activation_lr": 1.0}``; ``lr``, ``activation_lr``, ``local_iterations``, ``prox``, ``rule``,
             ``transfer`` (over what ``transfers`` says) and ``weight_decay`` may be set. All parameters of a layer go
             into one group; those of no group form the first.
+        trace: also evaluate every layer's local objective, into ``last_reports``; costs one more product a step.
 
     Attributes:
         last_reports: the :class:`locoprop_kernels.StepReport` of each parameter group at the last step.
@@ -153,6 +154,7 @@ class LocoProp(Optimizer):
         regulariser: Regulariser | Callable[[Tensor, Tensor], Tensor] | None = None,
         weight_decay: float = 0.0,
         param_groups: Iterable[dict[str, Any]] = (),
+        trace: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -193,6 +195,7 @@ class LocoProp(Optimizer):
         self.compute_dtype = compute_dtype
         self.target = target
         self.regulariser = as_regulariser(regulariser)
+        self.trace = trace
         self.last_reports: list[StepReport] = []
         self._skipped = _SkipCounter()
         self._transfers = dict(transfers or {})
@@ -340,6 +343,7 @@ class LocoProp(Optimizer):
                 backend=self.backend,
                 compute_dtype=self.compute_dtype,
                 commit=False,
+                trace=self.trace,
                 regulariser=self.regulariser,
             )
             for (group, layers), rate in zip(work, rates, strict=True)
