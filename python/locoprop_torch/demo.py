@@ -30,8 +30,8 @@ __all__ = ["CURVES", "FILES", "curves_tensors", "main"]
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTE_DTYPES}
 TRAIN_CURVES, TEST_CURVES = 4000, 1000
 
-# Best of nine trials for each method on another seed: bench/results/demo_tuning.json. An epoch of LocoProp costs six to
-# ten of the others', so these get six times as many.
+# Best of nine trials for each method on another seed: bench/results/demo_tuning.json. An epoch of LocoProp costs about
+# six of the others', so these get six times as many.
 CURVES = Experiment(
     encoder=(784, 400, 200, 100, 12),
     batch_size=200,
@@ -234,6 +234,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             bars.start_task(tasks[method])
             advance = partial(bars.advance, tasks[method])
             history = train(experiment, method, images, test_images, args.seed, advance)
+            bars.update(
+                tasks[method], completed=experiment.epochs_of(method)
+            )  # the shares may not add up to the last bit
             results["methods"][METHODS[method]] = _method_results(history, options)
     report.show_table(results)
     (args.out / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
