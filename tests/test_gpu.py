@@ -1,0 +1,125 @@
+"""The Triton backend on a real GPU against float64: drivers, precisions, transfers, rules, ragged and odd layouts.
+
+Skipped without one; ``LOCOPROP_GPU_TESTS=interpreter TRITON_INTERPRET=1 pytest --noconftest`` runs them on a CPU, slowly.
+"""
+
+import os
+
+import pytest
+import torch
+
+import locoprop_kernels as lk
+from locoprop_kernels import rules, transfers
+
+INTERPRETED = os.environ.get("LOCOPROP_GPU_TESTS") == "interpreter"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU"),
+]
+
+# Relative error of the increment after T steps against float64, for problems that are as smooth as a network's.
+BUDGET = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+SHAPES = [(1, 1, 1), (33, 65, 17), (200, 130, 70), (257, 128, 129)]
+RULES = [rules.get(name) for name in ("sgd", "momentum", "nesterov", "rmsprop", "adam", "adagrad")] + [
+    rules.RMSprop(flavor="tensorflow"),
+    rules.RMSprop(centered=True, momentum=0.5),
+    rules.Adam(flavor="tensorflow"),
+]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def problems(shape, transfer, seed=0):
+    """The same local problem in float64 on the host, and in float32 on the device."""
+    b, k, n = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).float()
+
+    x, weight, bias = randn(b, k), randn(n, k) / k**0.5, randn(n)
+    a0 = x @ weight.t() + bias
+    residual = 0.1 * (x @ randn(n, k).t() / k**0.5 + randn(n))
+    tensors = {
+        "x": x,
+        "preactivation": a0,
+        "weight": weight,
+        "bias": bias,
+        "grad_weight": residual.t() @ x,
+        "grad_bias": residual.sum(0),
+    }
+    exact = lk.LocalProblem(**{name: t.double() for name, t in tensors.items()}, transfer=transfer)
+    device = lk.LocalProblem(**{name: t.to(DEVICE, copy=True) for name, t in tensors.items()}, transfer=transfer)
+    return exact, device
+
+
+def check(shape, transfer, rule, dtype, prox=0.0, iterations=5):
+    exact, device = problems(shape, transfer)
+    rates = [1e-3 * (1 - t / (2 * iterations)) for t in range(iterations)]
+    for _ in range(2):  # the state persists
+        before, before_device = exact.weight.clone(), device.weight.clone()
+        lk.local_steps_([exact], rule=rule, lr=rates, prox=prox, backend="reference")
+        report = lk.local_steps_([device], rule=rule, lr=rates, prox=prox, backend="triton", compute_dtype=dtype)
+        assert report.committed
+        expected, actual = exact.weight - before, (device.weight - before_device).cpu().double()
+        rounding = 2**-23 * before.norm()  # of the float32 weight that the increment is added to
+        assert (actual - expected).norm() <= BUDGET[dtype] * expected.norm() + rounding
+        device.preactivation = (device.x @ device.weight.t() + device.bias).contiguous()
+        exact.preactivation = exact.x @ exact.weight.t() + exact.bias
+    return report.driver
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("transfer", transfers.available())
+def test_transfers(transfer, dtype):
+    check((200, 130, 70), transfer, rules.RMSprop(eps=1e-3), dtype)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rules(rule):
+    check((200, 130, 70), "tanh", rule, torch.float32, prox=0.1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("driver", ["single", "grouped"])
+def test_drivers(driver, dtype, shape):
+    from locoprop_kernels.kernels import configs
+
+    if INTERPRETED and driver == "single":
+        pytest.skip("programs of the interpreter run one after another")
+    with configs.use(driver=driver):
+        assert check(shape, "sigmoid", rules.RMSprop(eps=1e-3), dtype) == driver
+
+
+def test_layers_together_are_the_layers_alone():
+    shapes = [(100, 40, 60), (100, 60, 20), (100, 20, 60), (100, 60, 40)]
+    together = [problems(shape, "tanh", seed)[1] for seed, shape in enumerate(shapes)]
+    alone = [problems(shape, "tanh", seed)[1] for seed, shape in enumerate(shapes)]
+    lk.local_steps_(together, lr=[1e-3] * 4, backend="triton")
+    for problem in alone:
+        lk.local_steps_([problem], lr=[1e-3] * 4, backend="triton")
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a.weight, b.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_same_bits_twice_and_nothing_after_a_divergence():
+    results = []
+    for _ in range(2):
+        problem = problems((300, 200, 100), "tanh")[1]
+        lk.local_steps_([problem], lr=[1e-3] * 8, backend="triton", compute_dtype=torch.bfloat16)
+        results.append(problem.weight)
+    assert torch.equal(*results)
+    problem = problems((50, 20, 10), "squared_relu")[1]
+    before = problem.weight.clone()
+    report = lk.local_steps_([problem], rule="sgd", lr=[1e6] * 30, backend="triton")
+    assert not report.committed
+    assert torch.equal(problem.weight, before)
