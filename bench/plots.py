@@ -17,11 +17,15 @@ __all__ = ["draw"]
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     """Write the plots to ``folder``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    cases = {name: case for name, case in results["cases"].items() if "skipped" not in case}
+    cases = {name: case for name, case in results["cases"].items() if _has_baseline(case)}
     written = []
     if cases:
         written.append(_speedups(cases, results["device"]["name"], folder / "speedups.png"))
     return written
+
+
+def _has_baseline(case: dict[str, Any]) -> bool:
+    return any(fact.get("speedup") for fact in case["contestants"].values())
 
 
 def _speedups(cases: dict[str, Any], device: str, path: Path) -> Path:

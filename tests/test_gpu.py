@@ -1,6 +1,7 @@
 """The Triton backend on a real GPU against float64: drivers, precisions, transfers, rules, ragged and odd layouts.
 
-Skipped without one; ``LOCOPROP_GPU_TESTS=interpreter TRITON_INTERPRET=1 pytest --noconftest`` runs them on a CPU, slowly.
+Skipped without one. ``LOCOPROP_GPU_TESTS=interpreter TRITON_INTERPRET=1 pytest --noconftest`` runs them on a CPU,
+slowly.
 """
 
 import os
