@@ -21,8 +21,8 @@ class Regulariser:
 
     Args:
         torch_fn: ``(W_t, W_0) -> gradient``: the parameter now and at the start, of any shape, to a tensor of that
-            shape (return zeros for one-dimensional tensors to spare biases).
-        triton_fn: the same as a ``@triton.jit`` function of two blocks; needed by the Triton backend.
+            shape.
+        triton_fn: the same as a ``@triton.jit`` function of two float32 blocks ``(w, w0)``, for the Triton backend.
         value: ``(W_t, W_0) -> value`` of the term, elementwise or its sum; needed for ``trace=True``.
     """
 

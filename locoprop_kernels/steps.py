@@ -148,6 +148,7 @@ def _choose_backend(
     problems: list[LocalProblem],
     rule: rules.Rule,
     compute_dtype: torch.dtype | None,
+    trace: bool,
     regulariser: Regulariser | None,
 ) -> tuple[str, str]:
     """The backend to run and why; an explicit choice is taken or refused, never replaced."""
@@ -156,12 +157,10 @@ def _choose_backend(
     reason = triton_unavailable()
     if reason is None and backend == "auto" and problems[0].weight.device.type != "cuda":
         reason = f"the tensors are on {problems[0].weight.device}"
-    if reason is None and regulariser is not None:
-        reason = "a regulariser of the user's own is not in the kernels"
     if reason is None:
         from locoprop_kernels import kernels
 
-        reason = kernels.unsupported(problems, rule, compute_dtype)
+        reason = kernels.unsupported(problems, rule, compute_dtype, trace, regulariser)
     if reason is None:
         return "triton", "asked for by name" if backend == "triton" else "the tensors are on a GPU"
     if backend == "triton":
@@ -239,12 +238,12 @@ def local_steps_(
                     f"{label}: its {name} is also that of {other}; one problem must hold all rows of a tensor"
                 )
 
-    chosen, reason = _choose_backend(backend, problems, rule, compute_dtype, regulariser)
+    chosen, reason = _choose_backend(backend, problems, rule, compute_dtype, trace, regulariser)
     if chosen == "triton":
         from locoprop_kernels import kernels
 
         increments, finite, apply = kernels.local_loops(
-            problems, rule, rates, prox, reduction, compute_dtype, trace, views=not commit
+            problems, rule, rates, prox, reduction, compute_dtype, trace, regulariser, views=not commit
         )
     else:
         increments = [

@@ -9,6 +9,7 @@ from torch import nn
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules, transfers
+from locoprop_kernels.kernels import configs
 from locoprop_torch import GroupedLinear, LocoProp
 
 triton = pytest.importorskip("triton")
@@ -101,3 +102,54 @@ def test_own_transfer_and_rule(registered):
     reference, tiles = (problem.weight for problem in problems)
     assert (reference - tiles).abs().max() <= 1e-5 * (reference - weight).abs().max()
     torch.testing.assert_close(reports[1].trace[0], reports[0].trace[0], rtol=1e-4, atol=1e-6)
+
+
+@triton.jit
+def smooth_l1_tile(w, w0):
+    return 0.3 * w / tl.sqrt(w * w + 1e-4) + 0.1 * (w - w0)
+
+
+def smooth_l1(w, w0):
+    return 0.3 * w / torch.sqrt(w * w + 1e-4) + 0.1 * (w - w0)
+
+
+@pytest.mark.parametrize(("driver", "transfer"), [("single", "tanh"), ("grouped", "own"), ("gram", "identity")])
+def test_own_regulariser(registered, driver, transfer):
+    torch.manual_seed(0)
+    x, weight, residual = (torch.randn(shape, device=DEVICE) for shape in ((65, 20), (7, 20), (65, 7)))
+    bias = torch.randn(7, device=DEVICE)
+    weight = weight / 20**0.5
+    problems = [
+        lk.LocalProblem(
+            x, x @ weight.T + bias, weight.clone(), bias.clone(), residual.T @ x, residual.sum(0), transfer=transfer
+        )
+        for _ in range(2)
+    ]
+    regulariser = lk.Regulariser(smooth_l1, triton_fn=smooth_l1_tile)
+    options = {"rule": "momentum", "lr": [0.02] * 4, "regulariser": regulariser}
+    lk.local_steps_(problems[:1], backend="reference", **options)
+    with configs.use(driver=None if driver == "gram" else driver):
+        report = lk.local_steps_(problems[1:], backend="triton", **options)
+    assert report.driver == driver
+    for name, start in (("weight", weight), ("bias", bias)):
+        expected, actual = (getattr(problem, name) for problem in problems)
+        assert (actual - expected).abs().max() <= 1e-5 * (expected - start).abs().max()
+    plain = lk.LocalProblem(
+        x, x @ weight.T + bias, weight.clone(), bias.clone(), residual.T @ x, residual.sum(0), transfer=transfer
+    )
+    lk.local_steps_([plain], backend="reference", **{**options, "regulariser": None})
+    assert (plain.bias - problems[0].bias).abs().max() > 1e-2 * (plain.bias - bias).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("regulariser", "trace", "message"),
+    [
+        (lk.Regulariser(smooth_l1), False, "the regulariser has no Triton function"),
+        (lk.Regulariser(smooth_l1, smooth_l1_tile, value=smooth_l1), True, "trace=True is not supported"),
+    ],
+)
+def test_what_a_regulariser_needs(regulariser, trace, message):
+    x, weight = torch.randn(5, 4, device=DEVICE), torch.randn(3, 4, device=DEVICE)
+    problem = lk.LocalProblem(x, x @ weight.T, weight, grad_weight=torch.ones_like(weight))
+    with pytest.raises(ValueError, match=message):
+        lk.local_steps_([problem], lr=[0.1], backend="triton", regulariser=regulariser, trace=trace)

@@ -9,16 +9,23 @@ from torch import Tensor
 
 from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.reference import Increment
+from locoprop_kernels.regularisers import Regulariser
 from locoprop_kernels.rules import Rule
 
 __all__ = ["local_loops", "unsupported"]
 
 
-def unsupported(problems: Sequence[LocalProblem], rule: Rule, compute_dtype: torch.dtype | None) -> str | None:
+def unsupported(
+    problems: Sequence[LocalProblem],
+    rule: Rule,
+    compute_dtype: torch.dtype | None,
+    trace: bool,
+    regulariser: Regulariser | None,
+) -> str | None:
     """Why the Triton backend cannot run these problems, or ``None`` when it can."""
     from locoprop_kernels.kernels import drivers
 
-    return drivers.unsupported(problems, rule, compute_dtype)
+    return drivers.unsupported(problems, rule, compute_dtype, trace, regulariser)
 
 
 def local_loops(
@@ -29,6 +36,7 @@ def local_loops(
     reduction: str,
     compute_dtype: torch.dtype | None,
     trace: bool,
+    regulariser: Regulariser | None,
     views: bool,
 ) -> tuple[list[Increment], Tensor, Callable[[Tensor], None]]:
     """Run all local iterations of all problems; reads them, and writes nothing that belongs to them.
@@ -39,7 +47,7 @@ def local_loops(
     """
     from locoprop_kernels.kernels import drivers
 
-    placed, bad = drivers.run(problems, rule, rates, prox, reduction, compute_dtype, trace)
+    placed, bad = drivers.run(problems, rule, rates, prox, reduction, compute_dtype, trace, regulariser)
     groups = list({id(group): group for group, _ in placed}.values())
 
     def commit(ok: Tensor) -> None:

@@ -17,6 +17,7 @@ from locoprop_kernels.kernels import commit, configs, functions, grouped, prepar
 from locoprop_kernels.kernels.plan import ALIGNMENT, Key, Layer, Piece, Plan
 from locoprop_kernels.problem import LocalProblem, rule_state
 from locoprop_kernels.reference import Increment
+from locoprop_kernels.regularisers import Regulariser
 from locoprop_kernels.rules import Rule
 from locoprop_kernels.transfers import Transfer
 
@@ -53,7 +54,13 @@ def float32_precision() -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
-def unsupported(problems: Sequence[LocalProblem], rule: Rule, compute_dtype: torch.dtype | None) -> str | None:
+def unsupported(
+    problems: Sequence[LocalProblem],
+    rule: Rule,
+    compute_dtype: torch.dtype | None,
+    trace: bool,
+    regulariser: Regulariser | None,
+) -> str | None:
     """Why these problems cannot run here, or ``None``."""
     device = problems[0].weight.device
     if device.type == "cpu" and not interpreted():
@@ -64,6 +71,10 @@ def unsupported(problems: Sequence[LocalProblem], rule: Rule, compute_dtype: tor
         return "TRITON_INTERPRET=1 is set, which runs kernels on CPU tensors"
     if updates.lookup(rule) is None:
         return f"{type(rule).__name__} has no Triton function (give it an attribute triton_function)"
+    if regulariser is not None and regulariser.triton_fn is None:
+        return "the regulariser has no Triton function (give Regulariser a triton_fn)"
+    if regulariser is not None and trace:
+        return "trace=True is not supported with a regulariser of the user's own"
     for problem in problems:
         dtypes = {problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype, compute_dtype}
         if torch.float64 in dtypes:
@@ -243,6 +254,7 @@ def run(
     reduction: str,
     compute_dtype: torch.dtype | None,
     trace: bool,
+    regulariser: Regulariser | None,
 ) -> tuple[list[tuple[Group, int]], Tensor]:
     """All local loops.
 
@@ -260,7 +272,7 @@ def run(
         placed: list[tuple[Group, int]] = [None] * len(problems)  # type: ignore[list-item]
         for (form, *_), indices in members.items():
             part = [problems[i] for i in indices]
-            group = _run_group(part, form, rule, rates, prox, reduction, compute_dtype, trace, bad)
+            group = _run_group(part, form, rule, rates, prox, reduction, compute_dtype, trace, regulariser, bad)
             for place, index in enumerate(indices):
                 placed[index] = (group, place)
     return placed, bad
@@ -275,6 +287,7 @@ def _run_group(
     reduction: str,
     compute_dtype: torch.dtype | None,
     trace: bool,
+    regulariser: Regulariser | None,
     bad: Tensor,
 ) -> Group:
     first = problems[0]
@@ -303,6 +316,7 @@ def _run_group(
         slots=tuple(rule.slots),
         form=form,
         counts_steps=rule.counts_steps,
+        regulariser=None if regulariser is None else regulariser.triton_fn,
         trace=trace,
         transposed=precision == "tf32",
         interpreted=interpreted(),

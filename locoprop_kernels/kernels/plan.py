@@ -67,6 +67,7 @@ class Key:
     slots: tuple[str, ...]
     form: str  # "product", "gram" or "softmax"
     counts_steps: bool
+    regulariser: Any  # its gradient as a Triton function, or None
     trace: bool
     transposed: bool
     interpreted: bool
@@ -329,6 +330,7 @@ class Plan:
             "HYPER": key.hyper,
             "SLOTS": len(key.slots),
             "COUNTS_STEPS": key.counts_steps,
+            "REGULARISER": key.regulariser,
             "PARAMETER": parameter,
             "TRANSPOSED": key.transposed,
             "BLOCK_K": config.k,

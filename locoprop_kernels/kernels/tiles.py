@@ -234,8 +234,17 @@ def _keep_slot(parameter_ptr, i: tl.constexpr, value, new_offsets, valid, last, 
 
 
 @triton.jit
+def _value(parameter_ptr, long_rows, columns, valid, PARAMETER: tl.constexpr):
+    """The parameter at the start of the step, in float32."""
+    offsets = (long_rows * tl.load(parameter_ptr + c.VALUE_ROW)
+               + columns.to(tl.int64)[None, :] * tl.load(parameter_ptr + c.VALUE_COLUMN))  # fmt: skip
+    return tl.load(callers_address(parameter_ptr, c.VALUE, PARAMETER) + offsets, valid, 0.0).to(tl.float32)
+
+
+@triton.jit
 def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, rate, prox, loss_scale, bad_ptr,
           RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
+          REGULARISER: tl.constexpr,
           PARAMETER: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """One step of the update rule on a tile of a weight or bias, whose gradient has changed by ``change``.
 
@@ -254,6 +263,9 @@ def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, r
     if t > 0:
         delta = tl.load(delta_ptrs)
         grad += prox * delta
+    if REGULARISER is not None:
+        value = _value(parameter_ptr, long_rows, columns, valid, PARAMETER)
+        grad += REGULARISER(value + delta, value)
 
     s0, s1, s2 = grad, grad, grad
     if SLOTS > 0:
@@ -276,10 +288,8 @@ def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, r
     if SLOTS > 2:
         _keep_slot(parameter_ptr, 2, s2, new_offsets, valid, last, bad_ptr)
     if last:  # whether a commit would write a number that is not finite
-        value_offsets = (long_rows * tl.load(parameter_ptr + c.VALUE_ROW)
-                         + columns.to(tl.int64)[None, :] * tl.load(parameter_ptr + c.VALUE_COLUMN))  # fmt: skip
-        value = tl.load(callers_address(parameter_ptr, c.VALUE, PARAMETER) + value_offsets, valid, 0.0)
-        value = to_dtype(value.to(tl.float32) + delta, PARAMETER, INTERPRETED).to(tl.float32)
+        value = _value(parameter_ptr, long_rows, columns, valid, PARAMETER)
+        value = to_dtype(value + delta, PARAMETER, INTERPRETED).to(tl.float32)
         tl.store(bad_ptr + tl.zeros_like(new_offsets), 1, valid & (is_finite(value) == 0))
     return delta, start * loss_scale
 
@@ -321,7 +331,8 @@ def _gram_bias_change(row_ptr, rows, t, OPERAND: tl.constexpr, BLOCK_R: tl.const
 @triton.jit
 def _weight_epilogue(row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
                      bad_ptr, trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
-                     COUNTS_STEPS: tl.constexpr, OPERAND: tl.constexpr, PARAMETER: tl.constexpr,
+                     COUNTS_STEPS: tl.constexpr, REGULARISER: tl.constexpr, OPERAND: tl.constexpr,
+                     PARAMETER: tl.constexpr,
                      PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr,
                      GRAM: tl.constexpr):  # fmt: skip
     """Update of a weight tile; returns its largest |Δ|."""
@@ -333,7 +344,7 @@ def _weight_epilogue(row_ptr, product, rows, start, part, t, last, rate, prox, l
         if (t > 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
             change += _old_bias(row_ptr, rows, t)[:, None] * _sum_x(row_ptr, columns, k)[None, :]
     delta, gradient = _step(row_ptr + c.WEIGHT, change, rows, columns, n, k, row_stride, t, last,
-                         rate, prox, loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER,
+                         rate, prox, loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, PARAMETER,
                          INTERPRETED)  # fmt: skip
     copy_ptr = address(row_ptr, c.WEIGHT + c.COPY, OPERAND)
     if GRAM:
@@ -351,22 +362,26 @@ def _weight_epilogue(row_ptr, product, rows, start, part, t, last, rate, prox, l
 @triton.jit
 def _weight_epilogues(row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
                       bad_ptr, trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
-                      COUNTS_STEPS: tl.constexpr, OPERAND: tl.constexpr, PARAMETER: tl.constexpr,
+                      COUNTS_STEPS: tl.constexpr, REGULARISER: tl.constexpr, OPERAND: tl.constexpr,
+                      PARAMETER: tl.constexpr,
                       PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr,
                      GRAM: tl.constexpr):  # fmt: skip
     left, right = _halves(product)
     amax = _weight_epilogue(row_ptr, left, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
-                            bad_ptr, trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION,
+                            bad_ptr, trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER,
+                            PRECISION,
                             INTERPRETED, TRACE, GRAM)  # fmt: skip
     right_amax = _weight_epilogue(row_ptr, right, rows, start + product.shape[1] // 2, part + 1, t, last, rate, prox,
                                   loss_scale, old_scale, new_scale, bad_ptr, trace_ptr, RULE, HYPER, SLOTS,
-                                  COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED, TRACE, GRAM)  # fmt: skip
+                                  COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER, PRECISION, INTERPRETED, TRACE,
+                                  GRAM)  # fmt: skip
     return tl.maximum(amax, right_amax)
 
 
 @triton.jit
 def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_ptr, RULE: tl.constexpr,
-               HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr, PARAMETER: tl.constexpr,
+               HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr, REGULARISER: tl.constexpr,
+               PARAMETER: tl.constexpr,
                INTERPRETED: tl.constexpr, TRACE: tl.constexpr, GRAM: tl.constexpr, OPERAND: tl.constexpr,
                BLOCK_R: tl.constexpr):  # fmt: skip
     change = tl.zeros_like(rows).to(tl.float32)
@@ -380,7 +395,8 @@ def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_pt
                 sums_ptr += stride(row_ptr, c.ROW_SUMS_STRIDE)
     n = tl.load(row_ptr + c.OUTPUTS)
     delta, gradient = _step(row_ptr + c.BIAS, change[:, None], rows, tl.arange(0, 1), n, 1, 1, t, last, rate, prox,
-                         loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, PARAMETER, INTERPRETED)  # fmt: skip
+                         loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, PARAMETER,
+                         INTERPRETED)  # fmt: skip
     if GRAM:
         copy_ptr = address(row_ptr, c.BIAS + c.COPY, tl.float32) + ((t + 1) % 2) * tl.load(
             row_ptr + c.BIAS + c.COPY_SIZE
@@ -392,7 +408,7 @@ def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_pt
 
 @triton.jit
 def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_ptr, trace_stride, RULE: tl.constexpr,
-                HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
+                HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr, REGULARISER: tl.constexpr,
                 OPERAND: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
                 TRACE: tl.constexpr, TRANSPOSED: tl.constexpr, GRAM: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
@@ -432,22 +448,23 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
         if PARTS == 1:
             amax = _weight_epilogue(
                 row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
-                trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED,
+                trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER, PRECISION, INTERPRETED,
                 TRACE, GRAM)  # fmt: skip
         elif PARTS == 2:
             amax = _weight_epilogues(
                 row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
-                trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED,
+                trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER, PRECISION, INTERPRETED,
                 TRACE, GRAM)  # fmt: skip
         else:
             left, right = _halves(product)
             left_amax = _weight_epilogues(
                 row_ptr, left, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
-                trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION, INTERPRETED,
+                trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER, PRECISION, INTERPRETED,
                 TRACE, GRAM)  # fmt: skip
             right_amax = _weight_epilogues(
                 row_ptr, right, rows, start + BLOCK_K // 2, part + 2, t, last, rate, prox, loss_scale, old_scale,
-                new_scale, bad_ptr, trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, OPERAND, PARAMETER, PRECISION,
+                new_scale, bad_ptr, trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER,
+                PRECISION,
                 INTERPRETED, TRACE, GRAM)  # fmt: skip
             amax = tl.maximum(left_amax, right_amax)
         if OPERAND == tl.float16:
@@ -457,5 +474,6 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
 
     if (k_block == 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
         bias_ptr = trace_ptr + k_blocks * PARTS
-        _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, bias_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS,
+        _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, bias_ptr, RULE, HYPER, SLOTS,
+                   COUNTS_STEPS, REGULARISER,
                    PARAMETER, INTERPRETED, TRACE, GRAM, OPERAND, BLOCK_R)  # fmt: skip

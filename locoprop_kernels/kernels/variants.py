@@ -84,6 +84,7 @@ def _plan(target: str, precision: str, rule: rules.Rule, form: str = "product") 
             slots=tuple(rule.slots),
             form=form,
             counts_steps=rule.counts_steps,
+            regulariser=None,
             trace=False,
             transposed=precision == "tf32",
             interpreted=False,
