@@ -18,8 +18,6 @@ from locoprop_torch.optimizer import LocoProp
 __all__ = ["METHODS", "Experiment", "History", "autoencoder", "entropy", "train", "warm_up"]
 
 METHODS = {"locoprop-m": "LocoProp-M", "locoprop-s": "LocoProp-S", "rmsprop": "RMSProp", "adam": "Adam"}
-# The local rule of the paper's notebook; the learning rate is the optimiser's.
-NOTEBOOK_RULE = rules.RMSprop(alpha=0.9, momentum=0.999, eps=1e-5, flavor="tensorflow")
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,8 @@ class Experiment:
         batch_size: images a batch; the last batch of an epoch may be smaller.
         epochs: passes of LocoProp over the train images.
         baseline_epochs: passes of RMSProp and Adam.
-        hyperparameters: by method; ``lr`` and ``activation_lr`` for LocoProp, keyword arguments of ``torch.optim`` for
-            the others.
+        hyperparameters: by method; keyword arguments of ``LocoProp`` (without the rule) or ``torch.optim``.
+        rule: LocoProp's local rule.
         backend: of LocoProp.
         compute_dtype: of LocoProp; the model itself is float32.
     """
@@ -42,6 +40,7 @@ class Experiment:
     epochs: int
     baseline_epochs: int
     hyperparameters: dict[str, dict[str, Any]]
+    rule: rules.Rule
     backend: str = "auto"
     compute_dtype: torch.dtype = torch.float32
 
@@ -54,7 +53,7 @@ class Experiment:
             return torch.optim.RMSprop(model.parameters(), **options)
         return LocoProp(
             model,
-            rule=NOTEBOOK_RULE,
+            rule=self.rule,
             local_loss="matching" if method == "locoprop-m" else "squared",
             transfers={"logits": "sigmoid"},  # the sigmoid itself is inside the loss
             reduction="sum",

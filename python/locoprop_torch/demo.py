@@ -20,32 +20,33 @@ import torch
 from torch import Tensor
 
 import locoprop_kernels
+from locoprop_kernels import rules
 from locoprop_kernels.problem import COMPUTE_DTYPES
 from locoprop_kernels.steps import BACKENDS
 from locoprop_torch import data
-from locoprop_torch._demo_training import METHODS, NOTEBOOK_RULE, Experiment, History, entropy, train, warm_up
+from locoprop_torch._demo_training import METHODS, Experiment, History, entropy, train, warm_up
 
 __all__ = ["CURVES", "FILES", "curves_tensors", "main"]
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTE_DTYPES}
 TRAIN_CURVES, TEST_CURVES = 4000, 1000
 
-# Best of nine trials for each method on another seed: bench/results/demo_tuning.json. An epoch of LocoProp costs about
-# six of the others', so these get six times as many.
+# Best of nine trials for each method on another seed: bench/results/demo_tuning.json.
 CURVES = Experiment(
     encoder=(784, 400, 200, 100, 12),
     batch_size=200,
-    epochs=10,
-    baseline_epochs=60,
+    epochs=20,
+    baseline_epochs=20,
     hyperparameters={
-        "locoprop-m": {"lr": 3e-5, "activation_lr": 3.0},
-        "locoprop-s": {"lr": 3e-5, "activation_lr": 10.0},
-        "rmsprop": {"lr": 3e-4, "alpha": 0.9, "momentum": 0.9},
-        "adam": {"lr": 3e-3, "betas": (0.8, 0.999)},
+        "locoprop-m": {"lr": 5e-5, "activation_lr": 5.0, "local_iterations": 5},
+        "locoprop-s": {"lr": 1e-4, "activation_lr": 20.0, "local_iterations": 5},
+        "rmsprop": {"lr": 1e-3, "alpha": 0.9, "momentum": 0.5},
+        "adam": {"lr": 3e-3, "betas": (0.5, 0.999)},
     },
+    rule=rules.RMSprop(alpha=0.9, momentum=0.99, eps=1e-5, flavor="tensorflow"),
 )
-# The paper's network and its official notebook's hyper-parameters. Nothing is tuned on the files: RMSProp has what is
-# best on CURVES, Adam torch's defaults.
+# The paper's network and its official notebook's hyper-parameters. Nothing is tuned on the files: RMSProp and Adam
+# have common values.
 FILES = Experiment(
     encoder=(784, 1000, 500, 250, 30),
     batch_size=1000,
@@ -57,6 +58,7 @@ FILES = Experiment(
         "rmsprop": {"lr": 3e-4, "alpha": 0.9, "momentum": 0.9},
         "adam": {"lr": 1e-3},
     },
+    rule=rules.RMSprop(alpha=0.9, momentum=0.999, eps=1e-5, flavor="tensorflow"),
 )
 
 
@@ -104,13 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         "784-1000-500-250-30-250-500-1000-784 network with batches of 1000",
     )
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
-    add("--epochs", type=_number(1), default=None, help="epochs of LocoProp; default 10 on curves, 2 on files")
+    add("--epochs", type=_number(1), default=None, help="epochs of LocoProp; default 20 on curves, 2 on files")
     add(
         "--baseline-epochs",
         type=_number(1),
         default=None,
-        help="epochs of RMSProp and Adam; default 6 times as many as LocoProp's on curves, about the same time, and as "
-        "many on files",
+        help="epochs of RMSProp and Adam; default as many as LocoProp's",
     )
     add("--images", type=_number(1), default=None, help="train images; default 4000 curves, all of a file")
     add("--device", default="cpu", help="a torch device")
@@ -214,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "seed": args.seed,
             "dtype": args.dtype,
             "backend": args.backend,
-            "locoprop": {"local_iterations": 10, "reduction": "sum", "rule": repr(NOTEBOOK_RULE)},
+            "locoprop": {"reduction": "sum", "rule": repr(experiment.rule)},
             "loss": "cross entropy in nats, summed over pixels, averaged over the batches of the epoch",
             "loss_lower_bound": entropy(images),
         },
