@@ -57,11 +57,13 @@ def test_figures_are_drawn(monkeypatch, tmp_path):
 
 
 def test_accuracy_table_is_the_measured_one():
-    """The table in precision.md, from bench/results/accuracy.json."""
+    """The tables in precision.md and in the README, from bench/results/accuracy.json."""
     page = (ROOT / "docs/precision.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for row in json.loads((ROOT / "bench/results/accuracy.json").read_text())["rows"]:
         errors = f"{row['textbook_form']:.1e} | {row['increment_form']:.1e}"
         assert f"| {row['K']} → {row['N']} | {row['operands']} | {errors} |" in page
+        assert row["K"] != 1000 or f"| {row['operands']} | {errors} |" in readme
 
 
 def test_training_table_is_the_measured_one():
@@ -72,6 +74,22 @@ def test_training_table_is_the_measured_one():
         run = results["methods"]["LocoProp-M"]
         losses = [*run["train_loss"], run["test_loss"][-1]]
         assert f"| {dtype} | {' | '.join(f'{loss:.2f}' for loss in losses)} |" in page
+
+
+def test_readme_quotes_its_results():
+    """Final train losses of the demo and of MNIST, and the ratios to the PyPI package."""
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+    def final(folder, method):
+        results = json.loads((ROOT / f"bench/results/{folder}/results.json").read_text())
+        return f"{results['methods'][method]['final']['train_loss']:.1f}"
+
+    same_epochs = [final("demo_curves", method) for method in ("LocoProp-M", "RMSProp", "Adam")]
+    assert "LocoProp-M ends at {}, RMSProp at {}, Adam at {}.".format(*same_epochs) in readme
+    same_time = [final("demo_equal_time", method) for method in ("RMSProp", "Adam")]
+    assert "reach the same loss ({} and {})".format(*same_time) in readme
+    mnist = [final("mnist_two_epochs/float32", method) for method in ("LocoProp-M", "Adam")]
+    assert "bring LocoProp-M to {} and Adam to {}".format(*mnist) in readme
 
 
 def test_tuning_table_is_the_measured_one():
