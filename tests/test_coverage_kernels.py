@@ -153,3 +153,17 @@ def test_what_a_regulariser_needs(regulariser, trace, message):
     problem = lk.LocalProblem(x, x @ weight.T, weight, grad_weight=torch.ones_like(weight))
     with pytest.raises(ValueError, match=message):
         lk.local_steps_([problem], lr=[0.1], backend="triton", regulariser=regulariser, trace=trace)
+
+
+def test_patches_are_unfolded_up_to_a_bound(monkeypatch):
+    model = nn.Conv2d(2, 3, 3, device=DEVICE)
+    opt = LocoProp(model, backend="triton")
+    monkeypatch.setattr("locoprop_kernels.kernels.drivers._MOST_UNFOLDED_BYTES", 4 * (2 * 25) * 18 - 1)
+    model(torch.randn(2, 2, 7, 7, device=DEVICE)).square().sum().backward()
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match="patches whole, at most 0 MiB"):
+        opt.step()
+    assert torch.equal(model.weight, before)
+    monkeypatch.undo()
+    opt.step()
+    assert opt.last_reports[0].committed

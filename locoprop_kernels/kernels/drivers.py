@@ -15,6 +15,7 @@ from locoprop_kernels import reference
 from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels import commit, configs, functions, grouped, prepare, rowwise, single, updates
 from locoprop_kernels.kernels.plan import ALIGNMENT, Key, Layer, Piece, Plan
+from locoprop_kernels.patches import Rows, row_chunks
 from locoprop_kernels.problem import LocalProblem, rule_state
 from locoprop_kernels.reference import Increment
 from locoprop_kernels.regularisers import Regulariser
@@ -26,6 +27,8 @@ __all__ = ["Group", "run", "unsupported"]
 _KEPT_PLANS = 32
 # Beyond this a local step takes so long that two launches cost nothing, and the hardware's own queue balances better.
 _MOST_TILES_PER_PROGRAM = 64
+# Larger convolutions go to the reference, which holds 16 MiB of patches at a time.
+_MOST_UNFOLDED_BYTES = 2**30
 _plans: OrderedDict[Key, Plan] = OrderedDict()
 
 
@@ -76,6 +79,9 @@ def unsupported(
     if regulariser is not None and trace:
         return "trace=True is not supported with a regulariser of the user's own"
     for problem in problems:
+        if isinstance(problem.x, Rows) and _bytes(problem.x) > _MOST_UNFOLDED_BYTES:
+            most, size = _MOST_UNFOLDED_BYTES >> 20, _bytes(problem.x) / 2**20
+            return f"the kernels unfold patches whole, at most {most} MiB a layer; one takes {size:.0f} MiB"
         dtypes = {problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype, compute_dtype}
         if torch.float64 in dtypes:
             return "float64 is not supported (float32, bfloat16 and float16 are)"
@@ -83,6 +89,20 @@ def unsupported(
         if problem.transfer.name != "softmax" and functions.lookup(problem.transfer) is None:
             return f"the transfer function {problem.transfer.name!r} has no Triton function"
     return None
+
+
+def _bytes(x: Rows) -> int:
+    return x.shape[0] * x.shape[1] * x.dtype.itemsize
+
+
+def _unfolded(x: Rows) -> Tensor:
+    """All rows as one tensor."""
+    whole = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    start = 0
+    for chunk in row_chunks(x):
+        whole[start : start + len(chunk)] = chunk
+        start += len(chunk)
+    return whole
 
 
 def allocate(size: int, device: torch.device, what: str) -> Tensor:
@@ -298,7 +318,7 @@ def _run_group(
     assert found is not None
     grams = [reference._GramForm(problem, operand) for problem in problems] if form == "gram" else []
     xs = [gram.gram.tensor for gram in grams] or [
-        problem.x if isinstance(problem.x, Tensor) else torch.cat([*problem.x.chunks()]) for problem in problems
+        problem.x if isinstance(problem.x, Tensor) else _unfolded(problem.x) for problem in problems
     ]
     key = Key(
         layers=tuple(
