@@ -262,7 +262,9 @@ def _live_storages():
     found = set()
     for candidate in gc.get_objects():
         # isinstance() would ask the object, and some answer with a deprecation warning.
-        if issubclass(type(candidate), torch.Tensor) and candidate.device.type == "cpu":
+        if not issubclass(type(candidate), torch.Tensor):
+            continue
+        if candidate.device.type == "cpu" and candidate.layout == torch.strided:
             storage = candidate.untyped_storage()
             found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
     return sorted(found)

@@ -1,7 +1,6 @@
 """Interpreted kernels against the reference, judged by the size of the step."""
 
 import random
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 
 pytest.importorskip("triton")
 
-import test_oracles
 import triton
 import triton.language as tl
 from interpreter import checked_addresses, replaced, shuffled_programs
@@ -400,10 +398,3 @@ def test_offsets_beyond_32_bits():
     furthest = max(int(np.max(addresses)) for addresses in touched)
     assert furthest == base + 4 * (last_row * stride + last_example) > base + 2**32
     assert min(int(np.min(addresses)) for addresses in touched) >= base
-
-
-@pytest.mark.parametrize("case", ["tf_LocoPropM_rmsprop_TANH_T3", "tf_LocoPropS_nesterov_RELU_grid"])
-def test_recorded_trajectories(case, monkeypatch):
-    (path,) = [path for path in test_oracles.CASES if path.stem == case]
-    monkeypatch.setattr(test_oracles, "LocoProp", partial(test_oracles.LocoProp, backend="triton"))
-    test_oracles.test_trajectory(path)

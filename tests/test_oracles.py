@@ -48,10 +48,14 @@ def autoencoder(meta, data):
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_trajectory(path):
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_trajectory(backend, path):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     data = np.load(path)
     meta = json.loads(str(data["meta"]))
-    model = autoencoder(meta, data)
+    model = autoencoder(meta, data).to(device)
     back_propagation = meta["mode"] == "BP"
     opt = LocoProp(
         model,
@@ -63,6 +67,7 @@ def test_trajectory(path):
             str(2 * i): function.lower() for i, function in enumerate(meta["layer_fns"]) if function == "SIGMOID"
         },
         reduction="sum",
+        backend=backend,
     )
     steps = meta["outer_steps"]
     rates = np.broadcast_to(meta["lr"], steps)
@@ -72,7 +77,7 @@ def test_trajectory(path):
     for k in range(steps):
         opt.param_groups[0]["lr"] = float(rates[k])
         opt.local_loss = "squared" if modes[k] == "LocoPropS" else "matching"
-        x = torch.from_numpy(data["x"][k])
+        x = torch.from_numpy(data["x"][k]).to(device)
         opt.zero_grad()
         loss = F.binary_cross_entropy_with_logits(model(x), x, reduction="none").sum(1).mean()
         np.testing.assert_allclose(loss.item(), data["loss_before"][k], rtol=1e-5)
@@ -81,6 +86,7 @@ def test_trajectory(path):
         for i, layer in enumerate(layers):
             for name, actual in ((f"W{i}", layer.weight.T), (f"b{i}", layer.bias)):
                 expected, start = data[name][k + 1], data[name][0]
-                error = np.abs(actual.detach().numpy() - expected).max()
+                error = np.abs(actual.detach().cpu().numpy() - expected).max()
                 assert error <= tolerance * np.abs(expected - start).max(), (name, k)
     assert opt.skipped_steps == 0
+    assert opt.last_reports[0].backend == backend
