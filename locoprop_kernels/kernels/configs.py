@@ -60,6 +60,13 @@ _TF32 = {
 }
 
 
+# Where the table of the target or precision spills: (target, precision).
+_EXCEPTIONS = {
+    ("sm_100", "fp16"): Config(n=128, b=128, k=64, r=64, warps=4, stages=3, parts=4),
+    ("sm_100", "ieee"): Config(n=64, b=64, k=32, r=16, warps=4, stages=2, parts=4),
+}
+
+
 @dataclass
 class _Override:
     config: Config | None = None
@@ -81,6 +88,8 @@ def default(target: str, precision: str) -> Config:
         return _override.config
     if target == "interpreter":
         return _INTERPRETER
+    if (target, precision) in _EXCEPTIONS:
+        return _EXCEPTIONS[target, precision]
     if precision == "ieee":
         return _EXACT
     table = _TF32 if precision == "tf32" else _SIXTEEN_BITS

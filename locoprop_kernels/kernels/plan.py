@@ -338,13 +338,14 @@ class Plan:
         commit = {name: update[name] for name in ("PARAMETER", "SLOTS", "COUNTS_STEPS", "BLOCK_K")}
         prepare = {"BLOCK": _PREPARE, "INTERPRETED": key.interpreted}
         options = {} if key.interpreted else config.options
+        rowwise = {**options, "num_warps": 8} if options else {}  # whole tiles in registers, without a product
         parts = {"PARTS": config.parts}
         cooperative = {} if key.interpreted else {"launch_cooperative_grid": True}
         return {
             "activation": {**products, **parts, **activation, "ROWWISE": key.form == "softmax", **options},
             "update": {**products, **parts, **update, "GRAM": key.form == "gram", **options},
             "single": {**products, **parts, **activation, **update, **options, **cooperative},
-            "softmax": {**products, "PREACTIVATION": preactivation, "BLOCK_B": config.b, **options},
+            "softmax": {**products, "PREACTIVATION": preactivation, "BLOCK_B": config.b, **rowwise},
             "commit": {
                 **commit,
                 "BLOCK_N": config.n,
