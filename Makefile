@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 
-.PHONY: help test demo bench lint docs gpu clean
+.PHONY: help test demo bench report lint docs gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,6 +27,9 @@ demo: $(READY)  ## train the demo's autoencoders; writes demo_out/
 
 bench: $(READY)  ## the microbenchmarks; writes bench_out/
 	$(RUN) -m bench --out bench_out
+
+report: $(READY)  ## compile every kernel for six GPU targets: registers, spills, matrix instructions
+	$(RUN) -m locoprop_kernels.compile_report
 
 lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff check .
