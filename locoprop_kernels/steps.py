@@ -86,7 +86,9 @@ class StepReport:
 
     @torch.no_grad()
     def commit_(self, condition: Tensor | None = None) -> None:
-        """Apply the increments and the new state, unless something in them is not finite. A second call does nothing.
+        """Apply the increments and the new state, unless something in them is not finite, and drop them.
+
+        A second call does nothing.
 
         Args:
             condition: a further bool tensor ``[]`` that must hold, on the problems' device.
@@ -97,6 +99,8 @@ class StepReport:
         apply, self._apply = self._apply, _nothing
         if ok.device.type != "cpu" or ok:
             apply(ok)
+        for problem in self.problems:  # a report may be kept, and should not keep the increments' memory with it
+            problem.delta_weight = problem.delta_bias = None
 
 
 def _nothing(ok: Tensor) -> None:

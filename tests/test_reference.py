@@ -265,6 +265,7 @@ def test_commit_false_leaves_everything_and_commits_later():
     assert report.delta_weight[0] is delta
     report.commit_()
     report.commit_()  # nothing left to apply
+    assert report.delta_weight == report.delta_bias == [None]
     assert report.committed
     lk.local_steps_([twin], lr=[0.01] * 3)
     assert torch.equal(problem.weight, twin.weight)

@@ -136,7 +136,7 @@ def _experiment(args: argparse.Namespace) -> Experiment:
     return replace(
         base,
         epochs=epochs,
-        baseline_epochs=args.baseline_epochs or epochs * base.baseline_epochs // base.epochs,
+        baseline_epochs=args.baseline_epochs or epochs,
         hyperparameters={method: base.hyperparameters[method] for method in args.methods},
         backend=args.backend,
         compute_dtype=DTYPES[args.dtype],

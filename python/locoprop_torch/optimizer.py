@@ -244,10 +244,11 @@ class LocoProp(Optimizer):
             self._layers[name] = Layer(tied, transfer, keep_gradients=self._target(name) != "dual")
         self._watch_activations()
 
+    def _aux_ids(self) -> set[int]:
+        return {id(p) for group in self.aux.param_groups for p in group["params"]} if self.aux is not None else set()
+
     def _in_aux(self, name: str, module: nn.Module) -> bool:
-        if self.aux is None:
-            return False
-        aux_ids = {id(p) for group in self.aux.param_groups for p in group["params"]}
+        aux_ids = self._aux_ids()
         inside = [id(p) in aux_ids for p in module.parameters(recurse=False)]
         if any(inside) and not all(inside):
             raise ValueError(f"aux must have all parameters of layer {name!r} or none, got only some")
@@ -268,9 +269,7 @@ class LocoProp(Optimizer):
         ]
 
     def _check_coverage(self, owned: Mapping[int, Tensor]) -> None:
-        covered = set(owned)
-        if self.aux is not None:
-            covered |= {id(p) for group in self.aux.param_groups for p in group["params"]}
+        covered = set(owned) | self._aux_ids()
         left = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in covered]
         if left:
             attention = any(isinstance(module, nn.MultiheadAttention) for module in self.model.modules())
