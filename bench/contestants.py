@@ -17,6 +17,7 @@ import locoprop_kernels as lk
 from bench import textbook
 from bench.cases import Case
 from bench.work import LR, Work
+from locoprop_kernels import products
 from locoprop_kernels.products import product, rounded
 
 __all__ = ["Contestant", "Entry", "all_contestants", "with_config"]
@@ -266,6 +267,9 @@ def _floor(work: Work, precision: str) -> Entry:
             return torch.mm(left, right)
         return product(rounded(left, left.dtype), rounded(right, right.dtype), left.dtype)
 
+    def x_gram(x: Tensor) -> Tensor:
+        return products.gram(rounded(x, x.dtype), torch.float32).to(x.dtype)
+
     def run() -> None:
         for i, (_, x, e, delta, gram) in enumerate(operands):
             if work.case.scope == "step":  # forward and backward pass, in float32 as the model's
@@ -274,7 +278,7 @@ def _floor(work: Work, precision: str) -> Entry:
                 torch.mm(back, wide)
                 if i > 0:
                     torch.mm(back.t(), weight)
-            c = mm(x.t(), x) if gram and work.case.iterations > 1 else x
+            c = x_gram(x) if gram and work.case.iterations > 1 else x
             for _ in range(work.case.iterations - 1):
                 if gram:
                     mm(delta, c)

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Operand", "product", "rounded"]
+__all__ = ["Operand", "gram", "product", "rounded"]
+
+_PANEL = 384  # columns of XᵀX at a time on CPUs
 
 
 class Operand(NamedTuple):
@@ -42,6 +44,20 @@ def product(left: Operand, right: Operand, result: torch.dtype) -> Tensor:
     return value
 
 
+def gram(x: Operand, result: torch.dtype) -> Tensor:
+    """``Xᵀ X`` ``[K, K]`` in a new tensor of dtype ``result``. CPUs skip blocks below the diagonal."""
+    if x.tensor.device.type != "cpu" or x.tensor.shape[1] <= _PANEL:
+        return product(x.t(), x, result)
+    xt = x.t().tensor.contiguous()
+    whole = xt.new_empty(len(xt), len(xt), dtype=result)
+    for start in range(0, len(xt), _PANEL):
+        stop = min(start + _PANEL, len(xt))
+        panel = product(Operand(xt[start:stop], x.exponent), Operand(xt[start:].t(), x.exponent), result)
+        whole[start:stop, start:] = panel
+        whole[stop:, start:stop] = panel[:, stop - start :].t()
+    return whole
+
+
 def _mm(left: Tensor, right: Tensor, result: torch.dtype) -> Tensor:
     if left.is_cuda and left.itemsize == 2:
         return torch.mm(left, right, out_dtype=result)
@@ -49,6 +65,8 @@ def _mm(left: Tensor, right: Tensor, result: torch.dtype) -> Tensor:
         left, right = left.float(), right.float()
     if left.device.type == "cpu" and left.dtype == torch.float32 and _onednn_linear is not None:
         # torch.mm takes MKL, which leaves AVX-512 unused on AMD: half the speed of oneDNN there, the same on Intel.
+        if not (right.is_contiguous() or right.t().is_contiguous()):
+            right = right.contiguous()  # oneDNN would take a routine a thousand times slower
         return _onednn_linear(left, right.t(), None, "none", [], "").to(result)
     return torch.mm(left, right).to(result)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from locoprop_kernels.patches import CHUNK_BYTES, row_chunks
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype, check_schedule, rule_state
-from locoprop_kernels.products import Operand, product, rounded
+from locoprop_kernels.products import Operand, gram, product, rounded
 from locoprop_kernels.regularisers import Regulariser
 from locoprop_kernels.rules import Rule
 from locoprop_kernels.transfers import Transfer
@@ -132,13 +132,13 @@ class _GramForm:
         self.operands = operands
         self.rows, k = problem.x.shape
         accumulate = accumulation_dtype(problem.weight.dtype)
-        gram = problem.weight.new_zeros(k, k, dtype=accumulate)
+        total = problem.weight.new_zeros(k, k, dtype=accumulate)
         self.sum_x = problem.weight.new_zeros(k, dtype=accumulate)
         for chunk in row_chunks(problem.x):
             x = rounded(chunk, operands)
-            gram += product(x.t(), x, accumulate)
+            total += gram(x, accumulate)
             self.sum_x += chunk.sum(0, dtype=accumulate)
-        self.gram = rounded(gram, operands)
+        self.gram = rounded(total, operands)
 
     def change(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = product(rounded(delta["weight"], self.operands), self.gram, self.sum_x.dtype)

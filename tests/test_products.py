@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from locoprop_kernels import products
-from locoprop_kernels.products import product, rounded
+from locoprop_kernels.products import gram, product, rounded
 
 # Rounding of each operand, then accumulation of K terms; the bf16 route on CPUs also rounds the result.
 BUDGET = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
@@ -17,6 +17,7 @@ def layouts(matrix):
     wide = matrix.new_zeros(matrix.shape[0], 2 * matrix.shape[1])
     wide[:, ::2] = matrix
     yield "strided", wide[:, ::2]
+    yield "columns of a wider one", torch.cat([matrix, matrix], dim=1)[:, : matrix.shape[1]]
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -35,6 +36,37 @@ def test_product_is_the_product(monkeypatch, shape, dtype, onednn):
             value = product(rounded(a, dtype), rounded(c, dtype), result)
             assert value.dtype == result
             assert (value.double() - exact).norm() <= BUDGET[dtype] * scale
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("k", [1, 384, 385, 900])
+def test_gram_is_x_transposed_times_x(k, dtype):
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    for _, x in layouts(torch.randn(40, k, dtype=result)):
+        exact = x.double().t() @ x.double()
+        value = gram(rounded(x, dtype), result)
+        assert value.dtype == result
+        assert (value.double() - exact).norm() <= BUDGET[dtype] * exact.norm()
+        torch.testing.assert_close(value, value.t(), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(products._onednn_linear is None, reason="this torch has no oneDNN")
+def test_onednn_gets_a_dense_right_operand(monkeypatch):
+    """With rows further apart than their length it falls to a routine a thousand times slower."""
+    taken = products._onednn_linear
+
+    def checked(left, weight, *rest):
+        assert weight.is_contiguous() or weight.t().is_contiguous()
+        return taken(left, weight, *rest)
+
+    monkeypatch.setattr(products, "_onednn_linear", checked)
+    for _, right in layouts(torch.randn(33, 17)):
+        for operand in (right, right.t()):
+            left = torch.randn(5, len(operand))
+            torch.testing.assert_close(product(rounded(left, torch.float32), rounded(operand, torch.float32),
+                                               torch.float32), left @ operand)  # fmt: skip
+    for _, x in layouts(torch.randn(50, 400)):
+        gram(rounded(x, torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("magnitude", [1e-12, 1e-6, 1.0, 1e6, 1e12])
