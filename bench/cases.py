@@ -2,28 +2,61 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-__all__ = ["Case", "Layer", "all_cases", "select"]
+__all__ = ["Case", "Convolution", "Layer", "all_cases", "select"]
 
 PAPER_WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """A square convolution of square images, in networks only (``scope="step"``)."""
+
+    channels: int
+    side: int
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1
+
+    @property
+    def positions(self) -> int:
+        """Positions of the output."""
+        return ((self.side + 2 * self.padding - self.kernel) // self.stride + 1) ** 2
+
+
+@dataclass(frozen=True)
 class Layer:
-    """``B`` examples, ``K`` inputs, ``N`` outputs and the transfer function."""
+    """``B`` examples, ``K`` inputs, ``N`` outputs and the transfer function.
+
+    A convolution counts as a linear layer on its patches: ``B`` = examples × positions, ``K`` = channels × kernel².
+    """
 
     batch: int
     inputs: int
     outputs: int
     transfer: str
+    convolution: Convolution | None = None
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one product ``X Wᵀ``."""
         return self.batch * self.inputs * self.outputs
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``(N, K)``, or ``(N, C, kernel, kernel)`` of a convolution."""
+        c = self.convolution
+        return (self.outputs, self.inputs) if c is None else (self.outputs, c.channels, c.kernel, c.kernel)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """``(B, K)``, or ``(examples, C, side, side)`` of a convolution."""
+        c = self.convolution
+        return (self.batch, self.inputs) if c is None else (self.batch // c.positions, c.channels, c.side, c.side)
 
 
 @dataclass(frozen=True)
@@ -70,7 +103,9 @@ class Case:
     def bytes(self, operand_bytes: int = 4) -> int:
         """Least traffic of the local loops with the main memory: every tensor once, if the rest stays in caches."""
         weights = sum((layer.inputs + 1) * layer.outputs for layer in self.layers)
-        activations = sum(layer.batch * (operand_bytes * layer.inputs + 4 * layer.outputs) for layer in self.layers)
+        inputs = sum(math.prod(layer.input_shape) for layer in self.layers)
+        outputs = sum(layer.batch * layer.outputs for layer in self.layers)
+        activations = operand_bytes * inputs + 4 * outputs
         return activations + weights * 4 * (1 + 2 + 2 * 2)  # gradient; weight and two slots of state, read and written
 
     def memory(self) -> int:
@@ -93,6 +128,18 @@ def network(name: str, widths: Sequence[int], batch: int, family: str, **options
     transfers[-1] = "sigmoid"
     layers = [Layer(batch, k, n, f) for (k, n), f in zip(pairwise(widths), transfers, strict=True)]
     return Case(name, family, tuple(layers), **options)  # type: ignore[arg-type]
+
+
+def convnet(name: str, examples: int, side: int, channels: Sequence[int], classes: int, **options: object) -> Case:
+    """An image classifier: 3x3 convolutions, all but the first of stride 2, then a linear layer; tanh in between."""
+    layers = []
+    for i, (c, n) in enumerate(pairwise(channels)):
+        convolution = Convolution(c, side, stride=1 if i == 0 else 2)
+        positions = convolution.positions
+        layers.append(Layer(examples * positions, c * convolution.kernel**2, n, "tanh", convolution))
+        side = math.isqrt(positions)
+    layers.append(Layer(examples, channels[-1] * side**2, classes, "sigmoid"))
+    return Case(name, "convnet", tuple(layers), **options)  # type: ignore[arg-type]
 
 
 def _wide(factor: int) -> tuple[int, ...]:
@@ -146,6 +193,7 @@ def all_cases() -> list[Case]:
     tokens = Layer(64 * 1024, 768, 768, "tanh")
     cases.append(Case("tokens-64k-m", "tokens", (tokens,), scope="local"))
     cases.append(Case("tokens-64k-s", "tokens", (tokens,), scope="local", loss="squared"))
+    cases.append(convnet("convnet-B128", 128, 32, (3, 32, 64, 128), 10))
     return cases
 
 

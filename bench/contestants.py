@@ -90,15 +90,17 @@ def _has_package(case: Case, device: torch.device) -> str | None:
 
 
 def _with_tf32(run: Callable[[], Any], enabled: bool) -> Callable[[], Any]:
-    """``run`` with torch's float32 products in TF32, or with those of the highest precision."""
+    """``run`` with torch's float32 products and convolutions in TF32, or with those of the highest precision."""
 
     def wrapped() -> Any:
-        before = torch.get_float32_matmul_precision()
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("high" if enabled else "highest")
+        torch.backends.cudnn.allow_tf32 = enabled
         try:
             return run()
         finally:
-            torch.set_float32_matmul_precision(before)
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
 
     return wrapped
 
@@ -110,12 +112,14 @@ def _package(work: Work) -> Entry:
     from locoprop import LocoLayer, LocopropTrainer
 
     model = work.model()
-    linears = [module for module in model if isinstance(module, nn.Linear)]
+    trained = work.trained(model)
     activations = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "identity": nn.Identity}
     layers: list[nn.Module] = []
-    for linear, name, local in zip(linears, work.names, work.local_names, strict=True):
-        last = linear is linears[-1]
-        layers.append(LocoLayer(linear, activations[local](), implicit=last))
+    for module, name, local in zip(trained, work.names, work.local_names, strict=True):
+        last = module is trained[-1]
+        if work.x.dim() == 4 and isinstance(module, nn.Linear):
+            layers.append(nn.Flatten())
+        layers.append(LocoLayer(module, activations[local](), implicit=last))
         if local != name and not last:
             layers.append(activations[name]())
     network = nn.Sequential(*layers)
@@ -125,7 +129,7 @@ def _package(work: Work) -> Entry:
         network.zero_grad()
         trainer.step(work.x, work.y)
 
-    return Entry(run, lambda: [(linear.weight, linear.bias) for linear in linears])
+    return Entry(_with_tf32(run, False), lambda: [(m.weight, m.bias) for m in trained])
 
 
 # --- (b), (c), (d) the textbook form in PyTorch
@@ -133,7 +137,10 @@ def _package(work: Work) -> Entry:
 
 def _textbook(work: Work, precision: str, compiled: bool, graphed: bool) -> Entry:
     operands = _DTYPES[precision]
-    states = [textbook.LayerState.of(weight, bias) for weight, bias in work.parameters]
+    states = []
+    for layer, (weight, bias) in zip(work.case.layers, work.parameters, strict=True):
+        c = layer.convolution
+        states.append(textbook.LayerState.of(weight, bias, (c.stride, c.padding) if c else (1, 0)))
     rates = torch.tensor(work.rates, device=work.device)
     step = textbook.local_step
     if compiled:
@@ -215,26 +222,16 @@ def _with_kernels(run: Callable[[], Any], use: dict[str, Any]) -> Callable[[], A
 
 
 def _ours_step(work: Work, compute_dtype: torch.dtype | None, backend: str) -> tuple[Any, Any, Any]:
-    from locoprop_torch import LocoProp
-
     model = work.model()
-    optimizer = LocoProp(
-        model,
-        lr=LR,
-        activation_lr=textbook.ACTIVATION_LR,
-        local_iterations=work.case.iterations,
-        transfers=work.transfers(model),
-        backend=backend,
-        compute_dtype=compute_dtype,
-    )
+    optimizer = work.optimizer(model, backend=backend, compute_dtype=compute_dtype)
 
     def run() -> None:
         optimizer.zero_grad()
         work.loss(model(work.x), work.y).backward()
         optimizer.step()
 
-    linears = [module for module in model if isinstance(module, nn.Linear)]
-    return run, lambda: [(m.weight, m.bias) for m in linears], lambda: optimizer.last_reports[0]
+    trained = work.trained(model)
+    return run, lambda: [(m.weight, m.bias) for m in trained], lambda: optimizer.last_reports[0]
 
 
 def _ours_local(work: Work, compute_dtype: torch.dtype | None, backend: str) -> tuple[Any, Any, Any]:
@@ -306,7 +303,7 @@ def _ordinary(work: Work, make: Callable[[Any], torch.optim.Optimizer]) -> Entry
         work.loss(model(work.x), work.y).backward()
         optimizer.step()
 
-    return Entry(run)
+    return Entry(_with_tf32(run, False))
 
 
 def with_config(config: Any, precision: str = "bf16", driver: str | None = None) -> Contestant:

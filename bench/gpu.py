@@ -49,6 +49,7 @@ CASES = (
     "square-2048-B8192",
     "square-512-B1000",
     "depth-16",
+    "convnet-B128",
     "batch-65536",
     "square-8192-B8192",
     "gpt-block-m-64k",

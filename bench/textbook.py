@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 __all__ = ["LayerState", "LocalStep", "local_step", "training_step", "transfer"]
 
@@ -39,7 +40,7 @@ def _derivative(name: str, output: Tensor) -> Tensor | float:
 
 @dataclass
 class LayerState:
-    """Weight, bias and RMSprop's state of one layer."""
+    """Weight, bias and RMSprop's state of one layer; of a convolution also ``steps``: stride and padding."""
 
     weight: Tensor
     bias: Tensor
@@ -47,12 +48,13 @@ class LayerState:
     weight_momentum: Tensor
     bias_square: Tensor
     bias_momentum: Tensor
+    steps: tuple[int, int] = (1, 0)
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor) -> LayerState:
+    def of(cls, weight: Tensor, bias: Tensor, steps: tuple[int, int] = (1, 0)) -> LayerState:
         weight, bias = weight.detach().clone(), bias.detach().clone()
         w, b = torch.zeros_like(weight), torch.zeros_like(bias)
-        return cls(weight, bias, w, w.clone(), b, b.clone())
+        return cls(weight, bias, w, w.clone(), b, b.clone(), steps)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (
@@ -69,6 +71,23 @@ def _mm(left: Tensor, right: Tensor, operands: torch.dtype) -> Tensor:
     if left.dtype == operands:
         return left @ right
     return (left.to(operands) @ right.to(operands)).to(left.dtype)
+
+
+def _activation(x: Tensor, weight: Tensor, bias: Tensor, operands: torch.dtype, steps: tuple[int, int]) -> Tensor:
+    if weight.dim() == 4 and x.dtype == operands:
+        return F.conv2d(x, weight, bias, *steps)
+    if weight.dim() == 4:
+        return F.conv2d(x.to(operands), weight.to(operands), None, *steps).to(x.dtype) + bias[:, None, None]
+    return _mm(x, weight.t(), operands) + bias
+
+
+def _gradients(
+    x: Tensor, difference: Tensor, weight: Tensor, operands: torch.dtype, steps: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    if weight.dim() == 4:
+        grad = conv2d_weight(x.to(operands), weight.shape, difference.to(operands), *steps).to(x.dtype)
+        return grad, difference.sum((0, 2, 3))
+    return _mm(difference.t(), x, operands), difference.sum(0)
 
 
 def _rmsprop_(value: Tensor, grad: Tensor, square: Tensor, momentum: Tensor, lr: Tensor) -> None:
@@ -89,12 +108,14 @@ def local_step(
     lr: Tensor,
     name: str,
     operands: torch.dtype,
+    steps: tuple[int, int] = (1, 0),
 ) -> None:
-    """One local iteration of one layer, in place; ``lr`` is a tensor ``[]``."""
-    a = _mm(x, weight.t(), operands) + bias
+    """One local iteration of one layer, in place; ``lr`` is a tensor ``[]``, ``steps`` as in :class:`LayerState`."""
+    a = _activation(x, weight, bias, operands, steps)
     difference = (transfer(name, a) - target) / x.shape[0]
-    _rmsprop_(weight, _mm(difference.t(), x, operands), weight_square, weight_momentum, lr)
-    _rmsprop_(bias, difference.sum(0), bias_square, bias_momentum, lr)
+    grad_weight, grad_bias = _gradients(x, difference, weight, operands, steps)
+    _rmsprop_(weight, grad_weight, weight_square, weight_momentum, lr)
+    _rmsprop_(bias, grad_bias, bias_square, bias_momentum, lr)
 
 
 LocalStep = Callable[..., None]
@@ -116,7 +137,7 @@ def training_step(
         states: the layers.
         names: transfer function of each layer in the network.
         targets_of: transfer function of each local problem (the identity for LocoProp-S).
-        x: inputs ``[B, K]``.
+        x: inputs ``[B, K]``, or ``[B, C, side, side]`` of a convolution.
         y: targets ``[B, N]``.
         rates: learning rates ``[T]``.
         operands: dtype of the local products' operands.
@@ -124,14 +145,23 @@ def training_step(
     """
     inputs, preactivations, outputs = [], [], []
     for state, name in zip(states, names, strict=True):
-        inputs.append(x)
-        preactivations.append(F.linear(x, state.weight, state.bias))
+        if state.weight.dim() == 4:
+            inputs.append(x)
+            preactivations.append(F.conv2d(x, state.weight, state.bias, *state.steps))
+        else:
+            inputs.append(x.flatten(1))
+            preactivations.append(F.linear(inputs[-1], state.weight, state.bias))
         x = transfer(name, preactivations[-1])
         outputs.append(x)
     grads = [(outputs[-1] - y) / y.shape[0]]
     for i in range(len(states) - 1, 0, -1):
-        grads.insert(0, grads[0] @ states[i].weight * _derivative(names[i - 1], outputs[i - 1]))
+        weight, output = states[i].weight, outputs[i - 1]
+        if weight.dim() == 4:
+            back = conv2d_input(inputs[i].shape, weight, grads[0], *states[i].steps)
+        else:
+            back = (grads[0] @ weight).view_as(output)
+        grads.insert(0, back * _derivative(names[i - 1], output))
     for state, name, h, a, grad in zip(states, targets_of, inputs, preactivations, grads, strict=True):
         target = transfer(name, a) - ACTIVATION_LR * grad
         for t in range(len(rates)):
-            step(h, target, *state.tensors(), rates[t], name, operands)
+            step(h, target, *state.tensors(), rates[t], name, operands, state.steps)

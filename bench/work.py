@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import locoprop_kernels as lk
 from bench import textbook
 from bench.cases import Case
+from locoprop_torch import LocoProp
 
 __all__ = ["LR", "Work"]
 
@@ -43,7 +45,7 @@ class Work:
             return (2 * rand(*shape) - 1) * bound
 
         self.parameters = [
-            (uniform(layer.outputs, layer.inputs, bound=layer.inputs**-0.5), uniform(layer.outputs, bound=0.03))
+            (uniform(*layer.weight_shape, bound=layer.inputs**-0.5), uniform(layer.outputs, bound=0.03))
             for layer in case.layers
         ]
         self.names = [layer.transfer for layer in case.layers]
@@ -52,7 +54,7 @@ class Work:
         self.rates = [LR * max(1 - t / iterations, 0.25) for t in range(iterations)]
         first, last = case.layers[0], case.layers[-1]
         if case.scope == "step":
-            self.x, self.y = rand(first.batch, first.inputs), rand(last.batch, last.outputs)
+            self.x, self.y = rand(*first.input_shape), rand(last.batch, last.outputs)
         else:
             self.inputs = [randn(layer.batch, layer.inputs) for layer in case.layers]
             # Residuals that other weights would explain, as in a network: the step then depends smoothly on rounding.
@@ -67,11 +69,16 @@ class Work:
         """A fresh network with the start parameters; the last transfer function belongs to the loss."""
         modules: list[nn.Module] = []
         for layer, (weight, bias) in zip(self.case.layers, self.parameters, strict=True):
-            linear = nn.Linear(layer.inputs, layer.outputs, device=self.device, dtype=dtype)
-            with torch.no_grad():
-                linear.weight.copy_(weight)
-                linear.bias.copy_(bias)
-            modules.append(linear)
+            if self.x.dim() == 4 and layer.convolution is None:
+                modules.append(nn.Flatten())
+            module: nn.Module
+            if c := layer.convolution:
+                sizes = (c.channels, layer.outputs, c.kernel, c.stride, c.padding)
+                module = nn.Conv2d(*sizes, device=self.device, dtype=dtype)
+            else:
+                module = nn.Linear(layer.inputs, layer.outputs, device=self.device, dtype=dtype)
+            module.load_state_dict({"weight": weight, "bias": bias})
+            modules.append(module)
             if layer.transfer in _MODULES:
                 modules.append(_MODULES[layer.transfer]())
         return nn.Sequential(*modules[:-1])
@@ -81,10 +88,28 @@ class Work:
         """BCE with logits, summed over outputs, mean over the batch."""
         return F.binary_cross_entropy_with_logits(output, target, reduction="sum") / len(target)
 
-    def transfers(self, model: nn.Sequential) -> dict[str, str]:
-        """Transfer functions of the linear layers by name, for :class:`locoprop_torch.LocoProp`."""
-        linear = [name for name, module in model.named_children() if isinstance(module, nn.Linear)]
-        return dict(zip(linear, self.local_names, strict=True))
+    @staticmethod
+    def trained(model: nn.Sequential) -> list[nn.Linear | nn.Conv2d]:
+        """The layers with parameters."""
+        return [module for module in model if isinstance(module, (nn.Linear, nn.Conv2d))]
+
+    def optimizer(self, model: nn.Sequential, **options: Any) -> LocoProp:
+        """LocoProp for ``model``, with the arithmetic of the other contestants."""
+        trained = self.trained(model)
+        names = [name for name, module in model.named_children() if module in trained]
+        if self.x.dim() == 4:
+            # The others divide a convolution's local gradient by the number of examples, "mean" by that of rows (all
+            # positions of all examples). "sum" divides by nothing, and RMSprop does not see a factor c of the gradient
+            # if ε has it too: g / (√v + ε) = c g / (√(c² v) + c ε).
+            options |= {"reduction": "sum", "rule": lk.rules.RMSprop(eps=textbook.EPS * len(self.x))}
+        return LocoProp(
+            model,
+            lr=LR,
+            activation_lr=textbook.ACTIVATION_LR,
+            local_iterations=self.case.iterations,
+            transfers=dict(zip(names, self.local_names, strict=True)),
+            **options,
+        )
 
     # --- single layers
 
@@ -117,8 +142,6 @@ class Work:
     @cached_property
     def truth(self) -> Tensor:
         """Change of all parameters in one step, flat: by the reference in float64, or float32 where that takes long."""
-        from locoprop_torch import LocoProp
-
         dtype = torch.float64 if self.exact else torch.float32
         if self.case.scope == "local":
             problems = self.problems(dtype)
@@ -126,17 +149,10 @@ class Work:
             changed = [(p.weight, p.bias) for p in problems]
         else:
             model = self.model(dtype)
-            optimizer = LocoProp(
-                model,
-                lr=LR,
-                activation_lr=textbook.ACTIVATION_LR,
-                local_iterations=self.case.iterations,
-                transfers=self.transfers(model),
-                backend="reference",
-            )
+            optimizer = self.optimizer(model, backend="reference")
             self.loss(model(self.x.to(dtype)), self.y.to(dtype)).backward()
             optimizer.step()
-            changed = [(m.weight, m.bias) for m in model if isinstance(m, nn.Linear)]
+            changed = [(m.weight, m.bias) for m in self.trained(model)]
         return self.change(changed)
 
     def change(self, parameters: list[tuple[Tensor, Tensor | None]]) -> Tensor:

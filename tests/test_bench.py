@@ -1,6 +1,7 @@
 """The benchmark suite's own arithmetic: work counted right, reports without paths, comparisons that see changes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,10 @@ from bench.work import Work  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = cases.network("small", (13, 11, 7, 9, 13), 17, "small", iterations=4)
+CONVNET = cases.convnet("small", 5, 8, (3, 4, 6), 4, iterations=4)
 
 
-@pytest.mark.parametrize("scope", ["step", "local"])
-@pytest.mark.parametrize("loss", ["matching", "squared"])
-def test_contestants_do_the_same_step(scope, loss):
-    case = cases.Case("small", "small", SMALL.layers, 4, scope=scope, loss=loss)
+def measured(case):
     field = [one for one in all_contestants(CPU) if not one.slow_start]
     result = measure.measure(case, field, CPU, {"fp32": 1e9, "copy": 1e9}, measure.Budget(0.01), lambda text: None)
     for name, fact in result["contestants"].items():
@@ -29,16 +28,41 @@ def test_contestants_do_the_same_step(scope, loss):
             name,
             fact,
         )
-    assert result["contestants"]["ours-fp32"]["error"] <= result["contestants"]["textbook"]["error"] + 1e-5
-    assert set(result["contestants"]["ours-fp32"]["speedup"]) >= {"textbook"}
+    return result["contestants"]
 
 
-def test_the_floor_multiplies_what_the_case_counts(monkeypatch):
+@pytest.mark.parametrize("scope", ["step", "local"])
+@pytest.mark.parametrize("loss", ["matching", "squared"])
+def test_contestants_do_the_same_step(scope, loss):
+    facts = measured(replace(SMALL, scope=scope, loss=loss))
+    assert facts["ours-fp32"]["error"] <= facts["textbook"]["error"] + 1e-5
+    assert set(facts["ours-fp32"]["speedup"]) >= {"textbook"}
+
+
+@pytest.mark.parametrize("loss", ["matching", "squared"])
+def test_contestants_do_the_same_step_of_a_convnet(loss):
+    facts = measured(replace(CONVNET, loss=loss))
+    assert {"package", "textbook", "ours-fp32", "ours-bf16", "textbook-bf16", "rmsprop"} <= set(facts)
+    for name in ("package", "textbook", "ours-fp32"):  # 8e-4 with an eps of another scale, 4e-2 with the mean over rows
+        assert facts[name].get("error", 0.0) <= 1e-4, name
+
+
+def test_a_convnet_has_the_products_that_its_case_counts():
+    work = Work(CONVNET, CPU)
+    model = work.model()
+    with FlopCounterMode(display=False) as counter:
+        work.loss(model(work.x), work.y).backward()
+    assert counter.get_total_flops() == CONVNET.training_flops()
+    assert [w.shape for w, _ in work.parameters] == [m.weight.shape for m in work.trained(model)]
+
+
+@pytest.mark.parametrize("case", [SMALL, CONVNET], ids=["linear", "convnet"])
+def test_the_floor_multiplies_what_the_case_counts(monkeypatch, case):
     monkeypatch.setattr("locoprop_kernels.products._onednn_linear", None)  # torch's counter does not know that operator
-    entry = next(one for one in all_contestants(CPU) if one.name == "floor-fp32").build(Work(SMALL, CPU))
+    entry = next(one for one in all_contestants(CPU) if one.name == "floor-fp32").build(Work(case, CPU))
     with FlopCounterMode(display=False) as counter:
         entry.run()
-    assert counter.get_total_flops() == SMALL.flops()
+    assert counter.get_total_flops() == case.flops()
 
 
 def test_every_case_is_named_once_and_predicted():
