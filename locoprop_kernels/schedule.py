@@ -24,17 +24,35 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Schedule", "Tiles", "build", "lower_bound", "tile_costs", "validate"]
+__all__ = [
+    "Schedule",
+    "Tiles",
+    "build",
+    "count_tiles",
+    "lower_bound",
+    "phase_bounds",
+    "splits",
+    "tile_costs",
+    "validate",
+]
 
 Layer = tuple[int, int, int]
 IntArray = NDArray[np.int32]
 CostArray = NDArray[np.int64]
 
-# Epilogues in multiply-accumulates per element that a tile really writes: the products stream about 0.05 bytes a MAC
-# from L2 (128x64 tiles of 16-bit operands), an activation epilogue moves 6 bytes an element and an update with
-# RMSprop's two slots 30. They break ties between layers; replace them by measurements when there are some.
-_ACTIVATION_EPILOGUE = 128
-_UPDATE_EPILOGUE = 512
+# Bytes out of and into L2: of an operand's element; of an activation's (A0 in, E out); of a weight's (G_0, Δ and two
+# slots in; Δ, its 16-bit copy and the slots out). And how many of them an H100 moves in the time of a
+# multiply-accumulate: 5.5 TB/s over 65 % of 798 TFLOP/s. Estimates; replace them by measurements when there are some.
+_OPERAND_BYTES = 2
+_ACTIVATION_BYTES = 6
+_UPDATE_BYTES = 30
+_PARTIAL_BYTES = 4
+_BYTES_PER_MAC = 0.021
+# In multiply-accumulates, at a 132nd of 65 % of 798 TFLOP/s: a wait of the single launch (1.5 µs), and a launch with
+# the wait for its first loads (2.8 µs). Estimates.
+WAIT = 3_000_000
+LAUNCH = 5_500_000
+_LEAST_ROWS = 1024  # of a part of the batch: below, storing partial products costs more than computing them
 
 
 @dataclass(frozen=True)
@@ -183,7 +201,8 @@ def build(layers: Sequence[Layer], tiles: Tiles, programs: int) -> Schedule:
 
 
 def tile_costs(rows: IntArray, layers: Sequence[Layer], tiles: Tiles, phase: str) -> CostArray:
-    """Predicted cost of tiles, in multiply-accumulates.
+    """Predicted cost of tiles, in multiply-accumulates: the products, or the loads for them from L2 where those take
+    longer, and then the epilogue.
 
     A ragged tile multiplies as long as a whole one (lanes are masked, not skipped), but its epilogue touches only what
     is there.
@@ -194,14 +213,67 @@ def tile_costs(rows: IntArray, layers: Sequence[Layer], tiles: Tiles, phase: str
         tiles: tile sizes.
         phase: ``"activation"`` or ``"update"``.
     """
+    product, epilogue, _ = _tile_work(rows, layers, tiles, phase)
+    return np.rint(product + epilogue).astype(np.int64)
+
+
+def _tile_work(
+    rows: IntArray, layers: Sequence[Layer], tiles: Tiles, phase: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64], CostArray]:
+    """Cost of the products and of the epilogue of each tile, and how many elements it writes."""
     batch, inputs, outputs = np.asarray(layers, np.int64).reshape(-1, 3)[rows[:, 0]].T
     if phase == "activation":
-        columns, reduction, width, epilogue = batch, inputs, tiles.b, _ACTIVATION_EPILOGUE
+        columns, reduction, width, moved = batch, inputs, tiles.b, _ACTIVATION_BYTES
     else:
-        columns, reduction, width, epilogue = inputs, batch, tiles.k, _UPDATE_EPILOGUE
+        columns, reduction, width, moved = inputs, batch, tiles.k, _UPDATE_BYTES
     height = np.minimum(tiles.n, outputs - rows[:, 1].astype(np.int64) * tiles.n)
     written = height * np.minimum(width, columns - rows[:, 2].astype(np.int64) * width)
-    return tiles.n * width * reduction + epilogue * written
+    step = max(tiles.n * width, _OPERAND_BYTES * (tiles.n + width) / _BYTES_PER_MAC)
+    return step * reduction, moved / _BYTES_PER_MAC * written, written
+
+
+def splits(layers: Sequence[Layer], tiles: Tiles, programs: int) -> tuple[int, ...]:
+    """Into how many parts to cut the batch in the products of each layer's update tiles, in launches per phase.
+
+    A layer of few tiles and many examples keeps most programs waiting; its products are then computed in parts, which
+    the update adds up. Even shares of several sizes are tried; 1 where cutting does not pay.
+    """
+    counts = [_blocks(outputs, tiles.n) * _blocks(inputs, tiles.k) for _, inputs, outputs in layers]
+    share = max(1, int(sum(count * layer[0] for count, layer in zip(counts, layers, strict=True)) / programs))
+    candidates = [(1,) * len(layers)]
+    for factor in range(1, 9):
+        parts = [min(-(-factor * batch // share), batch // _LEAST_ROWS) for batch, _, _ in layers]
+        candidates.append(tuple(max(1, part) for part in parts))
+    return min(candidates, key=lambda found: _update_bound(layers, tiles, programs, found))
+
+
+def phase_bounds(layers: Sequence[Layer], tiles: Tiles, programs: int) -> tuple[int, int]:
+    """Least cost of an activation phase and of an update phase, where all programs wait for each other in between."""
+    rows, _ = _all_tiles(layers, tiles)
+    activation = lower_bound(tile_costs(rows, layers, tiles, "activation"), programs)
+    return activation, _update_bound(layers, tiles, programs, splits(layers, tiles, programs))
+
+
+def _update_bound(layers: Sequence[Layer], tiles: Tiles, programs: int, parts: tuple[int, ...]) -> int:
+    rows = _all_tiles(layers, tiles)[1]
+    product, epilogue, written = _tile_work(rows, layers, tiles, "update")
+    cut = np.array(parts)[rows[:, 0]]
+    whole = cut == 1
+    partial = product / cut + _PARTIAL_BYTES / _BYTES_PER_MAC * written
+    reduced = epilogue + _PARTIAL_BYTES / _BYTES_PER_MAC * written * cut
+    update = lower_bound(np.rint(np.where(whole, product + epilogue, reduced)).astype(np.int64), programs)
+    if whole.all():
+        return update
+    return update + lower_bound(np.rint(np.repeat(partial[~whole], cut[~whole])).astype(np.int64), programs) + LAUNCH
+
+
+def count_tiles(layers: Sequence[Layer], tiles: Tiles) -> tuple[int, int]:
+    """Number of activation tiles and of update tiles of a local step."""
+    rows = [_blocks(outputs, tiles.n) for _, _, outputs in layers]
+    return (
+        sum(n * _blocks(batch, tiles.b) for n, (batch, _, _) in zip(rows, layers, strict=True)),
+        sum(n * _blocks(inputs, tiles.k) for n, (_, inputs, _) in zip(rows, layers, strict=True)),
+    )
 
 
 def lower_bound(costs: CostArray, programs: int) -> int:

@@ -15,7 +15,7 @@ from test_reference import RULES, TRANSFERS, problem_for, random_layer
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 import locoprop_kernels as lk
-from locoprop_kernels import rules
+from locoprop_kernels import rules, schedule
 from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels import configs, drivers, grouped
 from locoprop_kernels.kernels.functions import FUNCTIONS
@@ -72,6 +72,11 @@ def compare(ours, theirs, limit, config=SMALL, driver=None, **arguments):
     return actual, expected
 
 
+def cut_batches(monkeypatch, parts=3):
+    """Have update tiles multiply their batch in parts, as on a GPU with more programs than tiles."""
+    monkeypatch.setattr(schedule, "splits", lambda layers, tiles, programs: (parts,) * len(layers))
+
+
 def steps(seed, iterations):
     return [0.01 * (1 - t / (2 * iterations)) for t in range(iterations)], random.Random(seed)
 
@@ -93,8 +98,8 @@ def test_every_rule(rule):
         compare([ours], [theirs], 64, rule=rule, lr=rates, prox=0.3)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_random_models(seed):
+@pytest.mark.parametrize("seed", range(12))
+def test_random_models(seed, monkeypatch):
     rng = random.Random(seed)
     iterations, rule = rng.randint(1, 4), rng.choice(RULES)
     ours, theirs = [], []
@@ -109,9 +114,14 @@ def test_random_models(seed):
         ours.append(pair[0])
         theirs.append(pair[1])
     rates, _ = steps(0, iterations)
-    config = configs.Config(*rng.choice([(8, 32, 16, 4), (16, 8, 32, 8), (4, 16, 8, 2)]), parts=rng.choice([1, 2, 4]))
+    config = configs.Config(
+        *rng.choice([(8, 32, 16, 4), (16, 8, 32, 8), (4, 16, 8, 2)]), parts=rng.choice([1, 2, 4, 8])
+    )
     arguments = {"prox": rng.choice([0.0, 0.2]), "reduction": rng.choice(["mean", "sum"])}
     driver = rng.choice(["single", "grouped"])
+    if seed >= 8:
+        driver = "grouped"
+        cut_batches(monkeypatch, rng.randint(2, 4))
     compare(ours, theirs, 64, config, driver, rule=rule, lr=rates, **arguments)
 
 
@@ -136,6 +146,39 @@ def test_forms_of_their_own_in_low_precision(transfer, form, dtype):
     expected = lk.local_steps_([theirs], backend="reference", **arguments)
     assert report.driver == (form if (form, dtype) != ("gram", torch.float16) else "single")
     assert relative_error(report, expected) <= 5e-3
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("transfer", ["tanh", "softmax"])
+def test_batches_in_parts(transfer, tf32, monkeypatch):
+    """Few update tiles and many programs: the products over the batch are computed in parts, then added."""
+    if tf32:
+        monkeypatch.setattr(drivers, "float32_precision", lambda: "tf32")
+    ours, theirs = twins(26, 3000, 20, 12, transfer=transfer)
+    launched = []
+    launch = grouped.launch_partial
+    monkeypatch.setattr(grouped, "launch_partial", lambda *a: launched.append(len(a[1])) or launch(*a))
+    config = configs.Config(n=16, b=256, k=32, r=64, parts=4)
+    arguments = {"rule": rules.SGD(momentum=0.5), "lr": [0.1] * 3, "prox": 0.2}
+    with configs.use(config, "grouped", programs=8):
+        report = lk.local_steps_([ours], backend="triton", commit=False, **arguments)
+    expected = lk.local_steps_([theirs], backend="reference", commit=False, **arguments)
+    assert launched == [2, 2]  # 3000 examples in parts of at least 1024
+    if tf32:
+        assert 1e-6 < relative_error(report, expected) <= 5e-4
+    else:
+        assert ulps_of_the_step(report, expected) <= 32
+
+
+def test_batches_in_parts_in_low_precision(monkeypatch):
+    cut_batches(monkeypatch)
+    for dtype in (torch.bfloat16, torch.float16):
+        ours, theirs = twins(27, 150, 30, 20)
+        arguments = {"lr": [1e-4] * 5, "commit": False}
+        with configs.use(SMALL, "grouped"):
+            report = lk.local_steps_([ours], backend="triton", compute_dtype=dtype, **arguments)
+        expected = lk.local_steps_([theirs], backend="reference", **arguments)
+        assert relative_error(report, expected) <= 5e-3
 
 
 def test_strided_and_transposed_inputs():
@@ -186,8 +229,9 @@ def test_trace_changes_no_bit():
     assert torch.equal(pair[0].weight, pair[1].weight)
 
 
-@pytest.mark.parametrize("driver", ["single", "grouped"])
-def test_same_bits_twice_and_in_any_order(driver):
+@pytest.mark.parametrize(("driver", "parts"), [("single", 1), ("grouped", 1), ("grouped", 3)])
+def test_same_bits_twice_and_in_any_order(driver, parts, monkeypatch):
+    cut_batches(monkeypatch, parts)
     results = []
     for seed in range(3):
         problems = [twins(8, 37, 19, 21)[0], twins(9, 20, 33, 5, transfer="relu")[0]]
@@ -198,9 +242,10 @@ def test_same_bits_twice_and_in_any_order(driver):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("driver", ["single", "grouped"])
+@pytest.mark.parametrize(("driver", "parts"), [("single", 1), ("grouped", 1), ("grouped", 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_uninitialised_scratch_is_never_read(monkeypatch, driver, dtype):
+def test_uninitialised_scratch_is_never_read(monkeypatch, driver, parts, dtype):
+    cut_batches(monkeypatch, parts)
     clean, poisoned = twins(10, 37, 19, 11, transfer="relu")
     poisoned.x = poisoned.x.clone()
     arguments = {"lr": [0.01] * 3, "rule": "adam", "backend": "triton", "compute_dtype": dtype}
@@ -212,8 +257,9 @@ def test_uninitialised_scratch_is_never_read(monkeypatch, driver, dtype):
     assert torch.equal(clean.weight, poisoned.weight)
 
 
-@pytest.mark.parametrize("driver", ["single", "grouped"])
-def test_addresses_stay_within_tensors(driver):
+@pytest.mark.parametrize(("driver", "parts"), [("single", 1), ("grouped", 1), ("grouped", 3)])
+def test_addresses_stay_within_tensors(driver, parts, monkeypatch):
+    cut_batches(monkeypatch, parts)
     problems = [twins(11, 37, 19, 11)[0], twins(12, 5, 33, 7, bias=False, transfer="relu")[0]]
     with configs.use(SMALL, driver), checked_addresses() as counts:
         lk.local_steps_(problems, lr=[0.01] * 2, rule="adam", backend="triton", trace=True)

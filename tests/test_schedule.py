@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from locoprop_kernels.schedule import Schedule, Tiles, build, lower_bound, validate
+from locoprop_kernels.schedule import Schedule, Tiles, build, count_tiles, lower_bound, phase_bounds, splits, validate
 
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 AUTOENCODER = [(1000, k, n) for k, n in itertools.pairwise(WIDTHS)]
@@ -104,6 +104,33 @@ def test_large_networks_are_fast():
     assert len(schedule.activation_tiles) == 100 * 32 * 64
     assert schedule.efficiency > 0.999
     assert elapsed < 5, f"took {elapsed:.1f} s"  # 0.6 s alone; the machine may be shared
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(1, 200_000), st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=5))
+def test_parts_of_the_batch_are_long_and_never_predicted_to_cost_more(layers):
+    tiles, programs = Tiles(128, 128, 128), 132
+    parts = splits(layers, tiles, programs)
+    assert all(part == 1 or batch // part >= 1024 for part, (batch, _, _) in zip(parts, layers, strict=True))
+    schedule = build(layers, tiles, programs)
+    activation, update = phase_bounds(layers, tiles, programs)
+    assert activation == lower_bound(schedule.activation_costs, programs)
+    assert update <= lower_bound(schedule.update_costs, programs)
+    assert count_tiles(layers, tiles) == (len(schedule.activation_tiles), len(schedule.update_tiles))
+
+
+def test_a_layer_of_few_tiles_and_many_examples_is_cut():
+    """A convolution with 27 inputs and 32 outputs is one update tile, whatever its 131,072 rows."""
+    tiles = Tiles(64, 128, 64)
+    assert splits([(1000, 784, 1000)], tiles, 132) == (1,)
+    assert splits([(65_536, 4096, 4096)], tiles, 132) == (1,)
+    (parts,) = splits([(131_072, 27, 32)], tiles, 132)
+    assert parts >= 64
+    _, update = phase_bounds([(131_072, 27, 32)], tiles, 132)
+    assert update < lower_bound(build([(131_072, 27, 32)], tiles, 132).update_costs, 132) / 20
+    # Beside layers that occupy all programs only the long chain is cut.
+    wide = [(8192, 4096, 4096)] * 4
+    assert splits([*wide, (131_072, 27, 32)], tiles, 132)[:4] == (1, 1, 1, 1)
 
 
 def with_rows(schedule, phase, rows, offsets=None):

@@ -56,5 +56,8 @@ B_BLOCKS = tl.constexpr(60)
 SCALE = tl.constexpr(61)  # of the matching loss: one over the number of examples, or 1; float32 bits
 ROWS = tl.constexpr(62)  # B in the Gram driver, where BATCH is K
 CHANGE = tl.constexpr(63)  # change of the pre-activations of a softmax layer [N, B], float32, strides as E
+SPLITS = tl.constexpr(64)  # into how many parts the batch is cut in the products of update tiles
+SPLIT_ROWS = tl.constexpr(65)  # examples of such a part
+PARTIALS = tl.constexpr(66)  # the parts' products [SPLITS, N, K], float32, padded and with strides as DELTA
 
-WIDTH = tl.constexpr(64)
+WIDTH = tl.constexpr(72)

@@ -1,16 +1,22 @@
-"""Tile sizes per architecture and operand precision."""
+"""Tile sizes per architecture and operand precision, and the choice among them and between drivers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
+
+from locoprop_kernels import schedule
 
 if TYPE_CHECKING:
     from locoprop_kernels.kernels.inspection import Variant
 
-__all__ = ["Config", "default", "driver", "programs", "use", "variants"]
+__all__ = ["Config", "candidates", "choose", "driver", "predicted", "programs", "use", "variants"]
+
+# Beyond this a local step takes so long that two launches cost nothing, and the hardware's own queue balances better.
+_MOST_TILES_PER_PROGRAM = 64
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class Config:
         r: length of a step along the reduction.
         warps: warps per program.
         stages: depth of the load pipeline.
-        parts: into how many parts (1, 2, 4) the epilogues cut a tile, to save registers.
+        parts: into how many parts (1, 2, 4, 8) the epilogues cut a tile, to save registers.
+        single: whether the single launch may use it; where its kernel would spill, only launches per phase do.
     """
 
     n: int
@@ -34,6 +41,12 @@ class Config:
     warps: int = 8
     stages: int = 3
     parts: int = 1
+    single: bool = True
+
+    @property
+    def tiles(self) -> schedule.Tiles:
+        """For the schedule."""
+        return schedule.Tiles(self.n, self.b, self.k)
 
     @property
     def options(self) -> dict[str, int]:
@@ -44,27 +57,30 @@ class Config:
 # In the interpreter an operation costs the same for any tile; different sizes catch swapped dimensions.
 _INTERPRETER = Config(n=16, b=64, k=128, r=32)
 
-# Chosen from compile reports: the largest tiles that neither spill nor exceed the shared memory. Nothing is measured.
+# Chosen with `python -m bench.tune` for their predicted times, among those that neither spill nor exceed the shared
+# memory. Nothing is measured.
 _EXACT = Config(n=64, b=64, k=64, r=16, warps=4, stages=2, parts=4)
 _SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, parts=4)
-_SIXTEEN_BITS = {
-    "sm_80": Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=4),
-    "sm_90": Config(n=128, b=128, k=128, r=64, warps=8, stages=3, parts=4),
-    "sm_100": Config(n=128, b=128, k=64, r=64, warps=8, stages=3, parts=4),
-    "gfx90a": Config(n=128, b=128, k=128, r=32, warps=8, stages=2, parts=4),
-    "gfx942": Config(n=128, b=128, k=128, r=32, warps=8, stages=2, parts=4),
+_SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=4)
+_AMD = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, parts=4)
+_TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
+    ("sm_80", "bf16"): (_SQUARE,),
+    ("sm_80", "fp16"): (_SQUARE,),
+    ("sm_80", "tf32"): (_SQUARE,),
+    ("sm_90", "bf16"): (Config(n=128, b=128, k=128, r=64, warps=8, stages=3, parts=4),),
+    ("sm_90", "fp16"): (Config(n=128, b=128, k=128, r=64, warps=8, stages=3, parts=4),),
+    ("sm_90", "tf32"): (_SQUARE,),
+    ("sm_100", "bf16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, parts=4),),
+    ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=4, stages=3, parts=4),),
+    ("sm_100", "tf32"): (_SQUARE,),
+    ("sm_100", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=4, stages=2, parts=4),),
+    ("sm_120", "tf32"): (_SQUARE,),
+    ("gfx90a", "bf16"): (_AMD,),
+    ("gfx90a", "fp16"): (_AMD,),
+    ("gfx942", "bf16"): (_AMD,),
+    ("gfx942", "fp16"): (_AMD,),
 }
-_TF32 = {
-    target: Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=4)
-    for target in ("sm_80", "sm_90", "sm_100", "sm_120")
-}
-
-
-# Where the table of the target or precision spills: (target, precision).
-_EXCEPTIONS = {
-    ("sm_100", "fp16"): Config(n=128, b=128, k=64, r=64, warps=4, stages=3, parts=4),
-    ("sm_100", "ieee"): Config(n=64, b=64, k=32, r=16, warps=4, stages=2, parts=4),
-}
+_OTHERS = {"bf16": (_SMALL,), "fp16": (_SMALL,), "tf32": (_SMALL,), "ieee": (_EXACT,)}
 
 
 @dataclass
@@ -77,23 +93,69 @@ class _Override:
 _override = _Override()
 
 
-def default(target: str, precision: str) -> Config:
-    """The configuration for a target (``"sm_90"``, ``"gfx942"``, ``"interpreter"``).
+def candidates(target: str, precision: str) -> tuple[Config, ...]:
+    """The configurations for a target (``"sm_90"``, ``"gfx942"``, ``"interpreter"``), to choose from by size.
 
     Args:
         target: backend and architecture.
         precision: ``"bf16"``, ``"fp16"``, ``"tf32"`` or ``"ieee"`` (float32).
     """
     if _override.config is not None:
-        return _override.config
+        return (_override.config,)
     if target == "interpreter":
-        return _INTERPRETER
-    if (target, precision) in _EXCEPTIONS:
-        return _EXCEPTIONS[target, precision]
-    if precision == "ieee":
-        return _EXACT
-    table = _TF32 if precision == "tf32" else _SIXTEEN_BITS
-    return table.get(target, _SMALL)
+        return (_INTERPRETER,)
+    return _TABLE.get((target, precision), _OTHERS[precision])
+
+
+def predicted(config: Config, driver: str, layers: tuple[tuple[int, int, int], ...], form: str, resident: int) -> float:
+    """Cost of a local step in multiply-accumulates of one program, waits included; a pure function.
+
+    Args:
+        config: tile sizes.
+        driver: ``"single"`` or ``"grouped"``.
+        layers: ``(B, K, N)`` of each layer.
+        form: ``"gram"`` has no activation phase.
+        resident: programs that the device can hold at once.
+    """
+    if driver == "single":
+        return schedule.build(layers, config.tiles, resident).makespan(3) / 3 + 2 * schedule.WAIT
+    activation, update = schedule.phase_bounds(layers, config.tiles, resident)
+    return update + schedule.LAUNCH if form == "gram" else activation + update + 2 * schedule.LAUNCH
+
+
+@lru_cache(maxsize=1024)
+def choose(
+    found: tuple[Config, ...],
+    layers: tuple[tuple[int, int, int], ...],
+    form: str,
+    resident: int,
+    driver: str | None = None,
+) -> tuple[Config, int]:
+    """The configuration and driver with the lowest predicted cost; a pure function.
+
+    Args:
+        found: the configurations to choose from; the first of equals is taken.
+        layers: ``(B, K, N)`` of each layer.
+        form: ``"product"``, which has a single launch, or another.
+        resident: programs that the device can hold at once.
+        driver: ``"single"`` or ``"grouped"`` to have only that, where the form has both.
+
+    Returns:
+        the configuration, and the number of programs of the single launch; 0 for launches per phase.
+    """
+    if form != "product":
+        driver = "grouped"
+    options = []
+    for config in found:
+        few = sum(schedule.count_tiles(layers, config.tiles)) <= _MOST_TILES_PER_PROGRAM * resident
+        if driver == "single" or (driver is None and config.single and few):
+            options.append(("single", config))
+        if driver != "single":
+            options.append(("grouped", config))
+    if len(options) > 1:
+        options = [min(options, key=lambda option: predicted(option[1], option[0], layers, form, resident))]
+    best, config = options[0]
+    return config, resident if best == "single" else 0
 
 
 def driver() -> str | None:

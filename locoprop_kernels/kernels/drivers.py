@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from locoprop_kernels import reference
+from locoprop_kernels import reference, schedule
 from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels import commit, configs, functions, grouped, prepare, rowwise, single, updates
 from locoprop_kernels.kernels.plan import ALIGNMENT, Key, Layer, Piece, Plan
@@ -25,8 +25,6 @@ from locoprop_kernels.transfers import Transfer
 __all__ = ["Group", "run", "unsupported"]
 
 _KEPT_PLANS = 32
-# Beyond this a local step takes so long that two launches cost nothing, and the hardware's own queue balances better.
-_MOST_TILES_PER_PROGRAM = 64
 # Larger convolutions go to the reference, which holds 16 MiB of patches at a time.
 _MOST_UNFOLDED_BYTES = 2**30
 _plans: OrderedDict[Key, Plan] = OrderedDict()
@@ -169,7 +167,13 @@ class Group:
 
 
 def _layer(
-    problem: LocalProblem, x: Tensor, reduction: str, operand: torch.dtype, tf32: bool, config: configs.Config
+    problem: LocalProblem,
+    x: Tensor,
+    reduction: str,
+    operand: torch.dtype,
+    tf32: bool,
+    config: configs.Config,
+    splits: int,
 ) -> Layer:
     _, k, n = problem.shape
     transfer = problem.transfer
@@ -193,6 +197,7 @@ def _layer(
         x_in_place=whole_tiles and aligned and not tf32,
         scale=problem.scale(reduction),
         rows=problem.shape[0],
+        splits=splits if problem.grad_weight is not None else 1,
     )
 
 
@@ -244,15 +249,6 @@ def _resident_programs(device: torch.device) -> int:
     if interpreted():
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _tiles(key: Key) -> int:
-    """Tiles of a local step."""
-    config = key.config
-    return sum(
-        -(-layer.outputs // config.n) * (-(-layer.batch // config.b) + -(-layer.inputs // config.k))
-        for layer in key.layers
-    )
 
 
 def _plan(key: Key) -> Plan:
@@ -313,17 +309,27 @@ def _run_group(
     first = problems[0]
     device, operand = first.weight.device, compute_dtype or first.weight.dtype
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(operand) or float32_precision()
-    config = configs.default(target_of(device), precision)
     found = updates.lookup(rule)
     assert found is not None
     grams = [reference._GramForm(problem, operand) for problem in problems] if form == "gram" else []
     xs = [gram.gram.tensor for gram in grams] or [
         problem.x if isinstance(problem.x, Tensor) else _unfolded(problem.x) for problem in problems
     ]
+    sizes = tuple(
+        (x.shape[0], problem.shape[1] if problem.grad_weight is not None else 1, problem.shape[2])
+        for problem, x in zip(problems, xs, strict=True)
+    )
+    resident = _resident_programs(device)
+    config, programs = configs.choose(
+        configs.candidates(target_of(device), precision), sizes, form, resident, configs.driver()
+    )
+    splits = (1,) * len(sizes)
+    if form != "gram" and not programs:
+        splits = schedule.splits(sizes, config.tiles, resident)
     key = Key(
         layers=tuple(
-            _layer(problem, x, reduction, operand, precision == "tf32", config)
-            for problem, x in zip(problems, xs, strict=True)
+            _layer(problem, x, reduction, operand, precision == "tf32", config, parts)
+            for problem, x, parts in zip(problems, xs, splits, strict=True)
         ),
         device=device,
         parameter=first.weight.dtype,
@@ -341,12 +347,9 @@ def _run_group(
         transposed=precision == "tf32",
         interpreted=interpreted(),
         config=config,
-        programs=0,
+        programs=programs,
     )
-    programs = _resident_programs(device) if form == "product" and configs.driver() != "grouped" else 0
-    if programs and configs.driver() != "single" and _tiles(key) > _MOST_TILES_PER_PROGRAM * programs:
-        programs = 0
-    plan = _plan(replace(key, programs=programs))
+    plan = _plan(key)
     key = plan.key
     states = [
         {
@@ -444,6 +447,8 @@ class _Launches:
                 self.activation(t)
                 if rowwise:
                     self.softmax(t)
+            if t > 0 and t < self.iterations and len(self.plan.partial_tiles):
+                grouped.launch_partial(self.table, self.plan.partial_tiles, t, self.constants["partial"])
             if t < self.iterations:
                 self.update(t)
 

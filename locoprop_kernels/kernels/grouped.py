@@ -1,4 +1,8 @@
-"""Grouped driver: two launches per local step, each over all layers. The end of a launch is the barrier."""
+"""Grouped driver: launches per phase of a local step, each over all layers. The end of a launch is the barrier.
+
+Between the activation and the update phase there may be one of partial products: a layer of few update tiles and many
+examples (a convolution, say) would keep most programs waiting.
+"""
 
 from typing import Any
 
@@ -6,7 +10,7 @@ import triton
 import triton.language as tl
 
 from locoprop_kernels.kernels import columns as c
-from locoprop_kernels.kernels.tiles import activation_tile, update_tile
+from locoprop_kernels.kernels.tiles import activation_tile, partial_tile, update_tile
 
 
 @triton.jit(do_not_specialize=["t", "trace_stride"])
@@ -54,6 +58,37 @@ def _activation_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["t"])
+def _partial_kernel(
+    table_ptr,
+    tiles_ptr,
+    t,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    tile_ptr = tiles_ptr + tl.program_id(0) * 4
+    row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
+    partial_tile(
+        row_ptr,
+        tl.load(tile_ptr + 1),
+        tl.load(tile_ptr + 2),
+        tl.load(tile_ptr + 3),
+        t,
+        OPERAND,
+        PRECISION,
+        INTERPRETED,
+        TRANSPOSED,
+        BLOCK_N,
+        BLOCK_K,
+        BLOCK_R,
+    )
+
+
 @triton.jit(do_not_specialize=["t", "iterations", "trace_stride"])
 def _update_kernel(
     table_ptr,
@@ -77,6 +112,7 @@ def _update_kernel(
     TRACE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     GRAM: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -107,6 +143,7 @@ def _update_kernel(
         TRACE,
         TRANSPOSED,
         GRAM,
+        SPLIT,
         BLOCK_N,
         BLOCK_K,
         BLOCK_R,
@@ -117,6 +154,11 @@ def _update_kernel(
 def launch_activation(table: Any, tiles: Any, t: int, trace: Any, trace_stride: int, constants: dict[str, Any]) -> None:
     """``E`` of all layers before local step ``t``; ``tiles`` ``[count, 3]``, one program each."""
     _activation_kernel[(len(tiles),)](table, tiles, t, trace, trace_stride, **constants)
+
+
+def launch_partial(table: Any, tiles: Any, t: int, constants: dict[str, Any]) -> None:
+    """Products over parts of the batch; ``tiles`` ``[count, 4]``, one program each."""
+    _partial_kernel[(len(tiles),)](table, tiles, t, **constants)
 
 
 def launch_update(

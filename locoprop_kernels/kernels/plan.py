@@ -49,6 +49,7 @@ class Layer:
     x_in_place: bool
     scale: float
     rows: int  # of X; batch is K in the Gram driver
+    splits: int = 1  # parts of the batch in the products of update tiles
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ class Plan:
         self._prepare_x_tiles: list[tuple[int, int, int]] = []
         self._prepare_a0_tiles: list[tuple[int, int, int]] = []
         self._softmax_tiles: list[tuple[int, int]] = []
+        self._partial_tiles: list[tuple[int, int, int, int]] = []
         functions: list[tuple[Any, Any]] = []
         for index, layer in enumerate(key.layers):
             pair = (layer.function, layer.divergence)
@@ -174,6 +176,7 @@ class Plan:
             np.array(self._prepare_x_tiles, np.int32).reshape(-1, 3),
             np.array(self._prepare_a0_tiles, np.int32).reshape(-1, 3),
             np.array(self._softmax_tiles, np.int32).reshape(-1, 2),
+            np.array(self._partial_tiles, np.int32).reshape(-1, 4),
         )
         (
             self.activation_tiles,
@@ -185,6 +188,7 @@ class Plan:
             self.prepare_x_tiles,
             self.prepare_a0_tiles,
             self.softmax_tiles,
+            self.partial_tiles,
         ) = (torch.from_numpy(np.ascontiguousarray(values)).to(key.device) for values in lists)
 
     def _lay_out(self, index: int, layer: Layer, code: int) -> None:
@@ -221,6 +225,12 @@ class Plan:
             row[c.WEIGHT.value + c.COPY_SIZE.value] = n * k
             scratch(c.WEIGHT_COPY, n * k * (2 if key.form == "gram" else 1), itemsize)
             scratch(c.AMAX, 3 * n_blocks * k_blocks, 4)
+            rows = _round_up(-(-layer.batch // layer.splits), config.r)
+            splits = -(-layer.batch // rows)
+            if splits > 1:
+                row[c.SPLIT_ROWS.value], row[c.SPLITS.value] = rows, splits
+                scratch(c.PARTIALS, splits * n * k, 4)
+                self._partial_tiles += [(index, *place) for place in np.ndindex(n_blocks, k_blocks, splits)]
         row[c.E_STRIDE.value], row[c.ROW_SUMS_STRIDE.value], row[c.ROWS.value] = b, n, layer.rows
         if key.form == "gram":
             if layer.bias:
@@ -230,9 +240,8 @@ class Plan:
             scratch(c.A0, n * b, key.preactivation.itemsize)
             scratch(c.E, n * b, itemsize)
             self._prepare_a0_tiles += self._square_tiles(index, b, n)
-            parts = 1 if key.form == "softmax" else config.parts
-            scratch(c.ROW_SUMS, b_blocks * parts * n, 4)
-            row[c.ROW_SUM_COUNT.value] = b_blocks * parts
+            scratch(c.ROW_SUMS, b_blocks * n, 4)
+            row[c.ROW_SUM_COUNT.value] = b_blocks
         if key.form == "softmax":
             scratch(c.CHANGE, n * b, 4)
             self._softmax_tiles += [(index, block) for block in range(b_blocks)]
@@ -343,7 +352,19 @@ class Plan:
         cooperative = {} if key.interpreted else {"launch_cooperative_grid": True}
         return {
             "activation": {**products, **parts, **activation, "ROWWISE": key.form == "softmax", **options},
-            "update": {**products, **parts, **update, "GRAM": key.form == "gram", **options},
+            "partial": {
+                **{name: products[name] for name in ("OPERAND", "PRECISION", "INTERPRETED", "BLOCK_N", "BLOCK_R")},
+                **{name: update[name] for name in ("TRANSPOSED", "BLOCK_K")},
+                **options,
+            },
+            "update": {
+                **products,
+                **parts,
+                **update,
+                "GRAM": key.form == "gram",
+                "SPLIT": len(self.partial_tiles) > 0,
+                **options,
+            },
             "single": {**products, **parts, **activation, **update, **options, **cooperative},
             "softmax": {**products, "PREACTIVATION": preactivation, "BLOCK_B": config.b, **rowwise},
             "commit": {

@@ -99,7 +99,7 @@ def _local_steps_kernel(
                 update_tile(row_ptr, n_block, k_block, t, t == iterations - 1, rate, prox, bad_ptr, trace_ptr,
                             trace_stride, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER,
                             PRECISION, INTERPRETED,
-                            TRACE, TRANSPOSED, False, BLOCK_N, BLOCK_K, BLOCK_R, PARTS)  # fmt: skip
+                            TRACE, TRANSPOSED, False, False, BLOCK_N, BLOCK_K, BLOCK_R, PARTS)  # fmt: skip
                 _signal(updates_done_ptr + block)
 
 

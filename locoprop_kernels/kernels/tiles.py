@@ -91,6 +91,27 @@ def _halves(tile):
 
 
 @triton.jit
+def _halved(tiles):
+    halves = ()
+    for i in tl.static_range(len(tiles)):
+        halves = halves + _halves(tiles[i])
+    return halves
+
+
+@triton.jit
+def _parts(tile, PARTS: tl.constexpr):
+    """``tile`` cut into ``PARTS`` (1, 2, 4 or 8) groups of columns, in order."""
+    parts = (tile,)
+    if PARTS > 1:
+        parts = _halved(parts)
+    if PARTS > 2:
+        parts = _halved(parts)
+    if PARTS > 4:
+        parts = _halved(parts)
+    return parts
+
+
+@triton.jit
 def increment_scale(row_ptr, n_block, t, BLOCKS: tl.constexpr):
     """Power of two by which the update of local step ``t`` scales Δ, to about 2⁻⁶: float16 has no range for less.
 
@@ -139,6 +160,7 @@ def _activation_epilogue(row_ptr, product, rows, start, part, trace_ptr, scale, 
                          DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
                          PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr,
                          ROWWISE: tl.constexpr):  # fmt: skip
+    """``E`` of part of a tile; returns its sums over the batch."""
     columns = start + tl.arange(0, product.shape[1])
     code = tl.load(row_ptr + c.TRANSFER)
     parameter = bits_to_float(tl.load(row_ptr + c.PARAMETER))
@@ -148,6 +170,7 @@ def _activation_epilogue(row_ptr, product, rows, start, part, trace_ptr, scale, 
     change = product * (1.0 / scale)
     if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
         change += tl.load(address(row_ptr, c.BIAS + c.DELTA, tl.float32) + rows)[:, None]
+    difference = change
     if ROWWISE:  # another kernel goes over whole rows
         tl.store(address(row_ptr, c.CHANGE, tl.float32) + offsets, change)
     else:
@@ -157,24 +180,10 @@ def _activation_epilogue(row_ptr, product, rows, start, part, trace_ptr, scale, 
         tl.store(
             address(row_ptr, c.E, OPERAND) + offsets, as_operand(difference * scale, OPERAND, PRECISION, INTERPRETED)
         )
-
-        sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + part * stride(row_ptr, c.ROW_SUMS_STRIDE)
-        tl.store(sums_ptr + rows, tl.sum(difference, 1))
         if TRACE:
             loss = tl.where(valid, _divergence(a0, change, code, parameter, TRANSFERS, DIVERGENCES), 0.0)
             tl.store(trace_ptr + part, tl.sum(tl.sum(loss, 1), 0))
-
-
-@triton.jit
-def _activation_epilogues(row_ptr, product, rows, start, part, trace_ptr, scale, TRANSFERS: tl.constexpr,
-                          DIVERGENCES: tl.constexpr, OPERAND: tl.constexpr, PREACTIVATION: tl.constexpr,
-                          PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr,
-                          ROWWISE: tl.constexpr):  # fmt: skip
-    left, right = _halves(product)
-    _activation_epilogue(row_ptr, left, rows, start, part, trace_ptr, scale, TRANSFERS, DIVERGENCES, OPERAND,
-                         PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
-    _activation_epilogue(row_ptr, right, rows, start + product.shape[1] // 2, part + 1, trace_ptr, scale, TRANSFERS,
-                         DIVERGENCES, OPERAND, PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
+    return tl.sum(difference, 1)
 
 
 @triton.jit
@@ -201,19 +210,15 @@ def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, TRANS
             scale = increment_scale(row_ptr, n_block, t - 1, BLOCK_R)
     b_blocks = tl.load(row_ptr + c.B_BLOCKS)
     trace_ptr += t * trace_stride + tl.load(row_ptr + c.TRACE_ACTIVATION) + n_block * b_blocks * PARTS
-    start, part = b_block * BLOCK_B, b_block * PARTS
-    if PARTS == 1:
-        _activation_epilogue(row_ptr, product, rows, start, part, trace_ptr, scale, TRANSFERS, DIVERGENCES, OPERAND,
-                             PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
-    elif PARTS == 2:
-        _activation_epilogues(row_ptr, product, rows, start, part, trace_ptr, scale, TRANSFERS, DIVERGENCES, OPERAND,
-                              PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
-    else:
-        left, right = _halves(product)
-        _activation_epilogues(row_ptr, left, rows, start, part, trace_ptr, scale, TRANSFERS, DIVERGENCES, OPERAND,
-                              PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
-        _activation_epilogues(row_ptr, right, rows, start + BLOCK_B // 2, part + 2, trace_ptr, scale, TRANSFERS,
-                              DIVERGENCES, OPERAND, PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
+    sums = tl.zeros_like(rows).to(tl.float32)
+    parts = _parts(product, PARTS)
+    for i in tl.static_range(PARTS):
+        sums += _activation_epilogue(
+            row_ptr, parts[i], rows, b_block * BLOCK_B + i * (BLOCK_B // PARTS), b_block * PARTS + i, trace_ptr, scale,
+            TRANSFERS, DIVERGENCES, OPERAND, PREACTIVATION, PRECISION, INTERPRETED, TRACE, ROWWISE)  # fmt: skip
+    if not ROWWISE:
+        sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + b_block * stride(row_ptr, c.ROW_SUMS_STRIDE)
+        tl.store(sums_ptr + rows, sums)
 
 
 @triton.jit
@@ -330,15 +335,22 @@ def _gram_bias_change(row_ptr, rows, t, OPERAND: tl.constexpr, BLOCK_R: tl.const
 
 @triton.jit
 def _weight_epilogue(row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
-                     bad_ptr, trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
+                     splits, bad_ptr, trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
                      COUNTS_STEPS: tl.constexpr, REGULARISER: tl.constexpr, OPERAND: tl.constexpr,
                      PARAMETER: tl.constexpr,
                      PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr,
-                     GRAM: tl.constexpr):  # fmt: skip
-    """Update of a weight tile; returns its largest |Δ|."""
+                     GRAM: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+    """Update of part of a weight tile; returns its largest |Δ|."""
     columns = start + tl.arange(0, product.shape[1])
     n, k = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS)
     row_stride = stride(row_ptr, c.WEIGHT + c.STRIDE)
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    if SPLIT:
+        if splits > 1:
+            partials_ptrs = address(row_ptr, c.PARTIALS, tl.float32) + offsets
+            for _ in range(0, splits):
+                product += tl.load(partials_ptrs)
+                partials_ptrs += stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
     change = product * (1.0 / old_scale)
     if GRAM:
         if (t > 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
@@ -349,7 +361,6 @@ def _weight_epilogue(row_ptr, product, rows, start, part, t, last, rate, prox, l
     copy_ptr = address(row_ptr, c.WEIGHT + c.COPY, OPERAND)
     if GRAM:
         copy_ptr += ((t + 1) % 2) * stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
-    offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     tl.store(copy_ptr + offsets, as_operand(delta * new_scale, OPERAND, PRECISION, INTERPRETED))
     if TRACE:
         tl.store(trace_ptr + part, _objective(delta, gradient, prox))
@@ -357,25 +368,6 @@ def _weight_epilogue(row_ptr, product, rows, start, part, t, last, rate, prox, l
     if OPERAND == tl.float16:
         amax = tl.max(tl.max(tl.abs(delta), 1), 0)
     return amax
-
-
-@triton.jit
-def _weight_epilogues(row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
-                      bad_ptr, trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
-                      COUNTS_STEPS: tl.constexpr, REGULARISER: tl.constexpr, OPERAND: tl.constexpr,
-                      PARAMETER: tl.constexpr,
-                      PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr,
-                     GRAM: tl.constexpr):  # fmt: skip
-    left, right = _halves(product)
-    amax = _weight_epilogue(row_ptr, left, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
-                            bad_ptr, trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER,
-                            PRECISION,
-                            INTERPRETED, TRACE, GRAM)  # fmt: skip
-    right_amax = _weight_epilogue(row_ptr, right, rows, start + product.shape[1] // 2, part + 1, t, last, rate, prox,
-                                  loss_scale, old_scale, new_scale, bad_ptr, trace_ptr, RULE, HYPER, SLOTS,
-                                  COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER, PRECISION, INTERPRETED, TRACE,
-                                  GRAM)  # fmt: skip
-    return tl.maximum(amax, right_amax)
 
 
 @triton.jit
@@ -389,10 +381,12 @@ def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_pt
         if GRAM:
             change += _gram_bias_change(row_ptr, rows, t, OPERAND, BLOCK_R)
         else:
-            sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + rows
-            for _ in range(0, tl.load(row_ptr + c.ROW_SUM_COUNT)):
-                change += tl.load(sums_ptr)
-                sums_ptr += stride(row_ptr, c.ROW_SUMS_STRIDE)
+            count = tl.load(row_ptr + c.ROW_SUM_COUNT)
+            sums_ptrs = address(row_ptr, c.ROW_SUMS, tl.float32) + rows[None, :]
+            for start in range(0, count, 16):
+                blocks = start + tl.arange(0, 16)[:, None]
+                offsets = blocks * stride(row_ptr, c.ROW_SUMS_STRIDE)
+                change += tl.sum(tl.load(sums_ptrs + offsets, blocks < count, 0.0), 0)
     n = tl.load(row_ptr + c.OUTPUTS)
     delta, gradient = _step(row_ptr + c.BIAS, change[:, None], rows, tl.arange(0, 1), n, 1, 1, t, last, rate, prox,
                          loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, PARAMETER,
@@ -407,11 +401,52 @@ def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_pt
 
 
 @triton.jit
+def _gradient_product(row_ptr, rows, columns, start, length, t, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+                      INTERPRETED: tl.constexpr, TRANSPOSED: tl.constexpr, GRAM: tl.constexpr,
+                      BLOCK_R: tl.constexpr):  # fmt: skip
+    """``Eᵀ X`` over ``length`` examples from ``start`` on; in the Gram driver ``Δ XᵀX``."""
+    inner = start + tl.arange(0, BLOCK_R)
+    if GRAM:
+        e_ptr = address(row_ptr, c.WEIGHT + c.COPY, OPERAND) + (t % 2) * stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
+        e_stride = stride(row_ptr, c.WEIGHT + c.STRIDE)
+    else:
+        e_ptr, e_stride = address(row_ptr, c.E, OPERAND), stride(row_ptr, c.E_STRIDE)
+    e_ptrs = e_ptr + rows.to(tl.int64)[:, None] * e_stride + inner[None, :]
+    if TRANSPOSED:
+        x_ptrs = (address(row_ptr, c.XT, OPERAND)
+                  + columns.to(tl.int64)[None, :] * stride(row_ptr, c.XT_STRIDE) + inner[:, None])  # fmt: skip
+        x_step = tl.full((), BLOCK_R, tl.int64)
+    else:
+        x_ptrs = (address(row_ptr, c.X, OPERAND)
+                  + inner.to(tl.int64)[:, None] * stride(row_ptr, c.X_STRIDE) + columns[None, :])  # fmt: skip
+        x_step = stride(row_ptr, c.X_STRIDE) * BLOCK_R
+    product = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    return _product(e_ptrs, x_ptrs, BLOCK_R, x_step, length, product, BLOCK_R, PRECISION, INTERPRETED)
+
+
+@triton.jit
+def partial_tile(row_ptr, n_block, k_block, split, t, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+                 INTERPRETED: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                 BLOCK_R: tl.constexpr):  # fmt: skip
+    """The product of an update tile over one part of the batch: for layers of few tiles and many examples."""
+    rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    most = stride(row_ptr, c.SPLIT_ROWS)
+    start = split * most
+    length = tl.minimum(tl.load(row_ptr + c.BATCH) - start, most)
+    product = _gradient_product(row_ptr, rows, columns, start, length, t, OPERAND, PRECISION, INTERPRETED, TRANSPOSED,
+                                False, BLOCK_R)  # fmt: skip
+    offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.WEIGHT + c.STRIDE) + columns[None, :]
+    size = stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
+    tl.store(address(row_ptr, c.PARTIALS, tl.float32) + split * size + offsets, product)
+
+
+@triton.jit
 def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_ptr, trace_stride, RULE: tl.constexpr,
                 HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr, REGULARISER: tl.constexpr,
                 OPERAND: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-                TRACE: tl.constexpr, TRANSPOSED: tl.constexpr, GRAM: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+                TRACE: tl.constexpr, TRANSPOSED: tl.constexpr, GRAM: tl.constexpr, SPLIT: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """``G = (G_0 + Eᵀ X) · scale + λ Δ`` and a step of the rule, on rows of ``n_block`` and columns of ``k_block``."""
     rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -421,52 +456,26 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
     trace_ptr += (t + 1) * trace_stride + tl.load(row_ptr + c.TRACE_UPDATE) + n_block * (k_blocks * PARTS + 1)
 
     if tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0:
-        inner = tl.arange(0, BLOCK_R)
-        if GRAM:
-            e_ptr = address(row_ptr, c.WEIGHT + c.COPY, OPERAND) + (t % 2) * stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
-            e_stride = stride(row_ptr, c.WEIGHT + c.STRIDE)
-        else:
-            e_ptr, e_stride = address(row_ptr, c.E, OPERAND), stride(row_ptr, c.E_STRIDE)
-        e_ptrs = e_ptr + rows.to(tl.int64)[:, None] * e_stride + inner[None, :]
-        if TRANSPOSED:
-            x_ptrs = (address(row_ptr, c.XT, OPERAND)
-                      + columns.to(tl.int64)[None, :] * stride(row_ptr, c.XT_STRIDE) + inner[:, None])  # fmt: skip
-            x_step = tl.full((), BLOCK_R, tl.int64)
-        else:
-            x_ptrs = (address(row_ptr, c.X, OPERAND)
-                      + inner.to(tl.int64)[:, None] * stride(row_ptr, c.X_STRIDE) + columns[None, :])  # fmt: skip
-            x_step = stride(row_ptr, c.X_STRIDE) * BLOCK_R
-        product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         length = tl.where(t > 0, batch, 0)  # E_0 = 0
-        product = _product(e_ptrs, x_ptrs, BLOCK_R, x_step, length, product, BLOCK_R, PRECISION, INTERPRETED)
+        splits = 1
+        if SPLIT:
+            splits = tl.where(t > 0, tl.load(row_ptr + c.SPLITS), 1)
+            length = tl.where(splits > 1, 0, length)  # partial tiles have multiplied
+        product = _gradient_product(row_ptr, rows, columns, 0, length, t, OPERAND, PRECISION, INTERPRETED, TRANSPOSED,
+                                    GRAM, BLOCK_R)  # fmt: skip
 
         old_scale, new_scale = 1.0, 1.0
         if OPERAND == tl.float16:
             old_scale = increment_scale(row_ptr, n_block, t - 1, BLOCK_R)
             new_scale = increment_scale(row_ptr, n_block, t, BLOCK_R)
-        start, part = k_block * BLOCK_K, k_block * PARTS
-        if PARTS == 1:
-            amax = _weight_epilogue(
-                row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
-                trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER, PRECISION, INTERPRETED,
-                TRACE, GRAM)  # fmt: skip
-        elif PARTS == 2:
-            amax = _weight_epilogues(
-                row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
-                trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER, PRECISION, INTERPRETED,
-                TRACE, GRAM)  # fmt: skip
-        else:
-            left, right = _halves(product)
-            left_amax = _weight_epilogues(
-                row_ptr, left, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale, bad_ptr,
-                trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER, PRECISION, INTERPRETED,
-                TRACE, GRAM)  # fmt: skip
-            right_amax = _weight_epilogues(
-                row_ptr, right, rows, start + BLOCK_K // 2, part + 2, t, last, rate, prox, loss_scale, old_scale,
-                new_scale, bad_ptr, trace_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER,
-                PRECISION,
-                INTERPRETED, TRACE, GRAM)  # fmt: skip
-            amax = tl.maximum(left_amax, right_amax)
+        amax = 0.0
+        parts = _parts(product, PARTS)
+        for i in tl.static_range(PARTS):
+            part_amax = _weight_epilogue(
+                row_ptr, parts[i], rows, k_block * BLOCK_K + i * (BLOCK_K // PARTS), k_block * PARTS + i, t, last,
+                rate, prox, loss_scale, old_scale, new_scale, splits, bad_ptr, trace_ptr, RULE, HYPER, SLOTS,
+                COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER, PRECISION, INTERPRETED, TRACE, GRAM, SPLIT)  # fmt: skip
+            amax = tl.maximum(amax, part_amax)
         if OPERAND == tl.float16:
             n_blocks = tl.load(row_ptr + c.N_BLOCKS)
             block = (((t + 1) % 3) * n_blocks + n_block) * k_blocks + k_block

@@ -13,7 +13,7 @@ from locoprop_kernels.kernels import commit, configs, functions, grouped, prepar
 from locoprop_kernels.kernels.inspection import Variant
 from locoprop_kernels.kernels.plan import Key, Layer, Plan
 
-__all__ = ["variants"]
+__all__ = ["of_config", "variants"]
 
 _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 _RULES: dict[str, rules.Rule] = {"rmsprop": rules.RMSprop(), "rmsprop centered": rules.RMSprop(centered=True)}
@@ -23,35 +23,43 @@ _POINTERS = {"table_ptr": "*i64", "rates_ptr": "*fp32", "trace_ptr": "*fp64", "o
 
 def variants(target: str) -> list[Variant]:
     """Every kernel in its default configurations for ``target`` (``"sm_90"``, ``"gfx942"``, ...)."""
-    hip = target.startswith("gfx")
-    return [
-        variant
-        for precision in _OPERANDS
-        if not (hip and precision == "tf32")
-        for variant in _of_precision(target, precision)
-    ]
+    found: list[Variant] = []
+    for precision in _OPERANDS:
+        if precision == "tf32" and target.startswith("gfx"):
+            continue
+        for config in configs.candidates(target, precision):
+            found += of_config(config, precision)
+        found.append(_prepare(config, precision))  # does not depend on the tiles
+    return found
 
 
-def _of_precision(target: str, precision: str) -> Iterator[Variant]:
+def of_config(config: configs.Config, precision: str) -> Iterator[Variant]:
+    """The kernels that depend on the tile sizes."""
     for name, rule in _RULES.items():
-        plan = _plan(target, precision, rule)
+        plan = _plan(config, precision, rule)
         constants = plan.constants()
-        yield _variant("local_steps", single._local_steps_kernel, constants["single"], plan, name)
+        if config.single:
+            yield _variant("local_steps", single._local_steps_kernel, constants["single"], plan, name)
         yield _variant("update", grouped._update_kernel, constants["update"], plan, name)
     yield _variant("activation", grouped._activation_kernel, constants["activation"], plan, ", ".join(_TRANSFERS))
     yield _variant("commit", commit._commit_kernel, constants["commit"], plan, name)
     if precision != "fp16":
-        gram = _plan(target, precision, rules.RMSprop(), "gram")
+        gram = _plan(config, precision, rules.RMSprop(), "gram")
         yield _variant("gram update", grouped._update_kernel, gram.constants()["update"], gram, "rmsprop")
-    softmax = _plan(target, precision, rules.RMSprop(), "softmax")
+    softmax = _plan(config, precision, rules.RMSprop(), "softmax")
     yield _variant("softmax", rowwise._softmax_kernel, softmax.constants()["softmax"], softmax, "")
+
+
+def _prepare(config: configs.Config, precision: str) -> Variant:
+    plan = _plan(config, precision, rules.RMSprop())
     columns = (c.X_SOURCE, c.INPUTS, c.WEIGHT_STRIDE, c.X, c.XT, c.XT_STRIDE)
     names = [argument for argument in prepare._prepare_kernel.arg_names if argument.endswith("_COLUMN")]
     at = {name: column.value for name, column in zip(names, columns, strict=True)}
-    yield _variant("prepare", prepare._prepare_kernel, {**constants["prepare_x"], **at}, plan, "with transpose")
+    constants = {**plan.constants()["prepare_x"], **at}
+    return _variant("prepare", prepare._prepare_kernel, constants, plan, "with transpose")
 
 
-def _plan(target: str, precision: str, rule: rules.Rule, form: str = "product") -> Plan:
+def _plan(config: configs.Config, precision: str, rule: rules.Rule, form: str = "product") -> Plan:
     found = updates.lookup(rule)
     assert found is not None
     layers = tuple(
@@ -88,7 +96,7 @@ def _plan(target: str, precision: str, rule: rules.Rule, form: str = "product") 
             trace=False,
             transposed=precision == "tf32",
             interpreted=False,
-            config=configs.default(target, precision),
+            config=config,
             programs=100 if form == "product" else 0,
         )
     )

@@ -1,0 +1,59 @@
+"""The choice of tile sizes and driver: a pure function of sizes."""
+
+import itertools
+
+import pytest
+
+pytest.importorskip("triton")
+
+from locoprop_kernels.kernels import configs
+from locoprop_kernels.kernels.configs import Config
+
+NARROW = Config(n=128, b=64, k=64, r=64)
+WIDE = Config(n=128, b=256, k=256, r=64, parts=8, single=False)
+WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+
+
+def autoencoder(batch):
+    return tuple((batch, k, n) for k, n in itertools.pairwise(WIDTHS))
+
+
+def test_few_examples_take_small_tiles_and_the_single_launch():
+    assert configs.choose((WIDE, NARROW), autoencoder(100), "product", 132) == (NARROW, 132)
+
+
+def test_wide_layers_take_large_tiles_in_launches_per_phase():
+    assert configs.choose((NARROW, WIDE), ((8192, 4096, 4096),), "product", 132) == (WIDE, 0)
+
+
+def test_a_convolution_is_not_left_to_a_few_programs():
+    """Its update tiles are few; only launches per phase can cut its batch."""
+    config, programs = configs.choose((NARROW,), ((131_072, 27, 32),), "product", 132)
+    assert programs == 0
+    single = configs.predicted(config, "single", ((131_072, 27, 32),), "product", 132)
+    assert configs.predicted(config, "grouped", ((131_072, 27, 32),), "product", 132) < single / 4
+
+
+@pytest.mark.parametrize("form", ["gram", "softmax"])
+def test_other_forms_have_no_single_launch(form):
+    assert configs.choose((NARROW,), autoencoder(100), form, 132, "single")[1] == 0
+
+
+@pytest.mark.parametrize("driver", ["single", "grouped"])
+def test_a_driver_that_is_asked_for_is_taken(driver):
+    for layers in (autoencoder(100), ((8192, 4096, 4096),)):
+        _, programs = configs.choose((NARROW, WIDE), layers, "product", 132, driver)
+        assert (programs > 0) == (driver == "single")
+
+
+def test_very_many_tiles_are_left_to_the_hardwares_queue():
+    assert configs.choose((NARROW,), ((65_536, 8192, 8192),), "product", 132)[1] == 0
+
+
+def test_every_target_has_a_configuration_of_each_precision():
+    for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "sm_75"):
+        for precision in ("bf16", "fp16", "tf32", "ieee"):
+            found = configs.candidates(target, precision)
+            assert found
+            assert len(set(found)) == len(found)
+            assert all(config.parts in (1, 2, 4, 8) for config in found)
