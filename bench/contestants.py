@@ -318,13 +318,13 @@ def all_contestants(device: torch.device) -> list[Contestant]:
     """Everything that can take part on ``device``; the first that is available is the baseline of the ratios."""
     gpu = device.type == "cuda"
     found = [
-        Contestant("package", _package, _first(_only_steps, _has_package), tolerance=5e-2),
-        Contestant("textbook", partial(_textbook, precision="fp32", compiled=False, graphed=False), tolerance=5e-2),
+        Contestant("package", _package, _first(_only_steps, _has_package), tolerance=1e-3),
+        Contestant("textbook", partial(_textbook, precision="fp32", compiled=False, graphed=False), tolerance=1e-3),
         Contestant(
             "textbook-compiled",
             partial(_textbook, precision="fp32", compiled=True, graphed=False),
             _compiler,
-            tolerance=5e-2,
+            tolerance=1e-3,
             slow_start=True,
         ),
     ]
@@ -332,14 +332,14 @@ def all_contestants(device: torch.device) -> list[Contestant]:
         make = partial(_textbook, precision=precision)
         options: dict[str, Any] = {"tolerance": tolerance, "precision": precision}
         found.append(Contestant(f"textbook-{precision}", partial(make, compiled=False, graphed=False), **options))
-    for precision, tolerance in (("fp32", 5e-2), ("tf32", 0.3), ("bf16", 1.0)) if gpu else ():
+    for precision, tolerance in (("fp32", 1e-3), ("tf32", 0.3), ("bf16", 1.0)) if gpu else ():
         make = partial(_textbook, precision=precision, graphed=True)
         options = {"unavailable": _only_gpu, "tolerance": tolerance, "precision": precision}
         found.append(Contestant(f"textbook-graph-{precision}", partial(make, compiled=False), **options))
         if precision != "tf32":
             compiled = partial(make, compiled=True)
             found.append(Contestant(f"textbook-compiled-graph-{precision}", compiled, **options, slow_start=True))
-    precisions = {"fp32": 1e-3, "bf16": 1e-2, **({"tf32": 3e-3, "fp16": 1e-2} if gpu else {})}
+    precisions = {"fp32": 1e-4, "bf16": 1e-2, **({"tf32": 3e-3, "fp16": 1e-2} if gpu else {})}
     for backend in ("triton", "reference") if gpu else ("reference",):
         for precision, tolerance in precisions.items():
             if backend == "reference" and gpu and precision not in ("fp32", "bf16"):

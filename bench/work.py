@@ -44,8 +44,9 @@ class Work:
         def uniform(*shape: int, bound: float) -> Tensor:
             return (2 * rand(*shape) - 1) * bound
 
+        # Variance is kept from layer to layer: gradients of deep networks do not vanish in the rounding.
         self.parameters = [
-            (uniform(*layer.weight_shape, bound=layer.inputs**-0.5), uniform(layer.outputs, bound=0.03))
+            (uniform(*layer.weight_shape, bound=(3 / layer.inputs) ** 0.5), uniform(layer.outputs, bound=0.03))
             for layer in case.layers
         ]
         self.names = [layer.transfer for layer in case.layers]

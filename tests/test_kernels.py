@@ -365,6 +365,17 @@ def test_transfers_are_exact_to_a_few_ulp():
         assert error.max() <= 6, (str(transfer), float(error.max()), float(a[error.argmax()]))
 
 
+def test_plans_that_a_cuda_graph_reads_are_kept(monkeypatch):
+    monkeypatch.setattr(drivers, "_KEPT_PLANS", 2)
+    monkeypatch.setattr(drivers, "_plans", type(drivers._plans)())
+    plans = []
+    for n in range(3, 8):
+        lk.local_steps_(twins(28, 6, 5, n)[:1], lr=[0.01], backend="triton")
+        plans.append(list(drivers._plans.values())[-1])
+        plans[0].captured = True  # as the table's upload does in a capture
+    assert list(drivers._plans.values()) == [plans[0], plans[-1]]
+
+
 def test_plans_are_reused():
     ours, _ = twins(20, 9, 8, 7)
     with configs.use(SMALL):

@@ -256,7 +256,9 @@ def _plan(key: Key) -> Plan:
     if plan is None:
         plan = _plans[key] = Plan(key)
         if len(_plans) > _KEPT_PLANS:
-            _plans.popitem(last=False)
+            oldest = next((old for old, kept in _plans.items() if not kept.captured), None)
+            if oldest is not None:
+                del _plans[oldest]
     else:
         _plans.move_to_end(key)
     return plan

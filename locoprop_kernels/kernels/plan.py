@@ -126,6 +126,7 @@ class Plan:
         pieces: per layer ``{"weight" | "bias": where its results lie}``.
         trace_slots: partial sums of one local step.
         trace_ranges: per layer, ``[(first, last), ...]`` of its own among them.
+        captured: whether a CUDA graph reads the tables, which must live as long as the process then.
     """
 
     key: Key
@@ -135,6 +136,7 @@ class Plan:
     pieces: list[dict[str, Piece]] = field(init=False)
     trace_slots: int = field(init=False)
     trace_ranges: list[list[tuple[int, int]]] = field(init=False)
+    captured: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         key, config = self.key, self.key.config
@@ -302,6 +304,7 @@ class Plan:
             if len(self._tables) > _KEPT_TABLES:
                 self._tables.popitem(last=False)
         if self.key.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.captured = True
             self._kept_for_graphs.append(known)
         split = self._template.nbytes
         return known[0][:split].view(torch.int64), known[0][split:].view(torch.float32)
