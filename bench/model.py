@@ -69,8 +69,8 @@ class Prediction:
 def predict(case: Case, found: tuple[configs.Config, ...] | None = None, device: Device = H100) -> Prediction:
     """Predicted local loops of ``case`` with bf16 operands in product form, as the Triton backend would run them."""
     found = found or configs.candidates("sm_90", "bf16")
-    config, single = configs.choose(found, _sizes(case), "product", device.programs)
-    return predict_with(case, config, "single" if single else "grouped", device)
+    choice = configs.choose(found, _sizes(case), "product", device.programs)
+    return predict_with(case, choice.config, "single" if choice.programs else "grouped", device)
 
 
 def predict_with(case: Case, config: configs.Config, driver: str, device: Device = H100) -> Prediction:

@@ -212,6 +212,28 @@ def local_steps_(
     Raises:
         TypeError, ValueError: before anything is changed; naming the argument, what was expected and what came.
     """
+    report = pending_steps(
+        problems, rule, lr, prox, reduction, backend, compute_dtype, trace, regulariser, increments=not commit
+    )
+    if commit:
+        report.commit_()
+    return report
+
+
+@torch.no_grad()
+def pending_steps(
+    problems: Sequence[LocalProblem],
+    rule: str | rules.Rule,
+    lr: Sequence[float],
+    prox: float,
+    reduction: str,
+    backend: str,
+    compute_dtype: torch.dtype | None,
+    trace: bool,
+    regulariser: Regulariser | Callable[[Tensor, Tensor], Tensor] | None,
+    increments: bool,
+) -> StepReport:
+    """:func:`local_steps_` up to the commit, ``report.commit_()``; increments are in the report only if asked for."""
     problems = list(problems)
     if not problems:
         raise ValueError("problems must hold at least one LocalProblem, got none")
@@ -246,31 +268,28 @@ def local_steps_(
     if chosen == "triton":
         from locoprop_kernels import kernels
 
-        increments, finite, apply = kernels.local_loops(
-            problems, rule, rates, prox, reduction, compute_dtype, trace, regulariser, views=not commit
+        found, finite, apply = kernels.local_loops(
+            problems, rule, rates, prox, reduction, compute_dtype, trace, regulariser, views=increments
         )
     else:
-        increments = [
+        found = [
             reference.local_loop(problem, rule, rates, prox, reduction, compute_dtype, trace, regulariser=regulariser)
             for problem in problems
         ]
-        pending = list(zip(problems, increments, strict=True))
+        pending = list(zip(problems, found, strict=True))
         finite, apply = _all_finite(pending), partial(_apply, pending, rule)
-    report = StepReport(
+    return StepReport(
         backend=chosen,
         reason=reason,
         problems=[
             ProblemReport(
-                None if commit else increment.delta.get("weight"),
-                None if commit else increment.delta.get("bias"),
+                increment.delta.get("weight") if increments else None,
+                increment.delta.get("bias") if increments else None,
                 increment.driver,
                 increment.trace,
             )
-            for increment in increments
+            for increment in found
         ],
         finite=finite,
         _apply=apply,
     )
-    if commit:
-        report.commit_()
-    return report

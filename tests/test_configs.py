@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from locoprop_kernels import schedule
 from locoprop_kernels.kernels import configs
 from locoprop_kernels.kernels.configs import Config
 
@@ -19,35 +20,36 @@ def autoencoder(batch):
 
 
 def test_few_examples_take_small_tiles_and_the_single_launch():
-    assert configs.choose((WIDE, NARROW), autoencoder(100), "product", 132) == (NARROW, 132)
+    assert configs.choose((WIDE, NARROW), autoencoder(100), "product", 132)[:2] == (NARROW, 132)
 
 
 def test_wide_layers_take_large_tiles_in_launches_per_phase():
-    assert configs.choose((NARROW, WIDE), ((8192, 4096, 4096),), "product", 132) == (WIDE, 0)
+    assert configs.choose((NARROW, WIDE), ((8192, 4096, 4096),), "product", 132)[:2] == (WIDE, 0)
 
 
 def test_a_convolution_is_not_left_to_a_few_programs():
     """Its update tiles are few; only launches per phase can cut its batch."""
-    config, programs = configs.choose((NARROW,), ((131_072, 27, 32),), "product", 132)
+    config, programs, splits = configs.choose((NARROW,), ((131_072, 27, 32),), "product", 132)
     assert programs == 0
+    assert splits == schedule.splits([(131_072, 27, 32)], config.tiles, 132)
     single = configs.predicted(config, "single", ((131_072, 27, 32),), "product", 132)
     assert configs.predicted(config, "grouped", ((131_072, 27, 32),), "product", 132) < single / 4
 
 
 @pytest.mark.parametrize("form", ["gram", "softmax"])
 def test_other_forms_have_no_single_launch(form):
-    assert configs.choose((NARROW,), autoencoder(100), form, 132, "single")[1] == 0
+    assert configs.choose((NARROW,), autoencoder(100), form, 132, "single").programs == 0
 
 
 @pytest.mark.parametrize("driver", ["single", "grouped"])
 def test_a_driver_that_is_asked_for_is_taken(driver):
     for layers in (autoencoder(100), ((8192, 4096, 4096),)):
-        _, programs = configs.choose((NARROW, WIDE), layers, "product", 132, driver)
-        assert (programs > 0) == (driver == "single")
+        choice = configs.choose((NARROW, WIDE), layers, "product", 132, driver)
+        assert (choice.programs > 0) == (driver == "single")
 
 
 def test_very_many_tiles_are_left_to_the_hardwares_queue():
-    assert configs.choose((NARROW,), ((65_536, 8192, 8192),), "product", 132)[1] == 0
+    assert configs.choose((NARROW,), ((65_536, 8192, 8192),), "product", 132).programs == 0
 
 
 def test_every_target_has_a_configuration_of_each_precision():
@@ -57,3 +59,9 @@ def test_every_target_has_a_configuration_of_each_precision():
             assert found
             assert len(set(found)) == len(found)
             assert all(config.parts in (1, 2, 4, 8) for config in found)
+
+
+def test_a_small_gram_form_is_not_worth_its_launches():
+    assert not configs.gram_pays(((1000, 250, 30),), 10, 132)  # the code of the paper's autoencoder
+    assert configs.gram_pays(autoencoder(1000), 10, 132)  # LocoProp-S
+    assert configs.gram_pays(((65_536, 768, 768),), 10, 132)

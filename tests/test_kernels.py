@@ -15,7 +15,7 @@ from test_reference import RULES, TRANSFERS, problem_for, random_layer
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 import locoprop_kernels as lk
-from locoprop_kernels import rules, schedule
+from locoprop_kernels import rules
 from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels import configs, drivers, grouped
 from locoprop_kernels.kernels.functions import FUNCTIONS
@@ -74,7 +74,12 @@ def compare(ours, theirs, limit, config=SMALL, driver=None, **arguments):
 
 def cut_batches(monkeypatch, parts=3):
     """Have update tiles multiply their batch in parts, as on a GPU with more programs than tiles."""
-    monkeypatch.setattr(schedule, "splits", lambda layers, tiles, programs: (parts,) * len(layers))
+    choose = configs.choose
+
+    def cut(*arguments):
+        return choose(*arguments)._replace(splits=(parts,) * len(arguments[1]))
+
+    monkeypatch.setattr(configs, "choose", cut)
 
 
 def steps(seed, iterations):

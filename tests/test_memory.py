@@ -19,7 +19,7 @@ from interpreter import checked_addresses, replaced, shuffled_programs
 from triton.runtime.errors import InterpreterError
 
 import locoprop_kernels as lk
-from locoprop_kernels import rules, schedule
+from locoprop_kernels import rules
 from locoprop_kernels.kernels import configs, drivers, plan
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
@@ -81,13 +81,13 @@ def problems():
 def step(config=CONFIG, driver="grouped", rule=None, parts=1, **options):
     """One step from a fixed start; returns all that it has changed."""
 
-    def cut(_):
-        return lambda layers, tiles, programs: (parts,) * len(layers)
+    def cut(choose):
+        return lambda *arguments: choose(*arguments)._replace(splits=(parts,) * len(arguments[1]))
 
     torch.manual_seed(0)
     layers = problems()
     rule = rules.RMSprop() if rule is None else rule
-    with configs.use(config, driver, programs=1), replaced(schedule, "splits", cut):
+    with configs.use(config, driver, programs=1), replaced(configs, "choose", cut):
         report = lk.local_steps_(layers, rule=rule, lr=[1e-3] * 3, prox=0.1, backend="triton", **options)
     assert report.committed
     assert driver in report.driver

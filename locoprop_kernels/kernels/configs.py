@@ -6,14 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from locoprop_kernels import schedule
 
 if TYPE_CHECKING:
     from locoprop_kernels.kernels.inspection import Variant
 
-__all__ = ["Config", "candidates", "choose", "driver", "predicted", "programs", "use", "variants"]
+__all__ = [
+    "Choice",
+    "Config",
+    "candidates",
+    "choose",
+    "driver",
+    "gram_pays",
+    "predicted",
+    "programs",
+    "use",
+    "variants",
+]
 
 # Beyond this a local step takes so long that two launches cost nothing, and the hardware's own queue balances better.
 _MOST_TILES_PER_PROGRAM = 64
@@ -123,6 +134,20 @@ def predicted(config: Config, driver: str, layers: tuple[tuple[int, int, int], .
     return update + schedule.LAUNCH if form == "gram" else activation + update + 2 * schedule.LAUNCH
 
 
+class Choice(NamedTuple):
+    """How to run a group of layers.
+
+    Attributes:
+        config: tile sizes.
+        programs: of the single launch; 0 for launches per phase.
+        splits: parts of the batch in the products of each layer's update tiles.
+    """
+
+    config: Config
+    programs: int
+    splits: tuple[int, ...]
+
+
 @lru_cache(maxsize=1024)
 def choose(
     found: tuple[Config, ...],
@@ -130,7 +155,7 @@ def choose(
     form: str,
     resident: int,
     driver: str | None = None,
-) -> tuple[Config, int]:
+) -> Choice:
     """The configuration and driver with the lowest predicted cost; a pure function.
 
     Args:
@@ -139,9 +164,6 @@ def choose(
         form: ``"product"``, which has a single launch, or another.
         resident: programs that the device can hold at once.
         driver: ``"single"`` or ``"grouped"`` to have only that, where the form has both.
-
-    Returns:
-        the configuration, and the number of programs of the single launch; 0 for launches per phase.
     """
     if form != "product":
         driver = "grouped"
@@ -155,7 +177,24 @@ def choose(
     if len(options) > 1:
         options = [min(options, key=lambda option: predicted(option[1], option[0], layers, form, resident))]
     best, config = options[0]
-    return config, resident if best == "single" else 0
+    if best == "single":
+        return Choice(config, resident, (1,) * len(layers))
+    return Choice(config, 0, (1,) * len(layers) if form == "gram" else schedule.splits(layers, config.tiles, resident))
+
+
+def gram_pays(layers: tuple[tuple[int, int, int], ...], iterations: int, resident: int) -> bool:
+    """Whether the Gram form of these layers saves more than its own launches cost; a pure function.
+
+    One layer of an identity transfer among others is better off in their launches.
+
+    Args:
+        layers: ``(B, K, N)`` of each layer that has one and where it takes fewer products.
+        iterations: ``T``.
+        resident: programs that the device can hold at once.
+    """
+    steps = iterations - 1
+    saved = sum(2 * b * k * n * steps - k * k * (b + n * steps) for b, k, n in layers)
+    return saved > resident * schedule.LAUNCH * iterations
 
 
 def driver() -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locoprop_kernels import reference, schedule
+from locoprop_kernels import reference
 from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels import commit, configs, functions, grouped, prepare, rowwise, single, updates
 from locoprop_kernels.kernels.plan import ALIGNMENT, Key, Layer, Piece, Plan
@@ -283,8 +283,11 @@ def run(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         bad = torch.zeros(1, dtype=torch.int32, device=device)
         members: dict[Any, list[int]] = {}
-        for index, problem in enumerate(problems):
-            form = _form(problem, compute_dtype or problem.weight.dtype, len(rates))
+        forms = [_form(problem, compute_dtype or problem.weight.dtype, len(rates)) for problem in problems]
+        grams = tuple(problem.shape for problem, form in zip(problems, forms, strict=True) if form == "gram")
+        if grams and not interpreted() and not configs.gram_pays(grams, len(rates), _resident_programs(device)):
+            forms = ["product" if form == "gram" else form for form in forms]
+        for index, (problem, form) in enumerate(zip(problems, forms, strict=True)):
             kind = (form, problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype)
             members.setdefault(kind, []).append(index)
         placed: list[tuple[Group, int]] = [None] * len(problems)  # type: ignore[list-item]
@@ -321,13 +324,9 @@ def _run_group(
         (x.shape[0], problem.shape[1] if problem.grad_weight is not None else 1, problem.shape[2])
         for problem, x in zip(problems, xs, strict=True)
     )
-    resident = _resident_programs(device)
-    config, programs = configs.choose(
-        configs.candidates(target_of(device), precision), sizes, form, resident, configs.driver()
+    config, programs, splits = configs.choose(
+        configs.candidates(target_of(device), precision), sizes, form, _resident_programs(device), configs.driver()
     )
-    splits = (1,) * len(sizes)
-    if form != "gram" and not programs:
-        splits = schedule.splits(sizes, config.tiles, resident)
     key = Key(
         layers=tuple(
             _layer(problem, x, reduction, operand, precision == "tf32", config, parts)
@@ -378,7 +377,7 @@ def _run_group(
         if trace
         else torch.empty(1, dtype=torch.float64, device=device)
     )
-    constants = plan.constants()
+    constants = plan.constants
     if iterations > 1 or trace:
         prepare.prepare_x(table, plan.prepare_x_tiles, constants["prepare_x"], key.transposed)
         prepare.prepare_a0(table, plan.prepare_a0_tiles, constants["prepare_a0"])  # no tiles in the Gram form
@@ -498,9 +497,7 @@ def commit_group(group: Group, ok: Tensor) -> None:
     plan = group.plan
     device = plan.key.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        commit.launch(
-            group.table, plan.update_tiles, ok.view(torch.uint8), group.iterations, plan.constants()["commit"]
-        )
+        commit.launch(group.table, plan.update_tiles, ok.view(torch.uint8), group.iterations, plan.constants["commit"])
     for problem, state in zip(group.problems, group.states, strict=True):
         for name, slots in state.items():
             problem.state.setdefault(name, {}).update(slots)

@@ -13,6 +13,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -316,6 +317,7 @@ class Plan:
         host = host.pin_memory()
         return host.to(self.key.device, non_blocking=True), host
 
+    @cached_property
     def constants(self) -> dict[str, dict[str, Any]]:
         """Compile-time arguments of each kernel."""
         key, config = self.key, self.key.config

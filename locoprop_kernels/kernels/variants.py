@@ -37,7 +37,7 @@ def of_config(config: configs.Config, precision: str) -> Iterator[Variant]:
     """The kernels that depend on the tile sizes."""
     for name, rule in _RULES.items():
         plan = _plan(config, precision, rule)
-        constants = plan.constants()
+        constants = plan.constants
         if config.single:
             yield _variant("local_steps", single._local_steps_kernel, constants["single"], plan, name)
         yield _variant("update", grouped._update_kernel, constants["update"], plan, name)
@@ -45,9 +45,9 @@ def of_config(config: configs.Config, precision: str) -> Iterator[Variant]:
     yield _variant("commit", commit._commit_kernel, constants["commit"], plan, name)
     if precision != "fp16":
         gram = _plan(config, precision, rules.RMSprop(), "gram")
-        yield _variant("gram update", grouped._update_kernel, gram.constants()["update"], gram, "rmsprop")
+        yield _variant("gram update", grouped._update_kernel, gram.constants["update"], gram, "rmsprop")
     softmax = _plan(config, precision, rules.RMSprop(), "softmax")
-    yield _variant("softmax", rowwise._softmax_kernel, softmax.constants()["softmax"], softmax, "")
+    yield _variant("softmax", rowwise._softmax_kernel, softmax.constants["softmax"], softmax, "")
 
 
 def _prepare(config: configs.Config, precision: str) -> Variant:
@@ -55,7 +55,7 @@ def _prepare(config: configs.Config, precision: str) -> Variant:
     columns = (c.X_SOURCE, c.INPUTS, c.WEIGHT_STRIDE, c.X, c.XT, c.XT_STRIDE)
     names = [argument for argument in prepare._prepare_kernel.arg_names if argument.endswith("_COLUMN")]
     at = {name: column.value for name, column in zip(names, columns, strict=True)}
-    constants = {**plan.constants()["prepare_x"], **at}
+    constants = {**plan.constants["prepare_x"], **at}
     return _variant("prepare", prepare._prepare_kernel, constants, plan, "with transpose")
 
 

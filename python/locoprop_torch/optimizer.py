@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from locoprop_kernels import LocalProblem, StepReport, local_steps_, rules, transfers
+from locoprop_kernels import LocalProblem, StepReport, rules, transfers
 from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
-from locoprop_kernels.steps import BACKENDS, triton_unavailable
+from locoprop_kernels.steps import BACKENDS, pending_steps, triton_unavailable
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import ActivationHook, Layer
 from locoprop_torch.discovery import find_transfers
@@ -333,7 +333,7 @@ class LocoProp(Optimizer):
         work = self._problems()
         rates = [self._rates(group) for group, _ in work]
         self.last_reports = [
-            local_steps_(
+            pending_steps(
                 [problem for problems in layers.values() for problem in problems],
                 rule=group["rule"],
                 lr=rate,
@@ -341,9 +341,9 @@ class LocoProp(Optimizer):
                 reduction=self.reduction,
                 backend=self.backend,
                 compute_dtype=self.compute_dtype,
-                commit=False,
                 trace=self.trace,
                 regulariser=self.regulariser,
+                increments=False,
             )
             for (group, layers), rate in zip(work, rates, strict=True)
         ]
