@@ -69,7 +69,7 @@ class Prediction:
 def predict(case: Case, found: tuple[configs.Config, ...] | None = None, device: Device = H100) -> Prediction:
     """Predicted local loops of ``case`` with bf16 operands in product form, as the Triton backend would run them."""
     found = found or configs.candidates("sm_90", "bf16")
-    choice = configs.choose(found, _sizes(case), "product", device.programs)
+    choice = configs.choose(found, _sizes(case), "product", 2, device.programs)
     return predict_with(case, choice.config, "single" if choice.programs else "grouped", device)
 
 

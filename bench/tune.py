@@ -61,33 +61,29 @@ def options(shape: Config, precision: str, shared: int) -> Iterator[Config]:
                     yield replace(shape, r=r, warps=warps, stages=stages, parts=parts)
 
 
-def _hardest_first(variant: Any) -> tuple[bool, bool, bool]:
-    """What is most likely to spill; the single launch last, which is compiled only if the rest is clean."""
-    return variant.kernel == "local_steps", variant.kernel != "update", "centered" not in variant.configuration
-
-
 def _try(config: Config, target: str, precision: str) -> dict[str, Any]:
-    """Compile reports of a configuration: of the launches per phase, and of the single launch."""
+    """Compile reports of a configuration: of what the launches per phase need, then of all other kernels."""
     from locoprop_kernels.kernels.inspection import compile_variant
     from locoprop_kernels.kernels.variants import of_config
 
-    found: dict[str, Any] = {"config": asdict(config), "kernels": []}
-    wrong = {"single": 0, "grouped": 0}
-    for variant in sorted(of_config(config, precision), key=_hardest_first):
-        driver = "single" if variant.kernel == "local_steps" else "grouped"
-        if wrong["grouped"] or (driver == "single" and wrong["single"]):
-            continue
-        try:
-            record = compile_variant(variant, target)
-        except Exception as error:
-            wrong[driver] += 1
-            found["error"] = f"{variant.kernel}: {type(error).__name__}"
-            continue
-        violations = record.violations()
-        wrong[driver] += len(violations)
-        facts = {name: getattr(record, name) for name in ("kernel", "registers", "spill_bytes", "shared_bytes")}
-        found["kernels"].append({**facts, "violations": violations})
-    return {**found, "drivers": [driver for driver in wrong if not wrong[driver] and not wrong["grouped"]]}
+    least = [*of_config(replace(config, general=False), precision)]
+    rest = [variant for variant in of_config(config, precision) if variant not in least]
+    found: dict[str, Any] = {"kernels": [], "drivers": []}
+    for driver, variants in (("grouped", least), ("single", rest)):
+        # What is most likely to spill comes first.
+        for variant in sorted(variants, key=lambda one: (one.kernel != "update in parts", one.kernel != "local_steps")):
+            try:
+                record = compile_variant(variant, target)
+            except Exception as error:  # the compiler gave up: as bad as a spill
+                found["rejected"] = f"{variant.kernel}: {type(error).__name__}"
+                return {**found, "config": asdict(replace(config, general=False))}
+            facts = {name: getattr(record, name) for name in ("kernel", "registers", "spill_bytes", "shared_bytes")}
+            found["kernels"].append(facts)
+            if record.violations():
+                found["rejected"] = f"{variant.kernel} [{variant.configuration}] {', '.join(record.violations())}"
+                return {**found, "config": asdict(replace(config, general=False))}
+        found["drivers"].append(driver)
+    return {**found, "config": asdict(config)}
 
 
 def search(

@@ -14,9 +14,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_BYTES", "Patches", "Rows", "Stacked", "row_chunks"]
+__all__ = ["CHUNK_BYTES", "KEPT_BYTES", "Patches", "Rows", "Stacked", "row_chunks"]
 
 CHUNK_BYTES = 16 * 2**20
+KEPT_BYTES = 256 * 2**20  # what one layer may hold unfolded over its local loop: most layers fit, no machine is filled
+_RUN = 16  # neighbouring numbers of a row that a CPU copies about as fast as a whole row
 
 
 def _blocks(sizes: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
@@ -46,7 +48,7 @@ class Rows(ABC):
 
     @abstractmethod
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
-        """Consecutive rows ``[b, K]``, each chunk at most ``max_bytes`` (but at least one row)."""
+        """Consecutive rows ``[b, K]``, each chunk at most ``max_bytes`` (but at least one row), dense or transposed."""
 
 
 def row_chunks(x: Tensor | Rows, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
@@ -131,6 +133,11 @@ class Patches(Rows):
         super().__init__((math.prod(self._positions), math.prod(columns)), x.dtype, x.device)
 
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
-        k = self.shape[1]
+        k, n, d = self.shape[1], len(self._positions), self.view.dim()
+        by_rows = self.device.type != "cpu" or (self.view.stride(-1) == 1 and self.view.shape[-1] >= _RUN)
         for block in _blocks(self._positions, max(1, max_bytes // (k * self.dtype.itemsize))):
-            yield self.view[block].reshape(-1, k)
+            patches = self.view[block]
+            if by_rows:
+                yield patches.reshape(-1, k)
+            else:  # as [K, b]: the copy runs along the last output dimension, mostly longer than a row of the kernel
+                yield patches.permute(*range(n, d), *range(n)).reshape(k, -1).t()

@@ -13,6 +13,7 @@ With ``reduction="mean"`` everything but the proximal term is divided by ``B``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from locoprop_kernels.patches import CHUNK_BYTES, row_chunks
+from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, row_chunks
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype, check_schedule, rule_state
 from locoprop_kernels.products import Operand, gram, product, rounded
 from locoprop_kernels.regularisers import Regulariser
@@ -62,7 +63,8 @@ class _Form(Protocol):
 class _ProductForm:
     """Any transfer function: two products per evaluation, over a chunk of the batch at a time.
 
-    ``A0``, ``f(A0)`` and ``E`` are stored transposed, ``[N, B]``: then no product needs a transposed copy.
+    ``A0``, ``f(A0)`` and ``E`` are stored transposed, ``[N, B]``: then no product needs a transposed copy. Inputs that
+    are not held as one tensor are formed once if they fit in ``KEPT_BYTES``, else in every local step.
     """
 
     driver = "product"
@@ -77,6 +79,8 @@ class _ProductForm:
         if isinstance(problem.x, Tensor):
             x = rounded(problem.x.contiguous(), operands)
             self.parts = [Operand(part, x.exponent) for part in x.tensor.split(_cached_rows(problem))]
+        elif math.prod(problem.x.shape) * operands.itemsize <= KEPT_BYTES:
+            self.parts = [rounded(chunk, operands) for chunk in row_chunks(problem.x)]
 
     def _chunks(self) -> Iterator[tuple[Operand, slice]]:
         """Chunks of ``X`` in the products' dtype, and which rows they are."""

@@ -48,10 +48,11 @@ _ACTIVATION_BYTES = 6
 _UPDATE_BYTES = 30
 _PARTIAL_BYTES = 4
 _BYTES_PER_MAC = 0.021
-# In multiply-accumulates, at a 132nd of 65 % of 798 TFLOP/s: a wait of the single launch (1.5 µs), and a launch with
-# the wait for its first loads (2.8 µs). Estimates.
+# In multiply-accumulates, at a 132nd of 65 % of 798 TFLOP/s: a wait of the single launch (1.5 µs), a launch with the
+# wait for its first loads (2.8 µs), and what the host needs for a launch (20 µs). Estimates.
 WAIT = 3_000_000
 LAUNCH = 5_500_000
+HOST_LAUNCH = 40_000_000
 _LEAST_ROWS = 1024  # of a part of the batch: below, storing partial products costs more than computing them
 
 

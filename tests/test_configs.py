@@ -11,7 +11,7 @@ from locoprop_kernels.kernels import configs
 from locoprop_kernels.kernels.configs import Config
 
 NARROW = Config(n=128, b=64, k=64, r=64)
-WIDE = Config(n=128, b=256, k=256, r=64, parts=8, single=False)
+WIDE = Config(n=128, b=256, k=256, r=64, parts=8, general=False)
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 
 
@@ -20,16 +20,20 @@ def autoencoder(batch):
 
 
 def test_few_examples_take_small_tiles_and_the_single_launch():
-    assert configs.choose((WIDE, NARROW), autoencoder(100), "product", 132)[:2] == (NARROW, 132)
+    assert configs.choose((WIDE, NARROW), autoencoder(100), "product", 2, 132)[:2] == (NARROW, 132)
 
 
 def test_wide_layers_take_large_tiles_in_launches_per_phase():
-    assert configs.choose((NARROW, WIDE), ((8192, 4096, 4096),), "product", 132)[:2] == (WIDE, 0)
+    wide = ((8192, 4096, 4096),)
+    assert configs.choose((NARROW, WIDE), wide, "product", 2, 132)[:2] == (WIDE, 0)
+    # Not where its kernels would spill registers.
+    assert configs.choose((NARROW, WIDE), wide, "product", 3, 132).config == NARROW
+    assert configs.choose((NARROW, WIDE), wide, "softmax", 2, 132).config == NARROW
 
 
 def test_a_convolution_is_not_left_to_a_few_programs():
     """Its update tiles are few; only launches per phase can cut its batch."""
-    config, programs, splits = configs.choose((NARROW,), ((131_072, 27, 32),), "product", 132)
+    config, programs, splits = configs.choose((NARROW,), ((131_072, 27, 32),), "product", 2, 132)
     assert programs == 0
     assert splits == schedule.splits([(131_072, 27, 32)], config.tiles, 132)
     single = configs.predicted(config, "single", ((131_072, 27, 32),), "product", 132)
@@ -38,18 +42,18 @@ def test_a_convolution_is_not_left_to_a_few_programs():
 
 @pytest.mark.parametrize("form", ["gram", "softmax"])
 def test_other_forms_have_no_single_launch(form):
-    assert configs.choose((NARROW,), autoencoder(100), form, 132, "single").programs == 0
+    assert configs.choose((NARROW,), autoencoder(100), form, 2, 132, "single").programs == 0
 
 
 @pytest.mark.parametrize("driver", ["single", "grouped"])
 def test_a_driver_that_is_asked_for_is_taken(driver):
     for layers in (autoencoder(100), ((8192, 4096, 4096),)):
-        choice = configs.choose((NARROW, WIDE), layers, "product", 132, driver)
+        choice = configs.choose((NARROW, WIDE), layers, "product", 2, 132, driver)
         assert (choice.programs > 0) == (driver == "single")
 
 
 def test_very_many_tiles_are_left_to_the_hardwares_queue():
-    assert configs.choose((NARROW,), ((65_536, 8192, 8192),), "product", 132).programs == 0
+    assert configs.choose((NARROW,), ((65_536, 8192, 8192),), "product", 2, 132).programs == 0
 
 
 def test_every_target_has_a_configuration_of_each_precision():
@@ -58,10 +62,18 @@ def test_every_target_has_a_configuration_of_each_precision():
             found = configs.candidates(target, precision)
             assert found
             assert len(set(found)) == len(found)
+            assert any(config.general for config in found)
             assert all(config.parts in (1, 2, 4, 8) for config in found)
 
 
 def test_a_small_gram_form_is_not_worth_its_launches():
-    assert not configs.gram_pays(((1000, 250, 30),), 10, 132)  # the code of the paper's autoencoder
-    assert configs.gram_pays(autoencoder(1000), 10, 132)  # LocoProp-S
-    assert configs.gram_pays(((65_536, 768, 768),), 10, 132)
+    found = (NARROW, WIDE)
+    assert not configs.gram_pays(found, ((1000, 250, 30),), 10, 2, 132)  # the code of the paper's autoencoder
+    assert configs.gram_pays(found, autoencoder(1000), 10, 2, 132)  # LocoProp-S
+    assert configs.gram_pays(found, ((65_536, 768, 768),), 10, 2, 132)
+
+
+def test_a_small_step_is_not_left_to_a_slow_host():
+    small = ((1000, 256, 256),)
+    assert configs.choose((NARROW, WIDE), small, "product", 2, 132).programs == 132
+    assert configs.predicted(NARROW, "grouped", small, "product", 132) == 2 * schedule.HOST_LAUNCH

@@ -26,6 +26,8 @@ __all__ = [
     "variants",
 ]
 
+Layers = tuple[tuple[int, int, int], ...]
+
 # Beyond this a local step takes so long that two launches cost nothing, and the hardware's own queue balances better.
 _MOST_TILES_PER_PROGRAM = 64
 
@@ -42,7 +44,8 @@ class Config:
         warps: warps per program.
         stages: depth of the load pipeline.
         parts: into how many parts (1, 2, 4, 8) the epilogues cut a tile, to save registers.
-        single: whether the single launch may use it; where its kernel would spill, only launches per phase do.
+        general: whether every kernel may use it. Where some would spill, only the launches per phase of the product
+            form do, with rules of at most two slots.
     """
 
     n: int
@@ -52,7 +55,7 @@ class Config:
     warps: int = 8
     stages: int = 3
     parts: int = 1
-    single: bool = True
+    general: bool = True
 
     @property
     def tiles(self) -> schedule.Tiles:
@@ -131,7 +134,9 @@ def predicted(config: Config, driver: str, layers: tuple[tuple[int, int, int], .
     if driver == "single":
         return schedule.build(layers, config.tiles, resident).makespan(3) / 3 + 2 * schedule.WAIT
     activation, update = schedule.phase_bounds(layers, config.tiles, resident)
-    return update + schedule.LAUNCH if form == "gram" else activation + update + 2 * schedule.LAUNCH
+    if form == "gram":
+        return max(update + schedule.LAUNCH, schedule.HOST_LAUNCH)
+    return max(activation + update + 2 * schedule.LAUNCH, 2 * schedule.HOST_LAUNCH)
 
 
 class Choice(NamedTuple):
@@ -148,13 +153,29 @@ class Choice(NamedTuple):
     splits: tuple[int, ...]
 
 
+def _best(
+    found: tuple[Config, ...], layers: Layers, form: str, slots: int, resident: int, driver: str | None
+) -> tuple[float, str, Config]:
+    """The lowest predicted cost of a local step, and the driver and configuration that have it."""
+    if form != "product":
+        driver = "grouped"
+    options = []
+    for config in found:
+        if not config.general and (form != "product" or slots > 2 or driver == "single"):
+            continue
+        few = sum(schedule.count_tiles(layers, config.tiles)) <= _MOST_TILES_PER_PROGRAM * resident
+        if driver == "single" or (driver is None and config.general and few):
+            options.append(("single", config))
+        if driver != "single":
+            options.append(("grouped", config))
+    costs = [predicted(config, name, layers, form, resident) for name, config in options]
+    best = costs.index(min(costs))
+    return costs[best], *options[best]
+
+
 @lru_cache(maxsize=1024)
 def choose(
-    found: tuple[Config, ...],
-    layers: tuple[tuple[int, int, int], ...],
-    form: str,
-    resident: int,
-    driver: str | None = None,
+    found: tuple[Config, ...], layers: Layers, form: str, slots: int, resident: int, driver: str | None = None
 ) -> Choice:
     """The configuration and driver with the lowest predicted cost; a pure function.
 
@@ -162,39 +183,28 @@ def choose(
         found: the configurations to choose from; the first of equals is taken.
         layers: ``(B, K, N)`` of each layer.
         form: ``"product"``, which has a single launch, or another.
+        slots: tensors of the rule's state.
         resident: programs that the device can hold at once.
         driver: ``"single"`` or ``"grouped"`` to have only that, where the form has both.
     """
-    if form != "product":
-        driver = "grouped"
-    options = []
-    for config in found:
-        few = sum(schedule.count_tiles(layers, config.tiles)) <= _MOST_TILES_PER_PROGRAM * resident
-        if driver == "single" or (driver is None and config.single and few):
-            options.append(("single", config))
-        if driver != "single":
-            options.append(("grouped", config))
-    if len(options) > 1:
-        options = [min(options, key=lambda option: predicted(option[1], option[0], layers, form, resident))]
-    best, config = options[0]
+    _, best, config = _best(found, layers, form, slots, resident, driver)
     if best == "single":
         return Choice(config, resident, (1,) * len(layers))
     return Choice(config, 0, (1,) * len(layers) if form == "gram" else schedule.splits(layers, config.tiles, resident))
 
 
-def gram_pays(layers: tuple[tuple[int, int, int], ...], iterations: int, resident: int) -> bool:
-    """Whether the Gram form of these layers saves more than its own launches cost; a pure function.
+@lru_cache(maxsize=1024)
+def gram_pays(found: tuple[Config, ...], layers: Layers, iterations: int, slots: int, resident: int) -> bool:
+    """Whether the Gram form of these layers is predicted to take less time, launches included; a pure function.
 
-    One layer of an identity transfer among others is better off in their launches.
-
-    Args:
-        layers: ``(B, K, N)`` of each layer that has one and where it takes fewer products.
-        iterations: ``T``.
-        resident: programs that the device can hold at once.
+    A small layer with an identity transfer is better off in the launches of the others. Arguments as of
+    :func:`choose`; ``iterations`` is ``T``.
     """
-    steps = iterations - 1
-    saved = sum(2 * b * k * n * steps - k * k * (b + n * steps) for b, k, n in layers)
-    return saved > resident * schedule.LAUNCH * iterations
+    grams = tuple((k, k, n) for _, k, n in layers)
+    products = sum(b * k * k for b, k, _ in layers) / resident
+    gram, *_ = _best(found, grams, "gram", slots, resident, None)
+    product, *_ = _best(found, layers, "product", slots, resident, None)
+    return products + iterations * gram < (iterations - 1) * product
 
 
 def driver() -> str | None:

@@ -55,6 +55,12 @@ def float32_precision() -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
+def _precision(problem: LocalProblem, compute_dtype: torch.dtype | None) -> str:
+    """Of the products' operands, as the table of configurations calls it."""
+    operand = compute_dtype or problem.weight.dtype
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(operand) or float32_precision()
+
+
 def unsupported(
     problems: Sequence[LocalProblem],
     rule: Rule,
@@ -285,8 +291,10 @@ def run(
         members: dict[Any, list[int]] = {}
         forms = [_form(problem, compute_dtype or problem.weight.dtype, len(rates)) for problem in problems]
         grams = tuple(problem.shape for problem, form in zip(problems, forms, strict=True) if form == "gram")
-        if grams and not interpreted() and not configs.gram_pays(grams, len(rates), _resident_programs(device)):
-            forms = ["product" if form == "gram" else form for form in forms]
+        if grams and not interpreted():
+            found = configs.candidates(target_of(device), _precision(problems[0], compute_dtype))
+            if not configs.gram_pays(found, grams, len(rates), len(rule.slots), _resident_programs(device)):
+                forms = ["product" if form == "gram" else form for form in forms]
         for index, (problem, form) in enumerate(zip(problems, forms, strict=True)):
             kind = (form, problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype)
             members.setdefault(kind, []).append(index)
@@ -313,7 +321,7 @@ def _run_group(
 ) -> Group:
     first = problems[0]
     device, operand = first.weight.device, compute_dtype or first.weight.dtype
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(operand) or float32_precision()
+    precision = _precision(first, compute_dtype)
     found = updates.lookup(rule)
     assert found is not None
     grams = [reference._GramForm(problem, operand) for problem in problems] if form == "gram" else []
@@ -325,7 +333,12 @@ def _run_group(
         for problem, x in zip(problems, xs, strict=True)
     )
     config, programs, splits = configs.choose(
-        configs.candidates(target_of(device), precision), sizes, form, _resident_programs(device), configs.driver()
+        configs.candidates(target_of(device), precision),
+        sizes,
+        form,
+        len(rule.slots),
+        _resident_programs(device),
+        configs.driver(),
     )
     key = Key(
         layers=tuple(

@@ -36,13 +36,20 @@ def variants(target: str) -> list[Variant]:
 def of_config(config: configs.Config, precision: str) -> Iterator[Variant]:
     """The kernels that depend on the tile sizes."""
     for name, rule in _RULES.items():
+        if len(rule.slots) > 2 and not config.general:
+            continue
         plan = _plan(config, precision, rule)
         constants = plan.constants
-        if config.single:
+        if config.general:
             yield _variant("local_steps", single._local_steps_kernel, constants["single"], plan, name)
         yield _variant("update", grouped._update_kernel, constants["update"], plan, name)
     yield _variant("activation", grouped._activation_kernel, constants["activation"], plan, ", ".join(_TRANSFERS))
     yield _variant("commit", commit._commit_kernel, constants["commit"], plan, name)
+    in_parts = _plan(config, precision, rules.RMSprop(), splits=2)
+    yield _variant("partial", grouped._partial_kernel, in_parts.constants["partial"], in_parts, "")
+    yield _variant("update in parts", grouped._update_kernel, in_parts.constants["update"], in_parts, "rmsprop")
+    if not config.general:
+        return
     if precision != "fp16":
         gram = _plan(config, precision, rules.RMSprop(), "gram")
         yield _variant("gram update", grouped._update_kernel, gram.constants["update"], gram, "rmsprop")
@@ -59,7 +66,7 @@ def _prepare(config: configs.Config, precision: str) -> Variant:
     return _variant("prepare", prepare._prepare_kernel, constants, plan, "with transpose")
 
 
-def _plan(config: configs.Config, precision: str, rule: rules.Rule, form: str = "product") -> Plan:
+def _plan(config: configs.Config, precision: str, rule: rules.Rule, form: str = "product", splits: int = 1) -> Plan:
     found = updates.lookup(rule)
     assert found is not None
     layers = tuple(
@@ -75,6 +82,7 @@ def _plan(config: configs.Config, precision: str, rule: rules.Rule, form: str = 
             x_in_place=False,
             scale=1.0,
             rows=1000,
+            splits=splits,
         )
         for function, divergence in (functions.FUNCTIONS[name] for name in _TRANSFERS)
     )
@@ -97,7 +105,7 @@ def _plan(config: configs.Config, precision: str, rule: rules.Rule, form: str = 
             transposed=precision == "tf32",
             interpreted=False,
             config=config,
-            programs=100 if form == "product" else 0,
+            programs=100 if form == "product" and splits == 1 else 0,
         )
     )
 
@@ -111,11 +119,11 @@ def _variant(kernel: str, function: Any, constants: dict[str, Any], plan: Plan, 
         elif name not in constants:
             signature[name] = "fp32" if name == "prox" else "i32"
     config = plan.key.config
-    multiplies = "PARTS" in arguments
+    multiplies = bool(arguments & {"PARTS", "TRANSPOSED"})
     shape = f"{config.n}x{config.b}x{config.k}x{config.r} {config.warps} warps {config.stages} stages, "
     return Variant(
         kernel=kernel,
-        configuration=f"{plan.key.precision} {shape if multiplies else ''}{note}",
+        configuration=f"{plan.key.precision} {shape if 'BLOCK_N' in arguments else ''}{note}",
         function=function,
         signature=signature,
         constants={name: value for name, value in constants.items() if name in arguments},
