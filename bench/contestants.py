@@ -197,9 +197,9 @@ def _graph(run: Callable[[], Any], mutable: list[Tensor]) -> tuple[Callable[[], 
 def _ours(work: Work, precision: str, backend: str, use: dict[str, Any] | None = None) -> Entry:
     compute_dtype = None if precision in ("fp32", "tf32") else _DTYPES[precision]
     if work.case.scope == "step":
-        run, parameters, reports = _ours_step(work, compute_dtype, backend)
+        run, parameters, reports, _ = _ours_step(work, compute_dtype, backend)
     else:
-        run, parameters, reports = _ours_local(work, compute_dtype, backend)
+        run, parameters, reports, _ = _ours_local(work, compute_dtype, backend)
 
     def details() -> dict[str, Any]:
         report = reports()
@@ -208,6 +208,26 @@ def _ours(work: Work, precision: str, backend: str, use: dict[str, Any] | None =
     if use is not None:
         run = _with_kernels(run, use)
     return Entry(_with_tf32(run, precision == "tf32"), parameters, details)
+
+
+def _ours_graph(work: Work, precision: str) -> Entry:
+    """The whole of ours as one CUDA graph, with the state made before the capture."""
+    compute_dtype = _DTYPES[precision]
+    if work.case.scope == "step":
+        run, parameters, _, state = _ours_step(work, compute_dtype, "triton")
+    else:
+        run, parameters, _, state = _ours_local(work, compute_dtype, "triton")
+    run()
+    with torch.no_grad():
+        for changed, start in zip(parameters(), work.parameters, strict=True):
+            for tensor, value in zip(changed, start, strict=True):
+                if tensor is not None and value is not None:
+                    tensor.copy_(value)
+        for slot in state():
+            slot.zero_()  # where RMSprop starts
+        mutable = [*(tensor for pair in parameters() for tensor in pair if tensor is not None), *state()]
+    replay, keep = _graph(run, mutable)
+    return Entry(replay, parameters, keep=(keep, run))
 
 
 def _with_kernels(run: Callable[[], Any], use: dict[str, Any]) -> Callable[[], Any]:
@@ -221,7 +241,7 @@ def _with_kernels(run: Callable[[], Any], use: dict[str, Any]) -> Callable[[], A
     return wrapped
 
 
-def _ours_step(work: Work, compute_dtype: torch.dtype | None, backend: str) -> tuple[Any, Any, Any]:
+def _ours_step(work: Work, compute_dtype: torch.dtype | None, backend: str) -> tuple[Any, Any, Any, Any]:
     model = work.model()
     optimizer = work.optimizer(model, backend=backend, compute_dtype=compute_dtype)
 
@@ -231,17 +251,24 @@ def _ours_step(work: Work, compute_dtype: torch.dtype | None, backend: str) -> t
         optimizer.step()
 
     trained = work.trained(model)
-    return run, lambda: [(m.weight, m.bias) for m in trained], lambda: optimizer.last_reports[0]
+
+    def state() -> list[Tensor]:
+        return [slot for slots in optimizer.state.values() for slot in slots.values()]
+
+    return run, lambda: [(m.weight, m.bias) for m in trained], lambda: optimizer.last_reports[0], state
 
 
-def _ours_local(work: Work, compute_dtype: torch.dtype | None, backend: str) -> tuple[Any, Any, Any]:
+def _ours_local(work: Work, compute_dtype: torch.dtype | None, backend: str) -> tuple[Any, Any, Any, Any]:
     problems = work.problems()
     reports: list[lk.StepReport] = []
 
     def run() -> None:
         reports[:] = [lk.local_steps_(problems, lr=work.rates, backend=backend, compute_dtype=compute_dtype)]
 
-    return run, lambda: [(p.weight, p.bias) for p in problems], lambda: reports[-1]
+    def state() -> list[Tensor]:
+        return [slot for p in problems for slots in p.state.values() for slot in slots.values()]
+
+    return run, lambda: [(p.weight, p.bias) for p in problems], lambda: reports[-1], state
 
 
 # --- (f) the floor: only the necessary products, through the routine of torch that ours takes
@@ -350,6 +377,8 @@ def all_contestants(device: torch.device) -> list[Contestant]:
     for driver in ("single", "grouped") if gpu else ():
         build = partial(_ours, precision="bf16", backend="triton", use={"driver": driver})
         found.append(Contestant(f"ours-bf16-{driver}", build, precision="bf16"))
+    if gpu:
+        found.append(Contestant("ours-graph-bf16", partial(_ours_graph, precision="bf16"), precision="bf16"))
     for precision in ("fp32", "bf16", "tf32") if gpu else ("fp32", "bf16"):
         found.append(Contestant(f"floor-{precision}", partial(_floor, precision=precision), precision=precision))
     fused = partial(torch.optim.Adam, lr=1e-3, fused=True)
