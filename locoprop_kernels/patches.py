@@ -17,8 +17,8 @@ from torch import Tensor
 __all__ = ["CHUNK_BYTES", "KEPT_BYTES", "Patches", "Rows", "Stacked", "row_chunks"]
 
 CHUNK_BYTES = 16 * 2**20
-KEPT_BYTES = 256 * 2**20  # what one layer may hold unfolded over its local loop: most layers fit, no machine is filled
-_RUN = 16  # neighbouring numbers of a row that a CPU copies about as fast as a whole row
+KEPT_BYTES = 256 * 2**20  # that one layer at a time may hold over its local loop: few layers need more
+_RUN = 16  # numbers side by side in an input, from which on CPUs copy patches faster row by row
 
 
 def _blocks(sizes: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
@@ -48,7 +48,7 @@ class Rows(ABC):
 
     @abstractmethod
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
-        """Consecutive rows ``[b, K]``, each chunk at most ``max_bytes`` (but at least one row), dense or transposed."""
+        """Consecutive rows ``[b, K]``, each chunk at most ``max_bytes`` (but at least one row), of any strides."""
 
 
 def row_chunks(x: Tensor | Rows, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
@@ -139,5 +139,5 @@ class Patches(Rows):
             patches = self.view[block]
             if by_rows:
                 yield patches.reshape(-1, k)
-            else:  # as [K, b]: the copy runs along the last output dimension, mostly longer than a row of the kernel
+            else:  # as [K, b]: the copy then runs along the output, which is mostly longer than a row of the kernel
                 yield patches.permute(*range(n, d), *range(n)).reshape(k, -1).t()

@@ -13,7 +13,6 @@ With ``reduction="mean"`` everything but the proximal term is divided by ``B``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +28,8 @@ from locoprop_kernels.rules import Rule
 from locoprop_kernels.transfers import Transfer
 
 __all__ = ["Increment", "closed_form", "local_loop"]
+
+_CACHED_BYTES = 4 * 2**20  # of E at a time on CPUs: among 1 to 16 MiB the best, or close to it, at all measured shapes
 
 
 @dataclass(eq=False)
@@ -75,17 +76,22 @@ class _ProductForm:
         self.preactivation = problem.preactivation.t().to(accumulation_dtype(problem.weight.dtype)).contiguous()
         self.activation = self._f_(self.preactivation.clone())
         self.x = problem.x
+        rows, (batch, inputs, _) = _cached_rows(problem), problem.shape
+        self.chunk_bytes = min(CHUNK_BYTES, rows * inputs * problem.x.dtype.itemsize)
         self.parts: list[Operand] = []
         if isinstance(problem.x, Tensor):
             x = rounded(problem.x.contiguous(), operands)
-            self.parts = [Operand(part, x.exponent) for part in x.tensor.split(_cached_rows(problem))]
-        elif math.prod(problem.x.shape) * operands.itemsize <= KEPT_BYTES:
-            self.parts = [rounded(chunk, operands) for chunk in row_chunks(problem.x)]
+            self.parts = [Operand(part, x.exponent) for part in x.tensor.split(rows)]
+        elif batch * inputs * operands.itemsize <= KEPT_BYTES:
+            self.parts = list(self._formed())
+
+    def _formed(self) -> Iterator[Operand]:
+        return (rounded(chunk, self.operands) for chunk in row_chunks(self.x, self.chunk_bytes))
 
     def _chunks(self) -> Iterator[tuple[Operand, slice]]:
         """Chunks of ``X`` in the products' dtype, and which rows they are."""
         start = 0
-        for x in self.parts or (rounded(chunk, self.operands) for chunk in row_chunks(self.x)):
+        for x in self.parts or self._formed():
             stop = start + len(x.tensor)
             yield x, slice(start, stop)
             start = stop
@@ -122,9 +128,9 @@ class _ProductForm:
 
 
 def _cached_rows(problem: LocalProblem) -> int:
-    """How many rows of the batch to work on at a time: on a CPU what its last cache holds, else all."""
+    """How many rows of the batch to work on at a time: on a CPU what its caches hold, else all."""
     batch, _, outputs = problem.shape
-    return batch if problem.weight.device.type != "cpu" else max(1024, CHUNK_BYTES // (4 * outputs))
+    return batch if problem.weight.device.type != "cpu" else max(1024, _CACHED_BYTES // (4 * outputs))
 
 
 class _GramForm:
