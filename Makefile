@@ -28,8 +28,8 @@ demo: $(READY)  ## train the demo's autoencoders; writes demo_out/
 bench: $(READY)  ## the microbenchmarks; writes bench_out/
 	$(RUN) -m bench --out bench_out
 
-report: $(READY)  ## compile every kernel for six GPU targets: registers, spills, matrix instructions
-	$(RUN) -m locoprop_kernels.compile_report
+report: $(READY)  ## compile every kernel for six GPU targets (or TARGETS="sm_90 ..."): registers, spills, matrix instructions
+	$(RUN) -m locoprop_kernels.compile_report $(if $(TARGETS),--target $(TARGETS))
 
 lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff check .

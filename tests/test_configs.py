@@ -1,5 +1,6 @@
 """The choice of tile sizes and driver: a pure function of sizes."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -77,3 +78,20 @@ def test_a_small_step_is_not_left_to_a_slow_host():
     small = ((1000, 256, 256),)
     assert configs.choose((NARROW, WIDE), small, "product", 2, 132).programs == 132
     assert configs.predicted(NARROW, "grouped", small, "product", 132) == 2 * schedule.HOST_LAUNCH
+
+
+def test_programs_that_should_be_resident_at_once_fit():
+    """Registers and shared memory of a Hopper multiprocessor: 64 Ki and 228 KiB, 1 KiB of it for each program."""
+    for precision, itemsize in (("bf16", 2), ("fp16", 2), ("tf32", 4), ("ieee", 4)):
+        for config in configs.candidates("sm_90", precision):
+            assert config.occupancy * config.warps * 32 * 256 <= 65536
+            pipeline = config.stages * (config.n + max(config.b, config.k)) * config.r * itemsize
+            assert config.occupancy * (pipeline + 1024) <= 228 * 1024
+
+
+def test_two_programs_on_a_multiprocessor_are_counted_as_such():
+    narrow = dataclasses.replace(NARROW, occupancy=2)
+    assert configs.choose((narrow,), autoencoder(100), "product", 2, 132, "single").programs == 264
+    # Half as fast each: about the same time, which waits for the longest queue of smaller shares.
+    once, twice = (configs.predicted(one, "single", autoencoder(1000), "product", 132) for one in (NARROW, narrow))
+    assert 0.8 < twice / once < 1.25

@@ -44,6 +44,8 @@ class Config:
         warps: warps per program.
         stages: depth of the load pipeline.
         parts: into how many parts (1, 2, 4, 8) the epilogues cut a tile, to save registers.
+        occupancy: programs of the single launch that a multiprocessor holds at once: while one waits for its loads or
+            writes a tile, another multiplies.
         general: whether every kernel may use it. Where some would spill, only the launches per phase of the product
             form do, with rules of at most two slots.
     """
@@ -55,6 +57,7 @@ class Config:
     warps: int = 8
     stages: int = 3
     parts: int = 1
+    occupancy: int = 1
     general: bool = True
 
     @property
@@ -73,17 +76,28 @@ _INTERPRETER = Config(n=16, b=64, k=128, r=32)
 
 # Chosen with `python -m bench.tune` for their predicted times, among those that neither spill nor exceed the shared
 # memory. Nothing is measured.
-_EXACT = Config(n=64, b=64, k=64, r=16, warps=4, stages=2, parts=4)
+_EXACT = Config(n=64, b=64, k=64, r=16, warps=8, stages=2, parts=4)
 _SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, parts=4)
-_SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=4)
+_SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=8)
 _AMD = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, parts=4)
 _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_80", "bf16"): (_SQUARE,),
     ("sm_80", "fp16"): (_SQUARE,),
     ("sm_80", "tf32"): (_SQUARE,),
-    ("sm_90", "bf16"): (Config(n=128, b=128, k=128, r=64, warps=8, stages=3, parts=4),),
-    ("sm_90", "fp16"): (Config(n=128, b=128, k=128, r=64, warps=8, stages=3, parts=4),),
-    ("sm_90", "tf32"): (_SQUARE,),
+    ("sm_90", "bf16"): (
+        Config(n=128, b=128, k=64, r=64, warps=8, stages=4, parts=2),
+        Config(n=64, b=64, k=64, r=64, warps=4, stages=4, parts=4, occupancy=2),
+        Config(n=128, b=256, k=256, r=64, warps=8, stages=4, parts=8, general=False),
+    ),
+    ("sm_90", "fp16"): (
+        Config(n=128, b=128, k=64, r=64, warps=8, stages=4, parts=2),
+        Config(n=64, b=64, k=64, r=64, warps=4, stages=4, parts=4, occupancy=2),
+    ),
+    ("sm_90", "tf32"): (
+        Config(n=128, b=128, k=64, r=32, warps=8, stages=4, parts=2),
+        Config(n=64, b=64, k=64, r=32, warps=4, stages=4, parts=4, occupancy=2),
+        Config(n=128, b=256, k=256, r=32, warps=8, stages=4, parts=8, general=False),
+    ),
     ("sm_100", "bf16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, parts=4),),
     ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=4, stages=3, parts=4),),
     ("sm_100", "tf32"): (_SQUARE,),
@@ -129,10 +143,13 @@ def predicted(config: Config, driver: str, layers: tuple[tuple[int, int, int], .
         driver: ``"single"`` or ``"grouped"``.
         layers: ``(B, K, N)`` of each layer.
         form: ``"gram"`` has no activation phase.
-        resident: programs that the device can hold at once.
+        resident: multiprocessors of the device.
     """
     if driver == "single":
-        return schedule.build(layers, config.tiles, resident).makespan(3) / 3 + 2 * schedule.WAIT
+        plan = schedule.build(layers, config.tiles, resident * config.occupancy)
+        queues = plan.activation_queues + plan.update_queues
+        together = queues.reshape(config.occupancy, resident).sum(0)  # those of a multiprocessor share its rates
+        return float(together.max() / queues.max()) * plan.makespan(3) / 3 + 2 * schedule.WAIT
     activation, update = schedule.phase_bounds(layers, config.tiles, resident)
     if form == "gram":
         return max(update + schedule.LAUNCH, schedule.HOST_LAUNCH)
@@ -184,12 +201,12 @@ def choose(
         layers: ``(B, K, N)`` of each layer.
         form: ``"product"``, which has a single launch, or another.
         slots: tensors of the rule's state.
-        resident: programs that the device can hold at once.
+        resident: multiprocessors of the device.
         driver: ``"single"`` or ``"grouped"`` to have only that, where the form has both.
     """
     _, best, config = _best(found, layers, form, slots, resident, driver)
     if best == "single":
-        return Choice(config, resident, (1,) * len(layers))
+        return Choice(config, resident * config.occupancy, (1,) * len(layers))
     return Choice(config, 0, (1,) * len(layers) if form == "gram" else schedule.splits(layers, config.tiles, resident))
 
 

@@ -247,8 +247,8 @@ def _inputs(
     return cells, alive
 
 
-def _resident_programs(device: torch.device) -> int:
-    """How many programs of the single launch are resident at once: one per multiprocessor, whose registers it fills."""
+def _multiprocessors(device: torch.device) -> int:
+    """Of the device; one in the interpreter, whose programs run one after another."""
     programs = configs.programs()
     if programs is not None:
         return programs
@@ -293,7 +293,7 @@ def run(
         grams = tuple(problem.shape for problem, form in zip(problems, forms, strict=True) if form == "gram")
         if grams and not interpreted():
             found = configs.candidates(target_of(device), _precision(problems[0], compute_dtype))
-            if not configs.gram_pays(found, grams, len(rates), len(rule.slots), _resident_programs(device)):
+            if not configs.gram_pays(found, grams, len(rates), len(rule.slots), _multiprocessors(device)):
                 forms = ["product" if form == "gram" else form for form in forms]
         for index, (problem, form) in enumerate(zip(problems, forms, strict=True)):
             kind = (form, problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype)
@@ -337,7 +337,7 @@ def _run_group(
         sizes,
         form,
         len(rule.slots),
-        _resident_programs(device),
+        _multiprocessors(device),
         configs.driver(),
     )
     key = Key(

@@ -375,9 +375,9 @@ class Plan:
             "commit": {
                 **commit,
                 "BLOCK_N": config.n,
-                "STRIP": config.k if key.interpreted else min(16, config.k),
+                "STRIP": config.k if key.interpreted else min(2048 // config.n, config.k),
                 "INTERPRETED": key.interpreted,
-                **options,
+                **rowwise,
             },
             "prepare_x": {"SOURCE": _TRITON_DTYPES[key.x], "TARGET": operand, "PRECISION": precision, **prepare},
             "prepare_a0": {"SOURCE": preactivation, "TARGET": preactivation, "PRECISION": "ieee", **prepare},
