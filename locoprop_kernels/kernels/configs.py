@@ -77,7 +77,7 @@ _INTERPRETER = Config(n=16, b=64, k=128, r=32)
 # Chosen with `python -m bench.tune` for their predicted times, among those that neither spill nor exceed the shared
 # memory. Nothing is measured.
 _EXACT = Config(n=64, b=64, k=64, r=16, warps=8, stages=2, parts=4)
-_SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, parts=4)
+_SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, parts=8)
 _SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=8)
 _AMD = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, parts=4)
 _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {

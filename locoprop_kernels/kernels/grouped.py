@@ -70,6 +70,7 @@ def _partial_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     tile_ptr = tiles_ptr + tl.program_id(0) * 4
     row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
@@ -86,6 +87,7 @@ def _partial_kernel(
         BLOCK_N,
         BLOCK_K,
         BLOCK_R,
+        PARTS,
     )
 
 

@@ -360,6 +360,7 @@ class Plan:
             "partial": {
                 **{name: products[name] for name in ("OPERAND", "PRECISION", "INTERPRETED", "BLOCK_N", "BLOCK_R")},
                 **{name: update[name] for name in ("TRANSPOSED", "BLOCK_K")},
+                **parts,
                 **options,
             },
             "update": {

@@ -427,7 +427,7 @@ def _gradient_product(row_ptr, rows, columns, start, length, t, OPERAND: tl.cons
 @triton.jit
 def partial_tile(row_ptr, n_block, k_block, split, t, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
                  INTERPRETED: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 BLOCK_R: tl.constexpr):  # fmt: skip
+                 BLOCK_R: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """The product of an update tile over one part of the batch: for layers of few tiles and many examples."""
     rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -436,9 +436,12 @@ def partial_tile(row_ptr, n_block, k_block, split, t, OPERAND: tl.constexpr, PRE
     length = tl.minimum(tl.load(row_ptr + c.BATCH) - start, most)
     product = _gradient_product(row_ptr, rows, columns, start, length, t, OPERAND, PRECISION, INTERPRETED, TRANSPOSED,
                                 False, BLOCK_R)  # fmt: skip
-    offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.WEIGHT + c.STRIDE) + columns[None, :]
-    size = stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
-    tl.store(address(row_ptr, c.PARTIALS, tl.float32) + split * size + offsets, product)
+    partial_ptr = address(row_ptr, c.PARTIALS, tl.float32) + split * stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
+    offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.WEIGHT + c.STRIDE)
+    parts = _parts(product, PARTS)
+    for i in tl.static_range(PARTS):
+        part_columns = k_block * BLOCK_K + i * (BLOCK_K // PARTS) + tl.arange(0, BLOCK_K // PARTS)
+        tl.store(partial_ptr + offsets + part_columns[None, :], parts[i])
 
 
 @triton.jit

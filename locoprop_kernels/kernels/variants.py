@@ -119,7 +119,7 @@ def _variant(kernel: str, function: Any, constants: dict[str, Any], plan: Plan, 
         elif name not in constants:
             signature[name] = "fp32" if name == "prox" else "i32"
     config = plan.key.config
-    multiplies = bool(arguments & {"PARTS", "TRANSPOSED"})
+    multiplies = "PARTS" in arguments
     shape = f"{config.n}x{config.b}x{config.k}x{config.r} {config.warps} warps {config.stages} stages, "
     return Variant(
         kernel=kernel,
