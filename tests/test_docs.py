@@ -92,6 +92,27 @@ def test_readme_quotes_its_results():
     assert "bring LocoProp-M to {} and Adam to {}".format(*mnist) in readme
 
 
+def test_speed_table_is_the_measured_one():
+    """The table in the README, from bench/results/cpu_two_threads: times as fast as the PyPI package."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    cases = json.loads((ROOT / "bench/results/cpu_two_threads/bench.json").read_text())["cases"]
+    rows = {
+        "paper": "the paper's autoencoder, LocoProp-M",
+        "paper-s": "the same, LocoProp-S",
+        "width-x2": "twice as wide",
+        "depth-16": "sixteen layers",
+        "batch-100": "100 examples",
+        "batch-3000": "3000 examples",
+        "T-50": "50 local iterations",
+        "convnet-B128": "a convnet, 128 images of 32 × 32",
+    }
+    for case, label in rows.items():
+        facts = [cases[case]["contestants"][f"ours-{precision}"] for precision in ("fp32", "bf16")]
+        assert f"| {label} | {' | '.join(format(one['speedup']['package']['p50'], '.1f') for one in facts)} |" in readme
+    adam, ours = (cases["paper"]["contestants"][name]["seconds"]["p50"] for name in ("adam-fused", "ours-fp32"))
+    assert f"{1e3 * adam:.0f} ms, one of LocoProp-M {1e3 * ours:.0f}" in " ".join(readme.split())
+
+
 def test_tuning_table_is_the_measured_one():
     """The table in hyperparameters.md, from bench/results/demo_tuning.json."""
     page = (ROOT / "docs/hyperparameters.md").read_text(encoding="utf-8")

@@ -135,7 +135,7 @@ def candidates(target: str, precision: str) -> tuple[Config, ...]:
     return _TABLE.get((target, precision), _OTHERS[precision])
 
 
-def predicted(config: Config, driver: str, layers: tuple[tuple[int, int, int], ...], form: str, resident: int) -> float:
+def predicted(config: Config, driver: str, layers: Layers, form: str, resident: int) -> float:
     """Cost of a local step in multiply-accumulates of one program, waits included; a pure function.
 
     Args:
