@@ -100,8 +100,12 @@ def search(
         }
         for shape in shapes()
     }
-    best = {key: min(of[key] for of in times.values()) for key in next(iter(times.values()))}
-    near = [shape for shape, of in times.items() if any(of[key] <= (1 + within) * best[key] for key in of)]
+    fastest = {
+        shape: {case.name: min(of[case.name, "single"], of[case.name, "grouped"]) for case in chosen}
+        for shape, of in times.items()
+    }
+    best = {case.name: min(of[case.name] for of in fastest.values()) for case in chosen}
+    near = [shape for shape, of in fastest.items() if any(of[name] <= (1 + within) * best[name] for name in best)]
     found = []
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
