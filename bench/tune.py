@@ -106,7 +106,6 @@ def search(
     }
     best = {case.name: min(of[case.name] for of in fastest.values()) for case in chosen}
     near = [shape for shape, of in fastest.items() if any(of[name] <= (1 + within) * best[name] for name in best)]
-    found = []
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     with pool, Progress(*columns, console=Console(stderr=True)) as progress:
@@ -127,13 +126,12 @@ def search(
                 if result is None or "single" in result["drivers"]:
                     del left[shape]
                     progress.advance(bar)
-        for shape, result in kept.items():
-            result["milliseconds"] = {
-                case: {driver: 1e3 * times[shape][case, driver] for driver in result["drivers"]}
-                for case in (one.name for one in chosen)
-            }
-            found.append(result)
-    return found
+    for shape, result in kept.items():
+        result["milliseconds"] = {
+            case.name: {driver: 1e3 * times[shape][case.name, driver] for driver in result["drivers"]}
+            for case in chosen
+        }
+    return list(kept.values())
 
 
 def pick(found: Sequence[dict[str, Any]], most: int = 3) -> list[dict[str, Any]]:

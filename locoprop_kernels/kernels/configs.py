@@ -135,7 +135,7 @@ def candidates(target: str, precision: str) -> tuple[Config, ...]:
     return _TABLE.get((target, precision), _OTHERS[precision])
 
 
-def predicted(config: Config, driver: str, layers: Layers, form: str, resident: int) -> float:
+def predicted(config: Config, driver: str, layers: Layers, form: str, multiprocessors: int) -> float:
     """Cost of a local step in multiply-accumulates of one program, waits included; a pure function.
 
     Args:
@@ -143,14 +143,14 @@ def predicted(config: Config, driver: str, layers: Layers, form: str, resident: 
         driver: ``"single"`` or ``"grouped"``.
         layers: ``(B, K, N)`` of each layer.
         form: ``"gram"`` has no activation phase.
-        resident: multiprocessors of the device.
+        multiprocessors: of the device.
     """
     if driver == "single":
-        plan = schedule.build(layers, config.tiles, resident * config.occupancy)
+        plan = schedule.build(layers, config.tiles, multiprocessors * config.occupancy)
         queues = plan.activation_queues + plan.update_queues
-        together = queues.reshape(config.occupancy, resident).sum(0)  # those of a multiprocessor share its rates
+        together = queues.reshape(config.occupancy, multiprocessors).sum(0)  # those of a multiprocessor share its rates
         return float(together.max() / queues.max()) * plan.makespan(3) / 3 + 2 * schedule.WAIT
-    activation, update = schedule.phase_bounds(layers, config.tiles, resident)
+    activation, update = schedule.phase_bounds(layers, config.tiles, multiprocessors)
     if form == "gram":
         return max(update + schedule.LAUNCH, schedule.HOST_LAUNCH)
     return max(activation + update + 2 * schedule.LAUNCH, 2 * schedule.HOST_LAUNCH)
@@ -171,7 +171,7 @@ class Choice(NamedTuple):
 
 
 def _best(
-    found: tuple[Config, ...], layers: Layers, form: str, slots: int, resident: int, driver: str | None
+    found: tuple[Config, ...], layers: Layers, form: str, slots: int, multiprocessors: int, driver: str | None
 ) -> tuple[float, str, Config]:
     """The lowest predicted cost of a local step, and the driver and configuration that have it."""
     if form != "product":
@@ -180,19 +180,19 @@ def _best(
     for config in found:
         if not config.general and (form != "product" or slots > 2 or driver == "single"):
             continue
-        few = sum(schedule.count_tiles(layers, config.tiles)) <= _MOST_TILES_PER_PROGRAM * resident
+        few = sum(schedule.count_tiles(layers, config.tiles)) <= _MOST_TILES_PER_PROGRAM * multiprocessors
         if driver == "single" or (driver is None and config.general and few):
             options.append(("single", config))
         if driver != "single":
             options.append(("grouped", config))
-    costs = [predicted(config, name, layers, form, resident) for name, config in options]
+    costs = [predicted(config, name, layers, form, multiprocessors) for name, config in options]
     best = costs.index(min(costs))
     return costs[best], *options[best]
 
 
 @lru_cache(maxsize=1024)
 def choose(
-    found: tuple[Config, ...], layers: Layers, form: str, slots: int, resident: int, driver: str | None = None
+    found: tuple[Config, ...], layers: Layers, form: str, slots: int, multiprocessors: int, driver: str | None = None
 ) -> Choice:
     """The configuration and driver with the lowest predicted cost; a pure function.
 
@@ -201,26 +201,28 @@ def choose(
         layers: ``(B, K, N)`` of each layer.
         form: ``"product"``, which has a single launch, or another.
         slots: tensors of the rule's state.
-        resident: multiprocessors of the device.
+        multiprocessors: of the device.
         driver: ``"single"`` or ``"grouped"`` to have only that, where the form has both.
     """
-    _, best, config = _best(found, layers, form, slots, resident, driver)
+    _, best, config = _best(found, layers, form, slots, multiprocessors, driver)
     if best == "single":
-        return Choice(config, resident * config.occupancy, (1,) * len(layers))
-    return Choice(config, 0, (1,) * len(layers) if form == "gram" else schedule.splits(layers, config.tiles, resident))
+        return Choice(config, multiprocessors * config.occupancy, (1,) * len(layers))
+    return Choice(
+        config, 0, (1,) * len(layers) if form == "gram" else schedule.splits(layers, config.tiles, multiprocessors)
+    )
 
 
 @lru_cache(maxsize=1024)
-def gram_pays(found: tuple[Config, ...], layers: Layers, iterations: int, slots: int, resident: int) -> bool:
+def gram_pays(found: tuple[Config, ...], layers: Layers, iterations: int, slots: int, multiprocessors: int) -> bool:
     """Whether the Gram form of these layers is predicted to take less time, launches included; a pure function.
 
     A small layer with an identity transfer is better off in the launches of the others. Arguments as of
     :func:`choose`; ``iterations`` is ``T``.
     """
     grams = tuple((k, k, n) for _, k, n in layers)
-    products = sum(b * k * k for b, k, _ in layers) / resident
-    gram, *_ = _best(found, grams, "gram", slots, resident, None)
-    product, *_ = _best(found, layers, "product", slots, resident, None)
+    products = sum(b * k * k for b, k, _ in layers) / multiprocessors
+    gram, *_ = _best(found, grams, "gram", slots, multiprocessors, None)
+    product, *_ = _best(found, layers, "product", slots, multiprocessors, None)
     return products + iterations * gram < (iterations - 1) * product
 
 
