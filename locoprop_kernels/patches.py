@@ -35,20 +35,31 @@ def _blocks(sizes: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
 
 
 class Rows(ABC):
-    """Rows ``[B, K]`` that are not held as one tensor.
+    """Rows ``[B, K]``, or ``[G, B, K]`` of ``G`` groups, that are not held as one tensor.
 
     Attributes:
-        shape: ``(B, K)``.
+        shape: ``(B, K)`` or ``(G, B, K)``.
         dtype: of the chunks.
         device: of the chunks.
     """
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
 
     @abstractmethod
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
-        """Consecutive rows ``[b, K]``, each chunk at most ``max_bytes`` (but at least one row), of any strides."""
+        """Consecutive rows ``[b, K]`` or ``[G, b, K]``, of any strides.
+
+        Each chunk is of at most ``max_bytes`` (but of at least one row) where it has to be formed.
+        """
+
+    def group(self, index: int) -> Rows:
+        """The rows ``[B, K]`` of one group.
+
+        Raises:
+            TypeError: these rows have no groups.
+        """
+        raise TypeError(f"{type(self).__name__} of shape {list(self.shape)} has no groups")
 
 
 def row_chunks(x: Tensor | Rows, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
@@ -63,7 +74,7 @@ class Stacked(Rows):
     """The rows of several inputs, one after another.
 
     Args:
-        parts: tensors ``[B_i, K]`` or :class:`Rows`, of one ``K``, dtype and device.
+        parts: tensors ``[B_i, K]`` (or ``[G, B_i, K]``) or :class:`Rows`, of one ``K``, ``G``, dtype and device.
 
     Raises:
         ValueError: there are no parts, or they do not fit together.
@@ -72,15 +83,20 @@ class Stacked(Rows):
     def __init__(self, parts: Sequence[Tensor | Rows]) -> None:
         if not parts:
             raise ValueError("parts of Stacked must hold at least one tensor, got none")
-        kinds = {(part.shape[1], part.dtype, part.device) for part in parts}
+        kinds = {((*part.shape[:-2], part.shape[-1]), part.dtype, part.device) for part in parts}
         if len(kinds) > 1:
-            raise ValueError(f"parts of Stacked must agree in K, dtype and device, got {sorted(map(str, kinds))}")
+            raise ValueError(f"parts of Stacked must agree in G, K, dtype and device, got {sorted(map(str, kinds))}")
         self.parts = tuple(parts)
-        super().__init__((sum(part.shape[0] for part in parts), parts[0].shape[1]), parts[0].dtype, parts[0].device)
+        *groups, _, columns = parts[0].shape
+        rows = sum(part.shape[-2] for part in parts)
+        super().__init__((*groups, rows, columns), parts[0].dtype, parts[0].device)
 
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
         for part in self.parts:
             yield from row_chunks(part, max_bytes)
+
+    def group(self, index: int) -> Stacked:
+        return Stacked([part[index] if isinstance(part, Tensor) else part.group(index) for part in self.parts])
 
 
 class Patches(Rows):
@@ -95,13 +111,16 @@ class Patches(Rows):
         stride: step between patches.
         dilation: step inside a patch.
         channels_last: order of the columns.
+        groups: ``G`` of the convolution; ``None`` for rows without a dimension for groups. Each group has
+            ``C / G`` channels, and the rows are ``[G, B, K]``.
 
     Attributes:
-        view: all patches as a strided view of the input, ``[examples, *outputs, *columns]``. The address of element
-            ``(row, column)`` is a function of the row plus a function of the column.
+        view: all patches as a strided view of the input, ``[examples, *outputs, *columns]``, with groups ``[examples,
+            *outputs, G, *columns]``. The address of element ``(row, column)`` is a function of the row plus a function
+            of the column.
 
     Raises:
-        ValueError: numbers of dimensions differ, or the input is smaller than a patch.
+        ValueError: numbers of dimensions differ, the input is smaller than a patch, or the groups do not divide ``C``.
     """
 
     def __init__(
@@ -111,6 +130,7 @@ class Patches(Rows):
         stride: Sequence[int],
         dilation: Sequence[int],
         channels_last: bool = False,
+        groups: int | None = None,
     ) -> None:
         spatial = len(kernel_size)
         if not x.dim() - 2 == spatial == len(stride) == len(dilation):
@@ -121,23 +141,41 @@ class Patches(Rows):
         spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
         if any(size < span for size, span in zip(x.shape[2:], spans, strict=True)):
             raise ValueError(f"the padded input must hold a patch of {spans}, got {list(x.shape[2:])}")
+        if groups is not None and (groups < 1 or x.shape[1] % groups):
+            raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
+        self._source = (x, kernel_size, stride, dilation, channels_last)
+        self._groups = groups
         steps = x.stride()
         outputs = [(size - span) // s + 1 for size, span, s in zip(x.shape[2:], spans, stride, strict=True)]
         output_steps = [step * s for step, s in zip(steps[2:], stride, strict=True)]
         kernel_steps = [step * d for step, d in zip(steps[2:], dilation, strict=True)]
-        columns, column_steps = [x.shape[1], *kernel_size], [steps[1], *kernel_steps]
+        channels = x.shape[1] // (groups or 1)
+        columns, column_steps = [channels, *kernel_size], [steps[1], *kernel_steps]
         if channels_last:
             columns, column_steps = [*columns[1:], columns[0]], [*column_steps[1:], column_steps[0]]
+        lead, lead_steps = ([], []) if groups is None else ([groups], [channels * steps[1]])
         self._positions = [x.shape[0], *outputs]
-        self.view = x.as_strided([*self._positions, *columns], [steps[0], *output_steps, *column_steps])
-        super().__init__((math.prod(self._positions), math.prod(columns)), x.dtype, x.device)
+        self.view = x.as_strided(
+            [*self._positions, *lead, *columns], [steps[0], *output_steps, *lead_steps, *column_steps]
+        )
+        super().__init__((*lead, math.prod(self._positions), math.prod(columns)), x.dtype, x.device)
 
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
-        k, n, d = self.shape[1], len(self._positions), self.view.dim()
+        k, positions, d = self.shape[-1], len(self._positions), self.view.dim()
+        lead = d - positions - len(self._source[1]) - 1  # dimensions for groups: none or one
+        rows, columns = range(positions), range(positions + lead, d)
+        groups, groups_size = range(positions, positions + lead), self.shape[:-2]
         by_rows = self.device.type != "cpu" or (self.view.stride(-1) == 1 and self.view.shape[-1] >= _RUN)
-        for block in _blocks(self._positions, max(1, max_bytes // (k * self.dtype.itemsize))):
+        row_bytes = math.prod(groups_size) * k * self.dtype.itemsize
+        for block in _blocks(self._positions, max(1, max_bytes // row_bytes)):
             patches = self.view[block]
             if by_rows:
-                yield patches.reshape(-1, k)
+                yield patches.permute(*groups, *rows, *columns).reshape(*groups_size, -1, k)
             else:  # as [K, b]: the copy then runs along the output, which is mostly longer than a row of the kernel
-                yield patches.permute(*range(n, d), *range(n)).reshape(k, -1).t()
+                yield patches.permute(*groups, *columns, *rows).reshape(*groups_size, k, -1).mT
+
+    def group(self, index: int) -> Patches:
+        if self._groups is None:
+            return super().group(index)  # type: ignore[return-value]
+        x, *geometry = self._source
+        return Patches(x.chunk(self._groups, 1)[index], *geometry)

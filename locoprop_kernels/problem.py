@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,10 +16,32 @@ from locoprop_kernels.rules import Rule
 from locoprop_kernels.transfers import Transfer
 from locoprop_kernels.transfers import get as get_transfer
 
-__all__ = ["COMPUTE_DTYPES", "REDUCTIONS", "LocalProblem", "accumulation_dtype", "check_schedule", "rule_state"]
+__all__ = [
+    "COMPUTE_DTYPES",
+    "REDUCTIONS",
+    "LocalProblem",
+    "accumulation_dtype",
+    "check_schedule",
+    "is_number",
+    "rule_state",
+    "shown",
+]
 
 REDUCTIONS = ("mean", "sum")
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def shown(value: Any) -> str:
+    """``value`` for an error message: tensors and arrays by their shapes, long texts cut."""
+    if hasattr(value, "shape") and getattr(value, "shape", ()) != ():
+        return f"a {type(value).__name__} of shape {list(value.shape)}"
+    text = repr(value.item()) if isinstance(value, Tensor) else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a real number, of Python's or NumPy's, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(eq=False)
@@ -28,9 +51,12 @@ class LocalProblem:
     Minimise over ``W``, ``b`` the matching loss between ``f(X Wᵀ + b)`` and a target, plus the proximal term
     ``λ/2 (‖W - W_0‖² + ‖b - b_0‖²)``. The target enters through the gradient at the start, ``G_0``, alone.
 
+    ``G`` layers of one shape that lie side by side, as the groups of a convolution do, are one problem too: every shape
+    below then begins with ``G``, and products are batched.
+
     Attributes:
         x: input of the layer, ``[B, K]``; or :class:`locoprop_kernels.patches.Rows`, formed a chunk at a time.
-        preactivation: ``A0 = X W_0ᵀ + b_0`` of the forward pass, ``[B, N]``.
+        preactivation: ``A0 = X W_0ᵀ + b_0`` of the forward pass, ``[B, N]``, or rows likewise.
         weight: ``W``, ``[N, K]``; updated in place.
         bias: ``b``, ``[N]``, updated in place; or ``None``.
         grad_weight: ``G_0 = γ ∂L/∂W``, ``[N, K]``; ``None`` freezes the weight.
@@ -39,12 +65,16 @@ class LocalProblem:
         state: the rule's state, ``{"weight": {slot: tensor}, "bias": {slot: tensor}}``; filled at the first step.
         name: what error messages call this problem; its place in the list where empty.
         examples: what ``reduction="mean"`` divides by; ``None`` for ``B``, the number of rows.
+        mask_weight: bool ``[N, K]``; where it is false, gradient and increment are zero in every local step.
+        mask_bias: bool ``[N]``, likewise.
+        rate_weight: factor of the learning rates for the weight, ``>= 0``.
+        rate_bias: factor of the learning rates for the bias, ``>= 0``.
 
     ``x`` and ``preactivation`` have the dtype of the weight, or bfloat16 / float16 as autocast leaves them.
     """
 
     x: Tensor | Rows
-    preactivation: Tensor
+    preactivation: Tensor | Rows
     weight: Tensor
     bias: Tensor | None = None
     grad_weight: Tensor | None = None
@@ -53,6 +83,10 @@ class LocalProblem:
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
     name: str = ""
     examples: int | None = None
+    mask_weight: Tensor | None = None
+    mask_bias: Tensor | None = None
+    rate_weight: float = 1.0
+    rate_bias: float = 1.0
 
     def __post_init__(self) -> None:
         self.transfer = get_transfer(self.transfer)
@@ -60,16 +94,29 @@ class LocalProblem:
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(B, K, N)``."""
-        return self.x.shape[0], self.x.shape[1], self.weight.shape[0]
+        return self.x.shape[-2], self.x.shape[-1], self.weight.shape[-2]
+
+    @property
+    def groups(self) -> int | None:
+        """``G``, or ``None`` where the shapes do not begin with it."""
+        return self.weight.shape[0] if self.weight.dim() == 3 else None
 
     def scale(self, reduction: str) -> float:
         """Factor of the matching loss: one over the number of examples for ``"mean"``, 1 for ``"sum"``."""
-        return 1.0 / (self.examples or self.x.shape[0]) if reduction == "mean" else 1.0
+        return 1.0 / (self.examples or self.shape[0]) if reduction == "mean" else 1.0
 
     def trained(self) -> dict[str, tuple[Tensor, Tensor]]:
         """``{"weight": (W, G_0), "bias": (b, g_0)}`` without what is frozen."""
         pairs = {"weight": (self.weight, self.grad_weight), "bias": (self.bias, self.grad_bias)}
         return {name: (p, g) for name, (p, g) in pairs.items() if p is not None and g is not None}
+
+    def mask(self, name: str) -> Tensor | None:
+        """The mask of ``"weight"`` or ``"bias"``."""
+        return self.mask_weight if name == "weight" else self.mask_bias
+
+    def rate(self, name: str) -> float:
+        """The factor of the learning rates for ``"weight"`` or ``"bias"``."""
+        return self.rate_weight if name == "weight" else self.rate_bias
 
     def validate(self, label: str) -> None:
         """Check shapes, dtypes and devices; ``label`` begins every message.
@@ -78,27 +125,24 @@ class LocalProblem:
             TypeError: something that should be a tensor is not.
             ValueError: a shape, dtype, device or layout does not fit.
         """
-        tensors: dict[str, Tensor | Rows] = {}
-        for name in ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias"):
-            tensor = getattr(self, name)
-            if tensor is None and name not in ("x", "preactivation", "weight"):
-                continue
-            if name == "x" and isinstance(tensor, Rows):
-                tensors[name] = tensor
-                continue
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{label}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-            if tensor.layout != torch.strided:
-                raise ValueError(f"{label}: {name} must be a dense tensor, got layout {tensor.layout}")
-            tensors[name] = tensor
-        if len(self.x.shape) != 2 or self.weight.dim() != 2:
+        tensors = self._tensors(label)
+        if self.weight.dim() not in (2, 3) or len(self.x.shape) != self.weight.dim():
             raise ValueError(
-                f"{label}: x must be [B, K] and weight [N, K], got {list(self.x.shape)} and {list(self.weight.shape)}"
+                f"{label}: x must be [B, K] and weight [N, K], or [G, B, K] and [G, N, K], "
+                f"got {list(self.x.shape)} and {list(self.weight.shape)}"
             )
         b, k, n = self.shape
-        expected = {"x": [b, k], "weight": [n, k], "preactivation": [b, n], "grad_weight": [n, k]}
+        lead = list(self.weight.shape[:-2])
+        matrix, vector = [*lead, n, k], [*lead, n]
+        expected = {
+            "x": [*lead, b, k],
+            "preactivation": [*lead, b, n],
+            "weight": matrix,
+            "grad_weight": matrix,
+            "mask_weight": matrix,
+        }
         for name, tensor in tensors.items():
-            want = expected.get(name, [n])
+            want = expected.get(name, vector)
             if list(tensor.shape) != want:
                 raise ValueError(
                     f"{label}: {name} must have shape {want} (B={b} rows of x, K={k}, N={n}), got {list(tensor.shape)}"
@@ -107,28 +151,53 @@ class LocalProblem:
                 raise ValueError(
                     f"{label}: {name} must be on the weight's device {self.weight.device}, got {tensor.device}"
                 )
-            low_precision_activation = name in ("x", "preactivation") and tensor.dtype in (
-                torch.bfloat16,
-                torch.float16,
-            )
-            if tensor.dtype != self.weight.dtype and not low_precision_activation:
-                raise ValueError(
-                    f"{label}: {name} must have the weight's dtype {self.weight.dtype}, got {tensor.dtype}"
-                )
+            self._check_dtype(label, name, tensor.dtype)
         if self.weight.dtype not in COMPUTE_DTYPES:
             raise ValueError(f"{label}: weight must have one of the dtypes {COMPUTE_DTYPES}, got {self.weight.dtype}")
-        if 0 in (b, k, n):
+        if 0 in (b, k, n, *lead):
             raise ValueError(f"{label}: the batch and the layer must not be empty, got B={b}, K={k}, N={n}")
-        if self.grad_bias is not None and self.bias is None:
-            raise ValueError(f"{label}: grad_bias was given for a layer without bias")
+        if self.bias is None and (self.grad_bias is not None or self.mask_bias is not None):
+            raise ValueError(
+                f"{label}: {'mask' if self.grad_bias is None else 'grad'}_bias was given for a layer without bias"
+            )
         if not self.trained():
             raise ValueError(f"{label}: grad_weight or grad_bias must be given, got neither")
-        if self.examples is not None and (isinstance(self.examples, bool) or not isinstance(self.examples, int)):
-            raise TypeError(f"{label}: examples must be an integer or None, got {self.examples!r}")
+        if self.examples is not None and (isinstance(self.examples, bool) or not isinstance(self.examples, Integral)):
+            raise TypeError(f"{label}: examples must be an integer or None, got {shown(self.examples)}")
         if self.examples is not None and self.examples < 1:
             raise ValueError(f"{label}: examples must be >= 1, got {self.examples}")
+        for name, rate in (("rate_weight", self.rate_weight), ("rate_bias", self.rate_bias)):
+            if not is_number(rate) or not (math.isfinite(rate) and rate >= 0):
+                raise ValueError(f"{label}: {name} must be a finite number >= 0, got {shown(rate)}")
         if not isinstance(self.state, dict):
             raise TypeError(f"{label}: state must be a dict, got {type(self.state).__name__}")
+
+    def _tensors(self, label: str) -> dict[str, Tensor | Rows]:
+        """What is given, by name."""
+        tensors: dict[str, Tensor | Rows] = {}
+        names = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias", "mask_weight", "mask_bias")
+        for name in names:
+            tensor = getattr(self, name)
+            if tensor is None and name not in names[:3]:
+                continue
+            if name in ("x", "preactivation") and isinstance(tensor, Rows):
+                tensors[name] = tensor
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{label}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+            if tensor.layout != torch.strided:
+                raise ValueError(f"{label}: {name} must be a dense tensor, got layout {tensor.layout}")
+            tensors[name] = tensor
+        return tensors
+
+    def _check_dtype(self, label: str, name: str, dtype: torch.dtype) -> None:
+        if name.startswith("mask"):
+            if dtype != torch.bool:
+                raise ValueError(f"{label}: {name} must have dtype {torch.bool}, got {dtype}")
+            return
+        low_precision = name in ("x", "preactivation") and dtype in (torch.bfloat16, torch.float16)
+        if dtype != self.weight.dtype and not low_precision:
+            raise ValueError(f"{label}: {name} must have the weight's dtype {self.weight.dtype}, got {dtype}")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -174,15 +243,15 @@ def check_schedule(lr: Sequence[float], prox: float, reduction: str) -> list[flo
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    if isinstance(lr, (int, float)) or not hasattr(lr, "__iter__"):
-        raise TypeError(f"lr must be a sequence of one learning rate per local iteration, got {lr!r}")
+    if is_number(lr) or not hasattr(lr, "__iter__"):
+        raise TypeError(f"lr must be a sequence of one learning rate per local iteration, got {shown(lr)}")
     rates = [float(rate) for rate in lr]
     if not rates:
         raise ValueError("lr must have at least one entry (one per local iteration), got none")
     if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-        raise ValueError(f"lr must hold finite numbers >= 0, got {rates}")
-    if isinstance(prox, bool) or not isinstance(prox, (int, float)):
-        raise TypeError(f"prox must be a number, got {prox!r}")
+        raise ValueError(f"lr must hold finite numbers >= 0, got {shown(rates)}")
+    if not is_number(prox):
+        raise TypeError(f"prox must be a number, got {shown(prox)}")
     if not (math.isfinite(prox) and prox >= 0):
         raise ValueError(f"prox must be finite and >= 0, got {prox!r}")
     if reduction not in REDUCTIONS:

@@ -14,14 +14,17 @@ _PANEL = 384  # columns of XᵀX at a time on CPUs
 
 
 class Operand(NamedTuple):
-    """A matrix in the dtype of the products, ``tensor * 2**exponent``; ``exponent`` is ``None`` for 0."""
+    """A matrix, or a batch of them, in the dtype of the products.
+
+    Its value is ``tensor * 2**exponent``; ``exponent`` is ``None`` for 0.
+    """
 
     tensor: Tensor
     exponent: Tensor | None = None
 
     def t(self) -> Operand:
-        """The transposed matrix, without a copy."""
-        return Operand(self.tensor.t(), self.exponent)
+        """The transposed matrix (or matrices), without a copy."""
+        return Operand(self.tensor.mT, self.exponent)
 
 
 def rounded(matrix: Tensor, dtype: torch.dtype) -> Operand:
@@ -37,7 +40,10 @@ def rounded(matrix: Tensor, dtype: torch.dtype) -> Operand:
 
 
 def product(left: Operand, right: Operand, result: torch.dtype) -> Tensor:
-    """``left @ right`` in a new tensor of dtype ``result``, which is also what torch accumulates in where it can."""
+    """``left @ right`` in a new tensor of dtype ``result``, which is also what torch accumulates in where it can.
+
+    Both are matrices, or batches of as many matrices each.
+    """
     value = _mm(left.tensor, right.tensor, result)
     if left.exponent is not None and right.exponent is not None:
         value = torch.ldexp(value, left.exponent + right.exponent)
@@ -45,8 +51,8 @@ def product(left: Operand, right: Operand, result: torch.dtype) -> Tensor:
 
 
 def gram(x: Operand, result: torch.dtype) -> Tensor:
-    """``Xᵀ X`` ``[K, K]`` in a new tensor of dtype ``result``. CPUs skip blocks below the diagonal."""
-    if x.tensor.device.type != "cpu" or x.tensor.shape[1] <= _PANEL:
+    """``Xᵀ X`` ``[.., K, K]`` in a new tensor of dtype ``result``. CPUs skip blocks below the diagonal of a large one."""
+    if x.tensor.device.type != "cpu" or x.tensor.dim() > 2 or x.tensor.shape[1] <= _PANEL:
         return product(x.t(), x, result)
     xt = x.t().tensor.contiguous()
     whole = xt.new_empty(len(xt), len(xt), dtype=result)
@@ -60,9 +66,12 @@ def gram(x: Operand, result: torch.dtype) -> Tensor:
 
 def _mm(left: Tensor, right: Tensor, result: torch.dtype) -> Tensor:
     if left.is_cuda and left.itemsize == 2:
-        return torch.mm(left, right, out_dtype=result)
+        multiply = torch.mm if left.dim() == 2 else torch.bmm
+        return multiply(left, right, out_dtype=result)
     if left.device.type == "cpu" and left.dtype == torch.float16:  # few CPUs multiply it, and none torch's way fast
         left, right = left.float(), right.float()
+    if left.dim() > 2:
+        return torch.bmm(left, right).to(result)
     if left.device.type == "cpu" and left.dtype == torch.float32 and _onednn_linear is not None:
         # torch.mm takes MKL, which leaves AVX-512 unused on AMD: half the speed of oneDNN there, the same on Intel.
         if not (right.is_contiguous() or right.t().is_contiguous()):

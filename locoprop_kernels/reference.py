@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, row_chunks
+from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Patches, Rows, Stacked, row_chunks
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype, check_schedule, rule_state
 from locoprop_kernels.products import Operand, gram, product, rounded
 from locoprop_kernels.regularisers import Regulariser
@@ -73,64 +73,82 @@ class _ProductForm:
     def __init__(self, problem: LocalProblem, transfer: Transfer, operands: torch.dtype) -> None:
         self.operands = operands
         self.transfer = transfer
-        self.preactivation = problem.preactivation.t().to(accumulation_dtype(problem.weight.dtype)).contiguous()
+        self.preactivation = _transposed(problem.preactivation, accumulation_dtype(problem.weight.dtype))
         self.activation = self._f_(self.preactivation.clone())
         self.x = problem.x
-        rows, (batch, inputs, _) = _cached_rows(problem), problem.shape
-        self.chunk_bytes = min(CHUNK_BYTES, rows * inputs * problem.x.dtype.itemsize)
-        self.parts: list[Operand] = []
-        if isinstance(problem.x, Tensor):
-            x = rounded(problem.x.contiguous(), operands)
-            self.parts = [Operand(part, x.exponent) for part in x.tensor.split(rows)]
-        elif batch * inputs * operands.itemsize <= KEPT_BYTES:
-            self.parts = list(self._formed())
+        self.rows, (batch, inputs, _) = _cached_rows(problem), problem.shape
+        groups = problem.groups or 1
+        self.chunk_bytes = min(CHUNK_BYTES, self.rows * groups * inputs * problem.x.dtype.itemsize)
+        held = isinstance(problem.x, Tensor) or (
+            isinstance(problem.x, Stacked) and all(isinstance(part, Tensor) for part in problem.x.parts)
+        )
+        kept = held or groups * batch * inputs * operands.itemsize <= KEPT_BYTES
+        self.parts: list[Operand] = list(self._formed()) if kept else []
 
     def _formed(self) -> Iterator[Operand]:
-        return (rounded(chunk, self.operands) for chunk in row_chunks(self.x, self.chunk_bytes))
+        for chunk in row_chunks(self.x, self.chunk_bytes):
+            x = rounded(chunk if isinstance(self.x, Patches) else chunk.contiguous(), self.operands)
+            for part in x.tensor.split(self.rows, dim=-2):
+                yield Operand(part, x.exponent)
 
     def _chunks(self) -> Iterator[tuple[Operand, slice]]:
         """Chunks of ``X`` in the products' dtype, and which rows they are."""
         start = 0
         for x in self.parts or self._formed():
-            stop = start + len(x.tensor)
+            stop = start + x.tensor.shape[-2]
             yield x, slice(start, stop)
             start = stop
 
     def _f_(self, a: Tensor) -> Tensor:
         """``f`` of transposed pre-activations ``[N, b]``, which it may overwrite."""
-        return self.transfer.apply_(a.t(), fast=self.operands.itemsize == 2).t()
+        return self.transfer.apply_(a.mT, fast=self.operands.itemsize == 2).mT
 
     def _preactivation(self, delta: dict[str, Tensor], x: Operand, rows: slice) -> Tensor:
-        a0 = self.preactivation[:, rows]
+        a0 = self.preactivation[..., rows]
         if "weight" not in delta:
-            return a0 + delta["bias"].unsqueeze(1)
+            return a0 + delta["bias"].unsqueeze(-1)
         a = product(rounded(delta["weight"], self.operands), x.t(), a0.dtype).add_(a0)
-        return a.add_(delta["bias"].unsqueeze(1)) if "bias" in delta else a
+        return a.add_(delta["bias"].unsqueeze(-1)) if "bias" in delta else a
 
     def change(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
         for x, rows in self._chunks():
-            difference = self._f_(self._preactivation(delta, x, rows)).sub_(self.activation[:, rows])
+            difference = self._f_(self._preactivation(delta, x, rows)).sub_(self.activation[..., rows])
             part = {}
             if "weight" in delta:
                 part["weight"] = product(rounded(difference, self.operands), x, difference.dtype)
             if "bias" in delta:
-                part["bias"] = difference.sum(1)
+                part["bias"] = difference.sum(-1)
             total = {name: total[name].add_(value) if total else value for name, value in part.items()}
         return total
 
     def divergence(self, delta: dict[str, Tensor]) -> Tensor:
         losses = []
         for x, rows in self._chunks():
-            a, a0 = self._preactivation(delta, x, rows), self.preactivation[:, rows]
-            losses.append(self.transfer.matching_loss(a.t().double(), a0.t().double()).sum())
+            a, a0 = self._preactivation(delta, x, rows), self.preactivation[..., rows]
+            losses.append(self.transfer.matching_loss(a.mT.double(), a0.mT.double()).sum())
         return torch.stack(losses).sum()
 
 
 def _cached_rows(problem: LocalProblem) -> int:
     """How many rows of the batch to work on at a time: on a CPU what its caches hold, else all."""
     batch, _, outputs = problem.shape
-    return batch if problem.weight.device.type != "cpu" else max(1024, _CACHED_BYTES // (4 * outputs))
+    if problem.weight.device.type != "cpu":
+        return max(1, batch)
+    return max(1024 // (problem.groups or 1), _CACHED_BYTES // (4 * outputs * (problem.groups or 1)), 1)
+
+
+def _transposed(preactivation: Tensor | Rows, dtype: torch.dtype) -> Tensor:
+    """``A0`` as ``[.., N, B]``, which is contiguous."""
+    if isinstance(preactivation, Tensor):
+        return preactivation.mT.to(dtype).contiguous()
+    *groups, batch, outputs = preactivation.shape
+    whole = torch.empty(*groups, outputs, batch, dtype=dtype, device=preactivation.device)
+    start = 0
+    for chunk in row_chunks(preactivation):
+        whole[..., start : start + chunk.shape[-2]] = chunk.mT
+        start += chunk.shape[-2]
+    return whole
 
 
 class _GramForm:
@@ -140,22 +158,22 @@ class _GramForm:
 
     def __init__(self, problem: LocalProblem, operands: torch.dtype) -> None:
         self.operands = operands
-        self.rows, k = problem.x.shape
+        *groups, self.rows, k = problem.x.shape
         accumulate = accumulation_dtype(problem.weight.dtype)
-        total = problem.weight.new_zeros(k, k, dtype=accumulate)
-        self.sum_x = problem.weight.new_zeros(k, dtype=accumulate)
+        total = problem.weight.new_zeros(*groups, k, k, dtype=accumulate)
+        self.sum_x = problem.weight.new_zeros(*groups, k, dtype=accumulate)
         for chunk in row_chunks(problem.x):
             x = rounded(chunk, operands)
             total += gram(x, accumulate)
-            self.sum_x += chunk.sum(0, dtype=accumulate)
+            self.sum_x += chunk.sum(-2, dtype=accumulate)
         self.gram = rounded(total, operands)
 
     def change(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = product(rounded(delta["weight"], self.operands), self.gram, self.sum_x.dtype)
         if "bias" not in delta:
             return {"weight": weight}
-        bias = torch.mv(delta["weight"], self.sum_x).add_(delta["bias"], alpha=self.rows)
-        return {"weight": weight.addr_(delta["bias"], self.sum_x), "bias": bias}
+        bias = torch.matmul(delta["weight"], self.sum_x.unsqueeze(-1)).squeeze(-1).add_(delta["bias"], alpha=self.rows)
+        return {"weight": weight.addcmul_(delta["bias"].unsqueeze(-1), self.sum_x.unsqueeze(-2)), "bias": bias}
 
     def divergence(self, delta: dict[str, Tensor]) -> Tensor:
         change = self.change(delta)
@@ -204,7 +222,8 @@ def local_loop(
     operands = compute_dtype or problem.weight.dtype
     scale = problem.scale(reduction)
 
-    start = {name: grad.to(accumulate) * scale for name, (_, grad) in trained.items()}
+    frozen = {name: ~mask for name in trained if (mask := problem.mask(name)) is not None}
+    start = _masked({name: grad.to(accumulate) * scale for name, (_, grad) in trained.items()}, frozen)
     delta = {name: torch.zeros_like(grad) for name, grad in start.items()}
     state = {
         name: {slot: value.clone() for slot, value in rule_state(problem, name, rule, label).items()}
@@ -242,8 +261,9 @@ def local_loop(
                     grad.add_(delta[name], alpha=prox)
         if regulariser is not None:
             grads = {name: grad + regulariser.gradient(trained[name][0], delta[name]) for name, grad in grads.items()}
-        for name, grad in grads.items():
-            rule.update_(delta[name], grad, state[name], lr, steps[name] + t + 1)
+        for name, grad in _masked(grads, frozen).items():
+            rule.update_(delta[name], grad, state[name], lr * problem.rate(name), steps[name] + t + 1)
+        _masked(delta, frozen)  # momentum of earlier steps may move what has no gradient
     if trace:
         values.append(objective())
 
@@ -251,6 +271,13 @@ def local_loop(
         for slots in state.values():
             slots["step"] += len(rates)
     return Increment(delta, state, form.driver if form else "product", torch.stack(values) if trace else None)
+
+
+def _masked(values: dict[str, Tensor], frozen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``values``, set to zero where ``frozen`` is true; in place."""
+    for name, where in frozen.items():
+        values[name].masked_fill_(where, 0)
+    return values
 
 
 @torch.no_grad()
@@ -276,6 +303,8 @@ def closed_form(
     """
     check_schedule([0.0], prox, reduction)
     problem.validate("problem")
+    if problem.groups is not None or problem.mask_weight is not None or problem.mask_bias is not None:
+        raise ValueError("problem must have neither groups nor masks: its minimiser has no closed form here")
     trained = problem.trained()
     dtype = accumulation_dtype(problem.weight.dtype)
     grad = torch.cat([g.to(dtype).reshape(len(g), -1) for _, g in trained.values()], dim=1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import reference, rules
-from locoprop_kernels.problem import COMPUTE_DTYPES, LocalProblem, check_schedule, rule_state
+from locoprop_kernels.problem import COMPUTE_DTYPES, LocalProblem, check_schedule, rule_state, shown
 from locoprop_kernels.reference import Increment
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
 
@@ -243,9 +243,9 @@ def pending_steps(
     if trace and regulariser is not None and regulariser.value is None:
         raise ValueError("trace needs the value of the regulariser: give Regulariser(..., value=...)")
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {shown(backend)}")
     if compute_dtype is not None and compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype must be None or one of {COMPUTE_DTYPES}, got {compute_dtype!r}")
+        raise ValueError(f"compute_dtype must be None or one of {COMPUTE_DTYPES}, got {shown(compute_dtype)}")
     owners: dict[int, str] = {}
     for i, problem in enumerate(problems):
         if not isinstance(problem, LocalProblem):
