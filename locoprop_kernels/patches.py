@@ -177,5 +177,5 @@ class Patches(Rows):
     def group(self, index: int) -> Patches:
         if self._groups is None:
             return super().group(index)  # type: ignore[return-value]
-        x, *geometry = self._source
-        return Patches(x.chunk(self._groups, 1)[index], *geometry)
+        x, kernel_size, stride, dilation, channels_last = self._source
+        return Patches(x.chunk(self._groups, 1)[index], kernel_size, stride, dilation, channels_last)

@@ -51,7 +51,7 @@ def product(left: Operand, right: Operand, result: torch.dtype) -> Tensor:
 
 
 def gram(x: Operand, result: torch.dtype) -> Tensor:
-    """``Xᵀ X`` ``[.., K, K]`` in a new tensor of dtype ``result``. CPUs skip blocks below the diagonal of a large one."""
+    """``Xᵀ X`` ``[.., K, K]`` in a new tensor of dtype ``result``. CPUs skip blocks below a large one's diagonal."""
     if x.tensor.device.type != "cpu" or x.tensor.dim() > 2 or x.tensor.shape[1] <= _PANEL:
         return product(x.t(), x, result)
     xt = x.t().tensor.contiguous()
