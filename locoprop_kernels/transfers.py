@@ -75,6 +75,25 @@ def _elu_potential(a: Tensor, alpha: float) -> Tensor:
     return torch.relu(a).square() / 2 + alpha * (torch.expm1(negative) - negative)
 
 
+# The constants of self-normalising networks (Klambauer et al., 2017), as torch has them.
+_SELU_ALPHA = 1.6732632423543772
+_SELU_SCALE = 1.0507009873554805
+
+
+def _celu_potential(a: Tensor, alpha: float) -> Tensor:
+    negative = torch.clamp_max(a, 0)
+    return torch.relu(a).square() / 2 + alpha * (alpha * torch.expm1(negative / alpha) - negative)
+
+
+def _softsign_potential(a: Tensor) -> Tensor:
+    return a.abs() - torch.log1p(a.abs())
+
+
+def _clamp_potential(a: Tensor, least: float, most: float) -> Tensor:
+    clamped = a.clamp(least, most)
+    return clamped * a - clamped.square() / 2
+
+
 def _gelu_potential(a: Tensor) -> Tensor:
     density = torch.exp(-a.square() / 2) / math.sqrt(2 * math.pi)
     return ((a.square() - 1) * torch.special.ndtr(a) + a * density) / 2
@@ -110,10 +129,17 @@ _DEFINITIONS: dict[str, _Definition] = {
         (("beta", 1.0),),
     ),
     "elu": _Definition(lambda a, alpha: F.elu(a, alpha), _elu_potential, (("alpha", 1.0),)),
+    "selu": _Definition(torch.selu, lambda a: _SELU_SCALE * _elu_potential(a, _SELU_ALPHA)),
+    "celu": _Definition(lambda a, alpha: F.celu(a, alpha), _celu_potential, (("alpha", 1.0),)),
+    "softsign": _Definition(F.softsign, _softsign_potential),
+    "hardtanh": _Definition(F.hardtanh, _clamp_potential, (("min_val", -1.0), ("max_val", 1.0))),
+    "relu6": _Definition(F.relu6, lambda a: _clamp_potential(a, 0.0, 6.0)),
+    "logsigmoid": _Definition(lambda a: -_softplus(-a), lambda a: _softplus_potential(-a)),
     "arctan": _Definition(torch.atan, lambda a: a * torch.atan(a) - torch.log1p(a.square()) / 2),
     "gelu": _Definition(F.gelu, _gelu_potential, convex=False),
     "gelu_tanh": _Definition(lambda a: F.gelu(a, approximate="tanh"), None, convex=False),
     "silu": _Definition(F.silu, lambda a: a * _softplus(a) - _softplus_potential(a), convex=False),
+    "mish": _Definition(F.mish, None, convex=False),
     "softmax": _Definition(
         lambda a: torch.softmax(a, -1),
         lambda a: torch.logsumexp(a, -1),
@@ -143,7 +169,7 @@ class Transfer:
     def convex(self) -> bool:
         """Whether the matching loss is known to be convex in the pre-activation: ``f`` never decreases.
 
-        GELU and SiLU decrease for some negative inputs, where their matching loss bends down.
+        GELU, SiLU and Mish decrease for some negative inputs, where their matching loss bends down.
         """
         return _DEFINITIONS[self.name].convex
 

@@ -21,6 +21,7 @@ QUARTER_PI = tl.constexpr(0.7853981633974483)
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 NODES = tl.constexpr(tuple(float(x) for x in (_NODES + 1) / 2))
 WEIGHTS = tl.constexpr(tuple(float(x) for x in _WEIGHTS / 2))
+SELU_SCALE = tl.constexpr(1.0507009873554805)
 DILOGARITHM_AT_ONE = tl.constexpr(1.6449340668482264)  # π²/6
 
 
@@ -96,6 +97,48 @@ def softplus(a, p):
 @triton.jit
 def elu(a, p):
     return tl.where(a < 0, p * expm1(tl.minimum(a, 0.0)), a)
+
+
+@triton.jit
+def selu(a, p):
+    return elu(a, 1.6732632423543772) * SELU_SCALE
+
+
+@triton.jit
+def celu(a, p):
+    return tl.where(a < 0, p * expm1(tl.minimum(a, 0.0) / p), a)
+
+
+@triton.jit
+def softsign(a, p):
+    return a / (1.0 + tl.abs(a))
+
+
+@triton.jit
+def _clamp(a, least, most):
+    return tl.where(a < least, least, tl.where(a > most, most, a))  # NaN stays NaN
+
+
+@triton.jit
+def hardtanh(a, p):
+    return _clamp(a, p, -p)  # p is min_val; lookup() sees to it that max_val is -p
+
+
+@triton.jit
+def relu6(a, p):
+    return _clamp(a, 0.0, 6.0)
+
+
+@triton.jit
+def logsigmoid(a, p):
+    return -softplus(-a, 1.0)
+
+
+@triton.jit
+def mish(a, p):
+    u = tl.exp(-tl.abs(a))  # tanh(softplus(a)) = n / (n + 2) with n = exp(a) (exp(a) + 2), without overflow
+    n, two = tl.where(a < 0, u * (u + 2.0), 1.0 + 2.0 * u), tl.where(a < 0, 2.0, 2.0 * u * u)
+    return a * n / (n + two)
 
 
 @triton.jit
@@ -190,6 +233,47 @@ def elu_divergence(a, a0, p, F: tl.constexpr):
 
 
 @triton.jit
+def selu_divergence(a, a0, p, F: tl.constexpr):
+    return elu_divergence(a, a0, 1.6732632423543772, F) * SELU_SCALE
+
+
+@triton.jit
+def celu_divergence(a, a0, p, F: tl.constexpr):
+    r, r0 = tl.maximum(a, 0.0), tl.maximum(a0, 0.0)
+    low, low0 = a - r, a0 - r0
+    e, e0 = p * tl.exp(low / p), p * tl.exp(low0 / p)
+    difference = 0.5 * (r * r - r0 * r0) + p * (e - low - e0 + low0)
+    return difference - (a - a0) * (r0 + e0 - p)
+
+
+@triton.jit
+def softsign_divergence(a, a0, p, F: tl.constexpr):
+    size, size0 = tl.abs(a), tl.abs(a0)
+    return size - size0 - tl.log((1.0 + size) / (1.0 + size0)) - (a - a0) * a0 / (1.0 + size0)
+
+
+@triton.jit
+def _clamp_divergence(a, a0, least, most):
+    c, c0 = _clamp(a, least, most), _clamp(a0, least, most)
+    return c * a - c0 * a0 - 0.5 * (c * c - c0 * c0) - (a - a0) * c0
+
+
+@triton.jit
+def hardtanh_divergence(a, a0, p, F: tl.constexpr):
+    return _clamp_divergence(a, a0, p, -p)
+
+
+@triton.jit
+def relu6_divergence(a, a0, p, F: tl.constexpr):
+    return _clamp_divergence(a, a0, 0.0, 6.0)
+
+
+@triton.jit
+def logsigmoid_divergence(a, a0, p, F: tl.constexpr):
+    return softplus_divergence(-a, -a0, 1.0, F)
+
+
+@triton.jit
 def _arctan_float64(a):
     """Taylor series after two reductions, to ``|x| <= tan(π/8)``."""
     size = tl.abs(a)
@@ -268,10 +352,17 @@ FUNCTIONS = {
     "squared_relu": (squared_relu, squared_relu_divergence),
     "softplus": (softplus, softplus_divergence),
     "elu": (elu, elu_divergence),
+    "selu": (selu, selu_divergence),
+    "celu": (celu, celu_divergence),
+    "softsign": (softsign, softsign_divergence),
+    "hardtanh": (hardtanh, hardtanh_divergence),
+    "relu6": (relu6, relu6_divergence),
+    "logsigmoid": (logsigmoid, logsigmoid_divergence),
     "arctan": (arctan, arctan_divergence),
     "gelu": (gelu, gelu_divergence),
     "gelu_tanh": (gelu_tanh, quadrature_divergence),
     "silu": (silu, silu_divergence),
+    "mish": (mish, quadrature_divergence),
 }
 
 
@@ -279,4 +370,6 @@ def lookup(transfer: Transfer) -> tuple[Any, Any] | None:
     """``(f, divergence)`` as Triton functions; ``None`` if there are none."""
     if transfer.triton_fn is not None and transfer.elementwise:
         return transfer.triton_fn, quadrature_divergence
+    if transfer.name == "hardtanh" and transfer.parameters[0] != -transfer.parameters[1]:
+        return None  # a Triton function takes one parameter
     return FUNCTIONS.get(transfer.name)
