@@ -28,17 +28,21 @@ class ProblemReport:
     """One layer's part of a :class:`StepReport`.
 
     Attributes:
+        name: the problem's name.
         delta_weight: increment ``Δ`` ``[N, K]`` of the weight; ``None`` after a commit, and for a frozen weight.
         delta_bias: increment ``δ`` ``[N]`` of the bias; likewise.
         driver: the form or kernel driver that ran.
         trace: with ``trace=True`` the local objective (matching loss plus proximal term, relative to its value at the
             start) before every local step and at the end: ``[T + 1]``, float64.
+        rows: ``B``, how many rows the problem has.
     """
 
     delta_weight: Tensor | None
     delta_bias: Tensor | None
     driver: str
     trace: Tensor | None
+    name: str = ""
+    rows: int = 0
 
 
 @dataclass(eq=False)
@@ -105,6 +109,12 @@ class StepReport:
 
 def _nothing(ok: Tensor) -> None:
     """What is left to apply after a commit."""
+
+
+def nothing_done(names: Sequence[str], reason: str) -> StepReport:
+    """A report for problems that a step had nothing to do for."""
+    problems = [ProblemReport(None, None, "none", None, name) for name in names]
+    return StepReport("none", reason, problems, torch.tensor(True), _nothing, _committed=torch.tensor(True))
 
 
 def _apply(pending: list[tuple[LocalProblem, Increment]], rule: rules.Rule, ok: Tensor) -> None:
@@ -232,8 +242,13 @@ def pending_steps(
     trace: bool,
     regulariser: Regulariser | Callable[[Tensor, Tensor], Tensor] | None,
     increments: bool,
+    done: Callable[[int], None] | None = None,
 ) -> StepReport:
-    """:func:`local_steps_` up to the commit, ``report.commit_()``; increments are in the report only if asked for."""
+    """:func:`local_steps_` up to the commit, ``report.commit_()``; increments are in the report only if asked for.
+
+    The reference solves one problem after the other, and calls ``done`` with the index of each that is solved: the
+    caller may then let go of its rows and gradients.
+    """
     problems = list(problems)
     if not problems:
         raise ValueError("problems must hold at least one LocalProblem, got none")
@@ -264,6 +279,8 @@ def pending_steps(
                     f"{label}: its {name} is also that of {other}; one problem must hold all rows of a tensor"
                 )
 
+    names = [problem.name or f"problem {i}" for i, problem in enumerate(problems)]
+    rows = [problem.shape[0] for problem in problems]
     chosen, reason = _choose_backend(backend, problems, rule, compute_dtype, trace, regulariser)
     if chosen == "triton":
         from locoprop_kernels import kernels
@@ -272,10 +289,15 @@ def pending_steps(
             problems, rule, rates, prox, reduction, compute_dtype, trace, regulariser, views=increments
         )
     else:
-        found = [
-            reference.local_loop(problem, rule, rates, prox, reduction, compute_dtype, trace, regulariser=regulariser)
-            for problem in problems
-        ]
+        found = []
+        for i, problem in enumerate(problems):
+            found.append(
+                reference.local_loop(
+                    problem, rule, rates, prox, reduction, compute_dtype, trace, regulariser=regulariser
+                )
+            )
+            if done is not None:
+                done(i)
         pending = list(zip(problems, found, strict=True))
         finite, apply = _all_finite(pending), partial(_apply, pending, rule)
     return StepReport(
@@ -287,8 +309,10 @@ def pending_steps(
                 increment.delta.get("bias") if increments else None,
                 increment.driver,
                 increment.trace,
+                name,
+                count,
             )
-            for increment in found
+            for increment, name, count in zip(found, names, rows, strict=True)
         ],
         finite=finite,
         _apply=apply,

@@ -99,9 +99,9 @@ def test_convolution_is_the_textbook_form_on_unfolded_inputs(repetition, monkeyp
     for _ in range(2):
         opt.zero_grad()
         a = model(x)
-        (gradient,) = torch.autograd.grad(
-            loss := (a.square() * torch.linspace(-1, 1, a.shape[-1])).sum(), a, retain_graph=True
-        )
+        # Not symmetric: columns that circular padding makes equal would cancel, and leave a gradient of rounding errors.
+        weights = torch.linspace(-1, 2, a.shape[-1])
+        (gradient,) = torch.autograd.grad(loss := (a.square() * weights).sum(), a, retain_graph=True)
         loss.backward()
         rows = (gradient if x.dim() == module.weight.dim() else gradient[None]).movedim(1, -1).flatten(0, -2)
         for layer, inputs, residual in zip(textbook, unfolded(module, x), rows.chunk(module.groups, 1), strict=True):
@@ -146,15 +146,16 @@ def test_chunks_are_the_unfolded_input(geometry, image, weight):
         module.weight = nn.Parameter(module.weight.detach().movedim(1, -1).contiguous().movedim(-1, 1))
         channels = shape[1] // module.groups
         expected = [rows.unflatten(1, (channels, -1)).mT.flatten(1) for rows in expected]
-    layouts = layout_of(module).inputs(x)
-    assert len(layouts) == module.groups
-    for rows, want in zip(layouts, expected, strict=True):
-        assert rows.shape == want.shape
-        row = 4 * rows.shape[1]
-        for limit in (1, 3 * row, 20 * row, 2**30):
-            chunks = list(rows.chunks(limit))
-            assert all(chunk.numel() * 4 <= max(limit, row) for chunk in chunks)
-            assert torch.equal(torch.cat(chunks), want)
+    rows = layout_of(module).inputs(x)
+    want = torch.stack(expected) if module.groups > 1 else expected[0]
+    assert rows.shape == want.shape
+    row = 4 * rows.shape[-1] * module.groups
+    for limit in (1, 3 * row, 20 * row, 2**30):
+        chunks = list(rows.chunks(limit))
+        assert all(chunk.numel() * 4 <= max(limit, row) for chunk in chunks)
+        assert torch.equal(torch.cat(chunks, dim=-2), want)
+    for group in range(module.groups if module.groups > 1 else 0):
+        assert torch.equal(torch.cat(list(rows.group(group).chunks())), want[group])
 
 
 def test_patches_are_written_along_the_longer_runs():
@@ -170,7 +171,7 @@ def test_patches_are_written_along_the_longer_runs():
 
 def test_patches_are_those_of_torch():
     x = torch.randn(6, 8, 40, 40)
-    (rows,) = layout_of(nn.Conv2d(8, 4, 5, padding=2)).inputs(x)
+    rows = layout_of(nn.Conv2d(8, 4, 5, padding=2)).inputs(x)
     expected = F.unfold(x, 5, padding=2).mT.reshape(-1, 200)
     assert torch.equal(torch.cat(list(rows.chunks(2**16))), expected)
 
@@ -415,7 +416,7 @@ def test_functional_transfers_beside_our_own_modules():
 def test_closed_form_of_a_convolution():
     torch.manual_seed(0)
     module = nn.Conv2d(2, 3, 2).double()
-    (rows,) = layout_of(module).inputs(torch.randn(4, 2, 5, 5, dtype=torch.float64))
+    rows = layout_of(module).inputs(torch.randn(4, 2, 5, 5, dtype=torch.float64))
     a = torch.randn(rows.shape[0], 3, dtype=torch.float64)
     problems = [
         lk.LocalProblem(x, a, module.weight.detach().flatten(1), grad_weight=torch.ones(3, 8, dtype=torch.float64))
@@ -668,9 +669,6 @@ def test_parameter_groups_have_their_own_hyperparameters():
     actual = train(model, steps=1, param_groups=[group])
     whole, alone = train(mlp(), steps=1), train(mlp(), steps=1, **own)
     assert_equal_weights(actual, [*whole[:2], *alone[2:4], *whole[4:]])
-    model = mlp()
-    with pytest.raises(ValueError, match="all parameters of layer '2' or none"):
-        train(model, param_groups=[{"params": model[2].weight}])
     model = mlp()
     opt = LocoProp(model, param_groups=[{"params": model[2].parameters(), "transfer": "softplus"}])
     assert next(line for line in repr(opt).splitlines() if line.startswith("  2 ")).endswith("softplus(beta=1)")

@@ -696,7 +696,6 @@ def test_all_groups_commit_or_none():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"lr": 0.0}, ValueError, "lr must be"),
         ({"lr": -1e-3}, ValueError, "lr must be"),
         ({"lr": float("nan")}, ValueError, "lr must be"),
         ({"lr": float("inf")}, ValueError, "lr must be"),
@@ -714,7 +713,8 @@ def test_all_groups_commit_or_none():
         ({"backend": "cuda"}, ValueError, "backend must be"),
         ({"compute_dtype": torch.int8}, ValueError, "compute_dtype must be"),
         ({"lr_decay": 0.5}, TypeError, "lr_decay must be"),
-        ({"aux": "adam"}, TypeError, "aux must be"),
+        ({"aux": "adam"}, ValueError, "aux must be one of adamw"),
+        ({"aux": 3}, TypeError, "aux must be"),
         ({"transfers": {"1": "tanh"}}, ValueError, "transfers must name captured layers"),
         ({"transfers": {"0": "tanhh"}}, ValueError, "transfer must be one of"),
     ],
@@ -759,21 +759,6 @@ def test_bad_models():
         LocoProp(nn.Sequential(nn.LazyLinear(4)))
 
 
-def test_step_needs_a_forward_and_a_backward_pass():
-    model = mlp()
-    opt = LocoProp(model)
-    x, y = batch()
-    with pytest.raises(ValueError, match="forward and a backward pass"):
-        opt.step()
-    F.mse_loss(model(x), y)
-    with pytest.raises(ValueError, match="forward and a backward pass"):
-        opt.step()
-    backward(model, opt, x, y)
-    opt.step()
-    with pytest.raises(ValueError, match="no captured forward pass"):
-        opt.step()
-
-
 def replaced_module(model):
     model[0] = nn.Linear(6, 5)
 
@@ -814,15 +799,6 @@ def test_a_model_that_changed_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         opt.step()
     assert not any(moved(model[2:], rest))
-
-
-def test_empty_batches_are_refused():
-    model = mlp()
-    opt = LocoProp(model)
-    opt.zero_grad()
-    model(torch.zeros(0, 6)).sum().backward()
-    with pytest.raises(ValueError, match=r"layer '0'.*must not be empty, got B=0"):
-        opt.step()
 
 
 def test_trace_shows_every_layers_local_objective():

@@ -23,7 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from locoprop_kernels import LocalProblem, StepReport, local_steps_, rules
 from locoprop_kernels.rules import Rule
-from locoprop_kernels.transfers import Transfer
 from locoprop_torch.discovery import transfer_of
-from locoprop_torch.layouts import Layout, join_state, laid_out, layout_of, split_state
+from locoprop_torch.layouts import Layout, laid_out, layout_of, number_of_groups, state_views, write_back
+from locoprop_torch.problems import rule_state_of
 
 __all__ = ["LocoLayer", "LocopropTrainer"]
 
@@ -114,24 +114,27 @@ class _Visit:
 
 @dataclass(eq=False)
 class _Work:
-    """A layer's local problems, one per group, and how its state gets back into the torch optimiser."""
+    """A layer's local problem, and how its state gets back into the torch optimiser."""
 
     layout: Layout
     optimizer: torch.optim.Optimizer
     rule: Rule
     rates: list[float]
     parameters: dict[str, nn.Parameter]
-    problems: list[LocalProblem] = field(default_factory=list)
+    problem: LocalProblem
+    states: dict[str, dict[str, Tensor]]
 
     def store(self) -> None:
         """The rule's state, in the optimiser's own format: its ``state_dict`` is a checkpoint as ever."""
         for kind, parameter in self.parameters.items():
-            stored = self.optimizer.state[parameter]
-            states = [problem.state[kind] for problem in self.problems if kind in problem.state]
-            if len(states) < len(self.problems):
+            new = self.problem.state.get(kind)
+            if not new and (self.rule.slots or self.rule.counts_steps):
                 continue  # not committed
+            stored = self.optimizer.state[parameter]
             step = stored.get("step")
-            stored.update(join_state(self.layout.split(kind), parameter, stored, states))
+            views = state_views(self.layout, kind, parameter, self.states[kind])
+            write_back(views, new or {})
+            stored.update(self.states[kind])
             if not isinstance(self.optimizer, torch.optim.SGD):
                 start = torch.zeros(()) if step is None else step
                 stored["step"] = start + len(self.rates)
@@ -277,7 +280,7 @@ class LocopropTrainer:
             else:
                 batches.setdefault((work.rule, tuple(work.rates)), []).append(work)
         for (rule, rates), works in batches.items():
-            problems = [problem for work in works for problem in work.problems]
+            problems = [work.problem for work in works]
             report = local_steps_(problems, rule=rule, lr=rates, backend=self.backend, compute_dtype=self.compute_dtype)
             self.last_reports.append(report)
             for work in works:
@@ -294,7 +297,7 @@ class LocopropTrainer:
         owned = {id(p) for group in visit.optimizer.param_groups for p in group["params"]}
         if transfer is None or not parameters or not owned >= {id(p) for p in parameters.values()}:
             return None
-        if not transfer.elementwise and len(layout.weights(module.weight)) > 1:
+        if not transfer.elementwise and number_of_groups(module) > 1:
             return None
         assert grad is not None
         if anew:
@@ -306,35 +309,32 @@ class LocopropTrainer:
             with torch.no_grad():
                 a = module(x) if visit.overwritten else visit.hidden
             gradients = {kind: self.learning_rate * p.grad for kind, p in parameters.items() if p.grad is not None}
-        work = _Work(layout, visit.optimizer, rule, self._rates(visit.optimizer), parameters)
-        work.problems = self._problems(visit, work, transfer, x, a.detach(), gradients)
-        return work
+        problem = LocalProblem(
+            layout.inputs(x),
+            layout.outputs(a.detach()),
+            layout.weight(module.weight),
+            None if module.bias is None else layout.bias(module.bias),
+            transfer=transfer,
+            examples=len(x),
+            name=f"module {visit.place}",
+        )
+        states: dict[str, dict[str, Tensor]] = {}
+        for kind, gradient in gradients.items():
+            parameter = parameters[kind]
+            setattr(problem, f"grad_{kind}", layout.view(kind, laid_out(gradient, parameter)))
+            states[kind] = rule_state_of(parameter, rule, self._stored(visit.optimizer, rule, parameter))
+            problem.state[kind] = state_views(layout, kind, parameter, states[kind])
+        return _Work(layout, visit.optimizer, rule, self._rates(visit.optimizer), parameters, problem, states)
 
     @staticmethod
-    def _problems(
-        visit: _Visit, work: _Work, transfer: Transfer, x: Tensor, a: Tensor, gradients: dict[str, Tensor]
-    ) -> list[LocalProblem]:
-        layout, module = work.layout, visit.layer.module
-        weights, inputs, outputs = layout.weights(module.weight), layout.inputs(x), layout.outputs(a)
-        biases = [None] * len(weights) if module.bias is None else layout.biases(module.bias)
-        problems = [
-            LocalProblem(w, a, weight, bias, transfer=transfer, examples=len(x), name=f"module {visit.place}")
-            for w, a, weight, bias in zip(inputs, outputs, weights, biases, strict=True)
-        ]
-        for kind, gradient in gradients.items():
-            parameter = work.parameters[kind]
-            slots = {*work.rule.slots, *(["step"] if work.rule.counts_steps else [])}
-            stored = {
-                slot: value.to(torch.int64) if slot == "step" else value
-                for slot, value in work.optimizer.state[parameter].items()
-                if slot in slots and value is not None
-            }
-            split = layout.split(kind)
-            states = split_state(split, parameter, stored)
-            for problem, part, state in zip(problems, split(laid_out(gradient, parameter)), states, strict=True):
-                setattr(problem, f"grad_{kind}", part)
-                problem.state[kind] = state
-        return problems
+    def _stored(optimizer: torch.optim.Optimizer, rule: Rule, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The rule's state in a torch optimiser."""
+        slots = {*rule.slots, *(["step"] if rule.counts_steps else [])}
+        return {
+            slot: value.to(torch.int64) if slot == "step" else value
+            for slot, value in optimizer.state[parameter].items()
+            if slot in slots and value is not None
+        }
 
     def _plain(self, visit: _Visit, x: Tensor) -> None:
         """The local iterations of one layer as 0.1.0 writes them, for any module, activation and optimiser."""

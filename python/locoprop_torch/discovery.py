@@ -1,68 +1,104 @@
-"""Which transfer function follows each layer: read off the model with ``torch.fx``, nothing is executed."""
+"""Which transfer function follows each layer: ``torch.fx`` traces a throw-away copy of the model.
+
+Tracing runs the user's ``forward`` with stand-ins for tensors; :mod:`locoprop_torch.isolation` keeps whatever it does
+away from the model and the rest of the program.
+"""
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Callable, Iterable
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from locoprop_kernels import transfers
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.attention import MultiheadAttention
+from locoprop_torch.isolation import Copier, is_opaque, uncompiled, undisturbed
 from locoprop_torch.layouts import GroupedLinear
 
-__all__ = ["find_transfers", "transfer_of"]
+__all__ = ["Found", "find_transfers", "find_transfers_by_name", "transfer_of"]
 
-# Names of the transfer function and of its parameter (with its position among the arguments), if it has one.
-_Signature = tuple[str, str | None]
+_log = logging.getLogger("locoprop_torch")
+
+# Name of the transfer function, and names of its parameters in the order of the arguments after the first.
+_Signature = tuple[str, ...]
 _MODULES: dict[type[nn.Module], _Signature] = {
-    nn.Tanh: ("tanh", None),
-    nn.Sigmoid: ("sigmoid", None),
-    nn.ReLU: ("relu", None),
+    nn.Tanh: ("tanh",),
+    nn.Sigmoid: ("sigmoid",),
+    nn.ReLU: ("relu",),
     nn.LeakyReLU: ("leaky_relu", "negative_slope"),
     nn.Softplus: ("softplus", "beta"),
     nn.ELU: ("elu", "alpha"),
+    nn.SELU: ("selu",),
+    nn.CELU: ("celu", "alpha"),
+    nn.Softsign: ("softsign",),
+    nn.Hardtanh: ("hardtanh", "min_val", "max_val"),
+    nn.ReLU6: ("relu6",),
+    nn.LogSigmoid: ("logsigmoid",),
     nn.GELU: ("gelu", "approximate"),
-    nn.SiLU: ("silu", None),
+    nn.SiLU: ("silu",),
+    nn.Mish: ("mish",),
     nn.Softmax: ("softmax", "dim"),
+    # With the negative log-likelihood behind it, it is the cross-entropy, and softmax the transfer function of that.
+    # It has no matching loss of its own: its Jacobian is not symmetric.
+    nn.LogSoftmax: ("softmax", "dim"),
 }
 _FUNCTIONS: dict[Callable[..., Any], _Signature] = {
-    torch.tanh: ("tanh", None),
-    torch.tanh_: ("tanh", None),
-    F.tanh: ("tanh", None),
-    torch.sigmoid: ("sigmoid", None),
-    torch.sigmoid_: ("sigmoid", None),
-    F.sigmoid: ("sigmoid", None),
-    torch.special.expit: ("sigmoid", None),
-    torch.relu: ("relu", None),
-    torch.relu_: ("relu", None),
-    F.relu: ("relu", None),
-    F.relu_: ("relu", None),
+    torch.tanh: ("tanh",),
+    torch.tanh_: ("tanh",),
+    F.tanh: ("tanh",),
+    torch.sigmoid: ("sigmoid",),
+    torch.sigmoid_: ("sigmoid",),
+    F.sigmoid: ("sigmoid",),
+    torch.special.expit: ("sigmoid",),
+    torch.relu: ("relu",),
+    torch.relu_: ("relu",),
+    F.relu: ("relu",),
+    F.relu_: ("relu",),
     F.leaky_relu: ("leaky_relu", "negative_slope"),
     F.leaky_relu_: ("leaky_relu", "negative_slope"),
     F.softplus: ("softplus", "beta"),
     F.elu: ("elu", "alpha"),
     F.elu_: ("elu", "alpha"),
-    torch.atan: ("arctan", None),
-    torch.atan_: ("arctan", None),
-    torch.arctan: ("arctan", None),
+    torch.selu: ("selu",),
+    torch.selu_: ("selu",),
+    F.selu: ("selu",),
+    F.selu_: ("selu",),
+    torch.celu: ("celu", "alpha"),
+    torch.celu_: ("celu", "alpha"),
+    F.celu: ("celu", "alpha"),
+    F.celu_: ("celu", "alpha"),
+    F.softsign: ("softsign",),
+    F.hardtanh: ("hardtanh", "min_val", "max_val"),
+    F.hardtanh_: ("hardtanh", "min_val", "max_val"),
+    F.relu6: ("relu6",),
+    F.logsigmoid: ("logsigmoid",),
+    torch.atan: ("arctan",),
+    torch.atan_: ("arctan",),
+    torch.arctan: ("arctan",),
     F.gelu: ("gelu", "approximate"),
-    F.silu: ("silu", None),
+    F.silu: ("silu",),
+    F.mish: ("mish",),
     F.softmax: ("softmax", "dim"),
     torch.softmax: ("softmax", "dim"),
+    F.log_softmax: ("softmax", "dim"),
+    torch.log_softmax: ("softmax", "dim"),
 }
 _METHODS: dict[str, _Signature] = {
-    "tanh": ("tanh", None),
-    "sigmoid": ("sigmoid", None),
-    "relu": ("relu", None),
-    "atan": ("arctan", None),
-    "arctan": ("arctan", None),
+    "tanh": ("tanh",),
+    "sigmoid": ("sigmoid",),
+    "relu": ("relu",),
+    "atan": ("arctan",),
+    "arctan": ("arctan",),
     "softmax": ("softmax", "dim"),
+    "log_softmax": ("softmax", "dim"),
 }
 # These only move elements, so an elementwise transfer function behind them acts on the layer's output all the same.
 _MOVES_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten)
@@ -77,23 +113,26 @@ def _softmax_dims(layer: nn.Module | None) -> tuple[int, ...]:
     return (-1,)
 
 
-def _transfer_of(signature: _Signature, value: Any, softmax_dims: tuple[int, ...] = (-1,)) -> Transfer | None:
-    """The transfer function of a call with parameter ``value`` (``None`` = default); ``None`` if it is unknown."""
-    name, parameter = signature
-    if parameter is None or value is None:
-        return None if name == "softmax" else transfers.get(name)
+def _transfer_of(
+    signature: _Signature, values: Iterable[Any] = (), softmax_dims: tuple[int, ...] = (-1,)
+) -> Transfer | None:
+    """The transfer function of a call with these parameters (``None`` = default); ``None`` if it is unknown."""
+    name, *parameters = signature
+    given = {key: value for key, value in zip(parameters, values, strict=False) if value is not None}
     if name == "softmax":
-        return transfers.get(name) if value in softmax_dims else None
+        return transfers.get(name) if given.get("dim") in softmax_dims else None
     if name == "gelu":
-        return {"none": transfers.get("gelu"), "tanh": transfers.get("gelu_tanh")}.get(value)
-    return transfers.get(name, **{parameter: value}) if isinstance(value, (int, float)) else None
+        return {"none": transfers.get("gelu"), "tanh": transfers.get("gelu_tanh")}.get(given.get("approximate", "none"))
+    numbers = all(isinstance(value, (int, float)) for value in given.values())
+    return transfers.get(name, **given) if numbers else None
 
 
 def transfer_of(activation: Callable[..., Any], feature_dim: int, ndim: int) -> Transfer | None:
     """The transfer function that a module or function is, applied to an output ``[..., N]``; ``None`` if unknown.
 
     Args:
-        activation: module such as ``nn.Tanh()``, or function such as ``torch.tanh``.
+        activation: module such as ``nn.Tanh()``, or function such as ``torch.tanh``. A log-softmax is unknown here:
+            its values are not those of a transfer function.
         feature_dim: the output's dimension of size ``N``: a softmax must be over this one.
         ndim: number of dimensions of the output.
     """
@@ -101,15 +140,15 @@ def transfer_of(activation: Callable[..., Any], feature_dim: int, ndim: int) -> 
         return transfers.get("identity")
     if not isinstance(activation, nn.Module):
         signature = _FUNCTIONS.get(activation)
-        return None if signature is None else _transfer_of(signature, None)
+        return None if signature is None else _transfer_of(signature)
     signature = _MODULES.get(type(activation))
-    if signature is None:
+    if signature is None or isinstance(activation, nn.LogSoftmax):
         return None
-    value = getattr(activation, signature[1]) if signature[1] else None
+    values = [getattr(activation, parameter) for parameter in signature[1:]]
     if isinstance(activation, nn.Softmax):
-        dim = value if value is not None else (0 if ndim in (0, 1, 3) else 1)  # torch's own choice
-        value = -1 if dim % ndim == feature_dim % ndim else None
-    return _transfer_of(signature, value)
+        dim = activation.dim if activation.dim is not None else (0 if ndim in (0, 1, 3) else 1)  # torch's own choice
+        values = [-1 if dim % ndim == feature_dim % ndim else None]
+    return _transfer_of(signature, values)
 
 
 def _is_square(node: fx.Node, of: fx.Node) -> bool:
@@ -120,19 +159,18 @@ def _is_square(node: fx.Node, of: fx.Node) -> bool:
     return node.target in (operator.mul, torch.mul) and node.args == (of, of)
 
 
-def _signature(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[_Signature | None, Any]:
-    """``(signature, value of its parameter)`` of the call that ``node`` is."""
+def _signature(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[_Signature | None, list[Any]]:
+    """``(signature, values of its parameters)`` of the call that ``node`` is."""
     if node.op == "call_module":
         module = modules[str(node.target)]
         signature = _MODULES.get(type(module))
-        return signature, getattr(module, signature[1]) if signature and signature[1] else None
+        return signature, [getattr(module, parameter) for parameter in (signature or ())[1:]]
     tables: dict[str, dict[Any, _Signature]] = {"call_function": _FUNCTIONS, "call_method": _METHODS}
     target = str(node.target).rstrip("_") if node.op == "call_method" else node.target
     signature = tables.get(node.op, {}).get(target)
-    if signature is None or signature[1] is None:
-        return signature, None
-    positional = node.args[1] if len(node.args) > 1 else None
-    return signature, node.kwargs.get(signature[1], positional)
+    parameters = (signature or ())[1:]
+    positional = [*node.args[1:], *[None] * len(parameters)]
+    return signature, [node.kwargs.get(key, value) for key, value in zip(parameters, positional, strict=False)]
 
 
 def _moves(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -141,95 +179,191 @@ def _moves(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.target in (_MOVES_METHODS if node.op == "call_method" else _MOVES_FUNCTIONS)
 
 
-def _follower(node: fx.Node, modules: dict[str, nn.Module], softmax_dims: tuple[int, ...]) -> Transfer | None:
-    """The transfer function that alone consumes the output of ``node``, if it is a known one."""
+def _follower(
+    node: fx.Node, modules: dict[str, nn.Module], softmax_dims: tuple[int, ...]
+) -> tuple[Transfer | None, bool]:
+    """The transfer function that alone consumes the output of ``node``, if it is a known one.
+
+    Returns:
+        the function, and whether the output is returned instead: what follows it is then the caller's affair.
+    """
     moved = False
     while len(node.users) == 1:
         user = next(iter(node.users))
         if user.op == "output":
-            return None
+            return None, True
         if _moves(user, modules):
             moved |= not (user.op == "call_module" and isinstance(modules[str(user.target)], nn.Identity))
             node = user
             continue
-        signature, value = _signature(user, modules)
-        if signature is None:
-            return None
-        transfer = _transfer_of(signature, value, softmax_dims)
+        signature, values = _signature(user, modules)
+        transfer = None if signature is None else _transfer_of(signature, values, softmax_dims)
         if transfer is None or (moved and not transfer.elementwise):
-            return None
+            return None, False
         if transfer.name == "relu" and len(user.users) == 1 and _is_square(next(iter(user.users)), user):
-            return transfers.get("squared_relu")
-        return transfer
-    return None
+            return transfers.get("squared_relu"), False
+        return transfer, False
+    return None, False
 
 
 class _Tracer(fx.Tracer):
-    """Leaves our own modules whole, as fx leaves those of torch: their forward branches on shapes."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (GroupedLinear, MultiheadAttention)) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _trace(module: nn.Module) -> fx.Graph | None:
-    try:
-        return _Tracer().trace(module)
-    except Exception:  # whatever a model's Python does with a proxy: the parts that can be traced are traced alone
-        return None
-
-
-def find_transfers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Transfer]:
-    """The transfer function behind each layer of ``model``.
+    """Traces a copy, and goes on where the ``forward`` of a part cannot be traced: the part stays whole.
 
     Args:
-        model: any module. Where ``torch.fx`` cannot trace it as a whole, its parts are traced one by one.
-        layers: modules of ``model`` to look at.
+        leaves: ``id`` of the layers to look for, which stay whole.
 
-    Returns:
-        A transfer function for every layer; the identity where nothing known follows, where the output has several
-        consumers, and where calls of the same layer are followed by different functions.
+    Attributes:
+        failed: why each such part could not be traced, by its ``id``.
     """
-    wanted = set(layers)
-    found: dict[nn.Module, set[Transfer]] = {layer: set() for layer in wanted}
 
-    def visit(module: nn.Module) -> None:
-        if module in wanted or wanted.isdisjoint(module.modules()):
+    def __init__(self, leaves: set[int]) -> None:
+        super().__init__()
+        self.failed: dict[int, str] = {}
+        self._leaves = leaves
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Our own modules stay whole, as those of torch: their forward branches on shapes."""
+        if id(m) in self._leaves or is_opaque(m) or isinstance(m, (GroupedLinear, MultiheadAttention)):
+            return True
+        kind = type(m).__bases__[0] if parametrize.is_parametrized(m) else type(m)
+        return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(m, nn.Sequential)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace into ``m``; where that fails, forget what it has recorded so far, and record the call alone."""
+        depth, nodes = len(self.module_stack), len(self.graph.nodes)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem()
+            for node in reversed(list(self.graph.nodes)[nodes:]):
+                self.graph.erase_node(node)
+            self.failed[id(m)] = _reason(m, error)
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+
+def _reason(module: nn.Module, error: Exception) -> str:
+    message = (str(error).strip() or "no message").splitlines()[0]
+    reason = f"{type(module).__name__}.forward could not be traced: {type(error).__name__}: {message}"
+    return reason if len(reason) <= 120 else reason[:117] + "..."
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known about the function behind a layer.
+
+    Attributes:
+        transfer: the transfer function; the identity where none was found.
+        reason: why the layer's output could not be followed, or ``None`` where it was.
+    """
+
+    transfer: Transfer
+    reason: str | None = None
+
+
+class _Search:
+    """Looks for the transfer functions behind ``layers``, in a model and then in the parts that cannot be traced."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._found: dict[int, set[Transfer]] = {id(layer): set() for layer in layers}
+        self._reasons: dict[int, str] = {}
+        self._visited: set[int] = set()
+
+    def result(self, layer: nn.Module) -> Found:
+        """What was found for a layer."""
+        candidates, reason = self._found[id(layer)], self._reasons.get(id(layer))
+        if reason is not None or len(candidates) != 1:
+            return Found(transfers.get("identity"), reason)
+        return Found(next(iter(candidates)))
+
+    def visit(self, module: nn.Module, outer: str | None = None) -> None:
+        """Trace a module, or where that fails its children; ``outer`` says why it was not traced with the rest."""
+        module = uncompiled(module)
+        if id(module) in self._visited:
             return
-        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            if module.linear1 in wanted:  # its forward branches on data, so nothing can trace it
-                found[module.linear1].add(transfer_of(module.activation, -1, 3) or transfers.get("identity"))
+        self._visited.add(id(module))
+        if id(module) in self._found:
+            if outer is not None:
+                self._reasons[id(module)] = outer
+        elif self._found.keys().isdisjoint(map(id, module.modules())):
+            pass
+        elif isinstance(module, (MultiheadAttention, nn.MultiheadAttention)):
+            pass  # no elementwise function follows its projections
+        elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            if id(module.linear1) in self._found:  # its forward branches on data, so nothing can trace it
+                self._add(module.linear1, transfer_of(module.activation, -1, 3))
             for child in module.children():
-                visit(child)
-            return
-        graph = _trace(module)
-        if graph is None:
-            children = list(module.children())
-            if isinstance(module, nn.Sequential):
-                visit_pairs(children)
-            for child in children:
-                visit(child)
-            return
-        modules = dict(module.named_modules(remove_duplicate=False))
+                self.visit(child)
+        elif type(module).forward is nn.Module.forward:  # a container such as nn.ModuleList
+            for child in module.children():
+                direct = id(child) in self._found
+                self.visit(child, outer or (f"{type(module).__name__} has no forward" if direct else None))
+        else:
+            try:
+                self._trace(module, outer)
+            except Exception as error:  # whatever a model's Python does with a stand-in for a tensor
+                for child in module.children():
+                    self.visit(child, _reason(module, error))
+
+    def _trace(self, module: nn.Module, outer: str | None) -> None:
+        if is_opaque(module):
+            raise TypeError("a module with __del__, or of TorchScript, cannot be copied")
+        copier = Copier()
+        copied = copier.copy(module)
+        originals = copier.originals
+        tracer = _Tracer({key for key, original in originals.items() if id(original) in self._found} | {*self._found})
+        graph = tracer.trace(copied)
+        modules: dict[str, nn.Module] = dict(copied.named_modules(remove_duplicate=False))
         for node in graph.nodes:
             if node.op != "call_module":
                 continue
             called = modules[str(node.target)]
-            if called in wanted:
-                found[called].add(_follower(node, modules, _softmax_dims(called)) or transfers.get("identity"))
+            original = originals.get(id(called), called)
+            if id(original) not in self._found:
+                self.visit(original, tracer.failed.get(id(called)))  # a leaf, such as a transformer layer of torch.nn
+                continue
+            transfer, returned = _follower(node, modules, _softmax_dims(original))
+            if returned and outer is not None:
+                self._reasons[id(original)] = outer
             else:
-                visit(called)  # a leaf of the trace, such as a transformer layer of torch.nn
+                self._add(original, transfer)
 
-    def visit_pairs(children: list[nn.Module]) -> None:
-        children = [child for child in children if not isinstance(child, _MOVES_MODULES)]
-        for layer, follower in pairwise(children):
-            signature = _MODULES.get(type(follower))
-            if layer in wanted and signature is not None:
-                value = getattr(follower, signature[1]) if signature[1] else None
-                transfer = _transfer_of(signature, value, _softmax_dims(layer))
-                found[layer].add(transfer or transfers.get("identity"))
+    def _add(self, layer: nn.Module, transfer: Transfer | None) -> None:
+        self._found[id(layer)].add(transfer or transfers.get("identity"))
 
-    visit(model)
-    return {
-        layer: candidates.pop() if len(candidates) == 1 else transfers.get("identity")
-        for layer, candidates in found.items()
-    }
+
+def find_transfers_by_name(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Found]:
+    """The transfer function behind each layer of ``model``, which is left as it was, whatever its ``forward`` does.
+
+    Layers whose output could not be followed are logged, once, at level WARNING.
+
+    Args:
+        model: any module. Parts whose ``forward`` ``torch.fx`` cannot trace are looked into one by one.
+        layers: modules of ``model`` to look at, by name.
+
+    Returns:
+        A transfer function for every layer; the identity where nothing known follows, where the output has several
+        consumers, where calls of the same layer are followed by different functions, and where ``forward`` could not
+        be followed.
+    """
+    search = _Search(layers.values())
+    with undisturbed(model):
+        search.visit(model)
+    found = {name: search.result(layer) for name, layer in layers.items()}
+    reasons: dict[str, list[str]] = {}
+    for name, result in found.items():
+        if result.reason is not None:
+            reasons.setdefault(result.reason, []).append(name)
+    if reasons:
+        _log.warning(
+            "what follows these layers is not known, so they get the identity; transfers={name: function} names it "
+            "by hand. %s",
+            "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()),
+        )
+    return found
+
+
+def find_transfers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Transfer]:
+    """:func:`find_transfers_by_name` without names and reasons."""
+    modules = {str(i): layer for i, layer in enumerate(layers)}
+    return {modules[name]: found.transfer for name, found in find_transfers_by_name(model, modules).items()}

@@ -1,28 +1,29 @@
-"""How the tensors of a supported module form local problems: matrices ``[N, K]`` and rows ``[B, K]``, one per group."""
+"""How the tensors of a supported module form a local problem: ``[N, K]`` on rows ``[B, K]``, or ``G`` of them."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from locoprop_kernels.patches import Patches, Rows
+from locoprop_kernels.patches import CHUNK_BYTES, Patches, Rows
+from locoprop_torch.masks import trained_parameters, trained_weight
 
 __all__ = [
     "GroupedLinear",
     "Layout",
-    "join_state",
     "laid_out",
     "layout_of",
     "number_of_groups",
-    "split_state",
+    "state_views",
     "supported_modules",
     "tied_layers",
+    "write_back",
 ]
 
 
@@ -78,64 +79,64 @@ class GroupedLinear(nn.Module):
 
 
 class Layout(ABC):
-    """One kind of module. Every method returns one entry per group."""
+    """How one kind of module forms a local problem: ``[N, K]`` on ``[B, K]``, or ``G`` of them side by side."""
 
     #: Dimension of the output, not counting from the end where positive, that holds the features ``N``.
     feature_dim = -1
 
     @abstractmethod
-    def weights(self, tensor: Tensor) -> list[Tensor]:
-        """Views ``[N, K]`` of a tensor with the weight's shape and strides."""
+    def weight(self, tensor: Tensor) -> Tensor:
+        """A tensor with the weight's shape and strides as a view ``[N, K]`` or ``[G, N, K]``."""
 
     @abstractmethod
-    def biases(self, tensor: Tensor) -> list[Tensor]:
-        """Views ``[N]`` of a tensor with the bias's shape."""
+    def bias(self, tensor: Tensor) -> Tensor:
+        """A tensor with the bias's shape as a view ``[N]`` or ``[G, N]``."""
 
     @abstractmethod
-    def inputs(self, x: Tensor) -> list[Tensor | Rows]:
-        """Rows ``[B, K]`` of an input of the module."""
+    def inputs(self, x: Tensor) -> Tensor | Rows:
+        """Rows ``[B, K]`` or ``[G, B, K]`` of an input of the module."""
 
     @abstractmethod
-    def outputs(self, a: Tensor) -> list[Tensor]:
-        """Rows ``[B, N]`` of an output of the module."""
+    def outputs(self, a: Tensor) -> Tensor | Rows:
+        """Rows ``[B, N]`` or ``[G, B, N]`` of an output of the module."""
 
-    def split(self, kind: str) -> Callable[[Tensor], list[Tensor]]:
-        """:meth:`weights` or :meth:`biases`, by ``kind``: ``"weight"`` or ``"bias"``."""
-        return self.weights if kind == "weight" else self.biases
+    def view(self, kind: str, tensor: Tensor) -> Tensor:
+        """:meth:`weight` or :meth:`bias`, by ``kind``: ``"weight"`` or ``"bias"``."""
+        return self.weight(tensor) if kind == "weight" else self.bias(tensor)
 
 
 class _LinearLayout(Layout):
     def __init__(self, module: nn.Linear) -> None:
         pass
 
-    def weights(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor]
+    def weight(self, tensor: Tensor) -> Tensor:
+        return tensor
 
-    def biases(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor]
+    def bias(self, tensor: Tensor) -> Tensor:
+        return tensor
 
-    def inputs(self, x: Tensor) -> list[Tensor | Rows]:
-        return [x.reshape(-1, x.shape[-1])]
+    def inputs(self, x: Tensor) -> Tensor:
+        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
-    def outputs(self, a: Tensor) -> list[Tensor]:
-        return [a.reshape(-1, a.shape[-1])]
+    def outputs(self, a: Tensor) -> Tensor:
+        return a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
 
 
 class _GroupedLinearLayout(Layout):
     def __init__(self, module: GroupedLinear) -> None:
         pass
 
-    def weights(self, tensor: Tensor) -> list[Tensor]:
-        return list(tensor.unbind())
+    def weight(self, tensor: Tensor) -> Tensor:
+        return tensor
 
-    def biases(self, tensor: Tensor) -> list[Tensor]:
-        return list(tensor.unbind())
+    def bias(self, tensor: Tensor) -> Tensor:
+        return tensor
 
-    def inputs(self, x: Tensor) -> list[Tensor | Rows]:
-        return [rows.reshape(-1, x.shape[-1]) for rows in x.unbind()]
+    def inputs(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
 
-    def outputs(self, a: Tensor) -> list[Tensor]:
-        return [rows.reshape(-1, a.shape[-1]) for rows in a.unbind()]
+    def outputs(self, a: Tensor) -> Tensor:
+        return a.reshape(len(a), math.prod(a.shape[1:-1]), a.shape[-1])
 
 
 class _ConvLayout(Layout):
@@ -145,7 +146,7 @@ class _ConvLayout(Layout):
 
     def __init__(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         self.module = module
-        weight = module.weight
+        weight = trained_weight(module)
         self.channels_last = not weight.is_contiguous()
         if self.channels_last and not weight.movedim(1, -1).is_contiguous():
             raise ValueError(
@@ -153,40 +154,80 @@ class _ConvLayout(Layout):
                 "assign weight.contiguous() to it"
             )
 
-    def weights(self, tensor: Tensor) -> list[Tensor]:
+    def weight(self, tensor: Tensor) -> Tensor:
         columns = tensor.movedim(1, -1) if self.channels_last else tensor
-        return list(columns.view(self.module.groups, tensor.shape[0] // self.module.groups, -1).unbind())
+        groups = self.module.groups
+        rows = len(tensor) // groups
+        return columns.view(groups, rows, -1) if groups > 1 else columns.view(rows, -1)
 
-    def biases(self, tensor: Tensor) -> list[Tensor]:
-        return list(tensor.view(self.module.groups, -1).unbind())
+    def bias(self, tensor: Tensor) -> Tensor:
+        return tensor.view(self.module.groups, -1) if self.module.groups > 1 else tensor
 
     def _batched(self, x: Tensor) -> Tensor:
-        return x if x.dim() == self.module.weight.dim() else x.unsqueeze(0)
+        return x if x.dim() == 2 + len(self.module.kernel_size) else x.unsqueeze(0)
 
-    def inputs(self, x: Tensor) -> list[Tensor | Rows]:
-        module = self.module
-        x = self._pad(self._batched(x))
-        parts = x.chunk(module.groups, 1) if module.groups > 1 else [x]
-        return [Patches(part, module.kernel_size, module.stride, module.dilation, self.channels_last) for part in parts]
+    def inputs(self, x: Tensor) -> Rows:
+        return _PaddedPatches(self.module, self._batched(x), self.channels_last)
 
-    def _pad(self, x: Tensor) -> Tensor:
+    def outputs(self, a: Tensor) -> Rows:
+        return _Positions(self._batched(a), self.module.groups)
+
+
+class _PaddedPatches(Rows):
+    """The patches of a convolution's unpadded input, which is padded when rows are asked for, and not before."""
+
+    def __init__(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, channels_last: bool) -> None:
+        self.module, self.x, self.channels_last = module, x, channels_last
+        groups = module.groups
+        positions = 1
+        for i, (left, right) in enumerate(self._padding()):
+            size = x.shape[2 + i] + left + right - module.dilation[i] * (module.kernel_size[i] - 1) - 1
+            positions *= size // module.stride[i] + 1
+        lead = (groups,) if groups > 1 else ()
+        columns = x.shape[1] // groups * math.prod(module.kernel_size)
+        super().__init__((*lead, len(x) * positions, columns), x.dtype, x.device)
+
+    def _padding(self) -> list[tuple[int, int]]:
+        """Left and right padding of each spatial dimension."""
         module = self.module
         if module.padding == "valid":
-            return x
-        amounts: list[int] = []  # of the last dimension first, as F.pad wants it
-        for i in reversed(range(len(module.kernel_size))):
-            if module.padding == "same":
-                total = module.dilation[i] * (module.kernel_size[i] - 1)
-                amounts += [total // 2, total - total // 2]
-            else:
-                amounts += [int(module.padding[i])] * 2
-        if not any(amounts):
-            return x
-        return F.pad(x, amounts, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+            return [(0, 0)] * len(module.kernel_size)
+        if module.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            return [(total // 2, total - total // 2) for total in totals]
+        return [(int(amount), int(amount)) for amount in module.padding]
 
-    def outputs(self, a: Tensor) -> list[Tensor]:
-        rows = self._batched(a).movedim(1, -1).flatten(0, -2)
-        return list(rows.chunk(self.module.groups, 1))
+    def _patches(self) -> Patches:
+        module, x = self.module, self.x
+        amounts = [amount for pair in reversed(self._padding()) for amount in pair]  # F.pad wants the last one first
+        if any(amounts):
+            x = F.pad(x, amounts, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+        groups = module.groups if module.groups > 1 else None
+        return Patches(x, module.kernel_size, module.stride, module.dilation, self.channels_last, groups)
+
+    def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+        return self._patches().chunks(max_bytes)
+
+    def group(self, index: int) -> Patches:
+        return self._patches().group(index)
+
+
+class _Positions(Rows):
+    """The output of a convolution, one row per position; copied when rows are asked for, and not before."""
+
+    def __init__(self, a: Tensor, groups: int) -> None:
+        self.a, self.groups = a, groups
+        rows, columns = len(a) * math.prod(a.shape[2:]), a.shape[1] // groups
+        super().__init__((groups, rows, columns) if groups > 1 else (rows, columns), a.dtype, a.device)
+
+    def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+        step = max(1, max_bytes // max(1, self.a[0].numel() * self.dtype.itemsize))
+        for part in self.a.split(step):
+            rows = part.movedim(1, -1).flatten(0, -2)
+            yield rows.unflatten(1, (self.groups, -1)).movedim(1, 0) if self.groups > 1 else rows
+
+    def group(self, index: int) -> _Positions:
+        return _Positions(self.a.chunk(self.groups, 1)[index], 1)
 
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, GroupedLinear)
@@ -202,7 +243,7 @@ _LAYOUTS: dict[type[nn.Module], Callable[[Any], Layout]] = {
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a module that LocoProp can train, ``None`` for any other.
 
-    A subclass counts where it has its parent's ``forward``; the weight must be a parameter of its own.
+    A subclass counts where it has its parent's ``forward``; the weight must be a parameter of its own, or a masked one.
 
     Raises:
         ValueError: the module is of a supported kind, but its weight has strides that are not.
@@ -210,12 +251,8 @@ def layout_of(module: nn.Module) -> Layout | None:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None  # MultiheadAttention reads its weight without calling it
     for kind, layout in _LAYOUTS.items():
-        if (
-            isinstance(module, kind)
-            and type(module).forward is kind.forward
-            and isinstance(module.weight, nn.Parameter)
-        ):
-            return layout(module)
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return layout(module) if trained_parameters(module) is not None else None
     return None
 
 
@@ -242,19 +279,21 @@ def tied_layers(modules: Mapping[str, Any]) -> list[dict[str, Any]]:
         ValueError: layers that share their weight have different biases or shapes of groups, or layers share a bias
             alone.
     """
+    trained = {name: trained_parameters(module) or {} for name, module in modules.items()}
     groups: dict[int, dict[str, Any]] = {}
     for name, module in modules.items():
-        groups.setdefault(id(module.weight), {})[name] = module
+        groups.setdefault(id(trained[name]["weight"].parameter), {})[name] = module
     owners: dict[int, str] = {}
     for group in groups.values():
         name, first = next(iter(group.items()))
+        biases = {other: trained[other]["bias"].parameter if "bias" in trained[other] else None for other in group}
         for other, module in group.items():
-            if module.bias is not first.bias:
+            if biases[other] is not biases[name]:
                 raise ValueError(f"layers {name!r} and {other!r} share their weight, so they must share their bias too")
             if type(module) is not type(first) or getattr(module, "groups", 1) != getattr(first, "groups", 1):
                 raise ValueError(f"layers {name!r} and {other!r} share their weight, so they must be of one kind")
-        for parameter in first.parameters(recurse=False):
-            other = owners.setdefault(id(parameter), name)
+        for found in trained[name].values():
+            other = owners.setdefault(id(found.parameter), name)
             if other != name:
                 raise ValueError(f"layers {other!r} and {name!r} share a bias, so they must share their weight too")
     return list(groups.values())
@@ -268,40 +307,27 @@ def laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def number_of_groups(module: nn.Module) -> int:
-    """How many local problems a supported module forms."""
+    """``G`` of a supported module, 1 where it has no groups."""
     return module.groups if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, GroupedLinear)) else 1
 
 
-def split_state(
-    split: Callable[[Tensor], list[Tensor]], parameter: Tensor, state: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """An update rule's state of ``parameter``, its slots shaped like it, as one state per group: views if possible."""
-    states: list[dict[str, Any]] = [{} for _ in split(parameter)]
-    for slot, value in state.items():
-        fits = value.dim() and value.shape == parameter.shape
-        parts = split(laid_out(value, parameter)) if fits else [value] * len(states)
-        for group, part in zip(states, parts, strict=True):
-            group[slot] = part
-    return states
+def state_views(layout: Layout, kind: str, parameter: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An update rule's state of ``parameter`` in the shapes of its local problem: views of what is ``stored``.
+
+    Args:
+        layout: of the module.
+        kind: ``"weight"`` or ``"bias"``.
+        parameter: the parameter, which slots other than counters are shaped and strided like.
+        stored: the state by slot.
+    """
+    return {
+        slot: layout.view(kind, value) if value.dim() and value.shape == parameter.shape else value
+        for slot, value in stored.items()
+    }
 
 
-def join_state(
-    split: Callable[[Tensor], list[Tensor]],
-    parameter: Tensor,
-    stored: dict[str, Any],
-    states: Iterable[dict[str, Any]],
-) -> dict[str, Any]:
-    """The reverse of :func:`split_state`; a slot of ``stored`` that the groups have written into is kept as it is."""
-    groups = list(states)
-    joined: dict[str, Any] = {}
-    for slot, first in groups[0].items():
-        old = stored.get(slot)
-        if first.dim() == 0 or first.shape == parameter.shape:
-            joined[slot] = first
-        elif old is not None and old.stride() == parameter.stride() and split(old)[0].data_ptr() == first.data_ptr():
-            joined[slot] = old
-        else:
-            joined[slot] = torch.empty_like(parameter, dtype=first.dtype)
-            for target, group in zip(split(joined[slot]), groups, strict=True):
-                target.copy_(group[slot])
-    return joined
+def write_back(views: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Bring the state after a committed step into the tensors behind ``views``, where it is not there already."""
+    for slot, view in views.items():
+        if state[slot] is not view:
+            view.copy_(state[slot])

@@ -2,63 +2,60 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from locoprop_kernels import LocalProblem, StepReport, rules, transfers
-from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS
+from locoprop_kernels import StepReport, rules, transfers
+from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, shown
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
-from locoprop_kernels.steps import BACKENDS, pending_steps, triton_unavailable
+from locoprop_kernels.steps import BACKENDS, nothing_done, pending_steps, triton_unavailable
 from locoprop_kernels.transfers import Transfer
-from locoprop_torch.capture import ActivationHook, Layer
-from locoprop_torch.discovery import find_transfers
-from locoprop_torch.layouts import join_state, number_of_groups, split_state, supported_modules, tied_layers
-from locoprop_torch.targets import TARGETS, Target, starting_gradients
+from locoprop_torch import checkpoints
+from locoprop_torch.capture import ActivationHook, CapturedLayer
+from locoprop_torch.checks import (
+    as_list,
+    check_choice,
+    check_one_process,
+    checked_hyperparameters,
+    clean_name,
+    is_compiled,
+    is_named,
+)
+
+try:
+    from locoprop_torch.discovery import find_transfers_by_name
+except ImportError:  # TEMPORARY
+    from types import SimpleNamespace
+
+    from locoprop_torch.discovery import find_transfers
+    def find_transfers_by_name(model, layers):
+        f = find_transfers(model, layers.values())
+        return {n: SimpleNamespace(transfer=f[m], reason=None) for n, m in layers.items()}
+from locoprop_torch.hooks import AttachedHook, attach
+from locoprop_torch.layouts import number_of_groups, supported_modules, tied_layers
+from locoprop_torch.masks import trained_parameters
+from locoprop_torch.problems import LayerWork, layer_work
+from locoprop_torch.targets import TARGETS, Target
 
 __all__ = ["LocoProp", "default_lr_decay"]
 
 LOCAL_LOSSES = ("matching", "squared")
+_AUX: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {"adamw": torch.optim.AdamW}
+# What the groups of a layer's weight and bias must agree in.
+_SHARED = ("activation_lr", "local_iterations", "prox", "rule", "transfer")
+_log = logging.getLogger("locoprop_torch")
 
 
 def default_lr_decay(t: int, iterations: int) -> float:
     """``max(1 - t/T, 0.25)``: the decay of the paper's experiments over the local iterations ``t = 0 .. T-1``."""
     return max(1 - t / iterations, 0.25)
-
-
-def _check_number(name: str, value: Any, *, zero: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"{name} must be finite and {'>= 0' if zero else '> 0'}, got {value!r}")
-
-
-def _check_hyperparameters(group: Mapping[str, Any], *, warm_up: bool) -> None:
-    lr = float(group["lr"]) if isinstance(group["lr"], Tensor) else group["lr"]
-    _check_number("lr", lr, zero=warm_up)
-    _check_number("activation_lr", group["activation_lr"], zero=False)
-    _check_number("prox", group["prox"], zero=True)
-    _check_number("weight_decay", group["weight_decay"], zero=True)
-    iterations = group["local_iterations"]
-    if isinstance(iterations, bool) or not isinstance(iterations, int):
-        raise TypeError(f"local_iterations must be an integer, got {iterations!r}")
-    if iterations < 1:
-        raise ValueError(f"local_iterations must be >= 1, got {iterations!r}")
-
-
-def _as_list(params: Any) -> list[Any]:
-    return [params] if isinstance(params, Tensor) else list(params)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
 class _SkipCounter:
@@ -91,6 +88,16 @@ class _SkipCounter:
             )
 
 
+@dataclass(eq=False)
+class _Call:
+    """The layers of one call of the backend."""
+
+    group: dict[str, Any]
+    rates: list[float]
+    with_rows: bool
+    work: list[LayerWork] = field(default_factory=list)
+
+
 class LocoProp(Optimizer):
     """LocoProp (Amid, Anil, Warmuth, AISTATS 2022): every layer solves a small convex problem of its own.
 
@@ -104,7 +111,7 @@ class LocoProp(Optimizer):
     Args:
         model: its ``nn.Linear``, ``nn.Conv1d/2d/3d`` and :class:`GroupedLinear` layers are captured by forward hooks,
             and trained unless ``aux`` has their parameters. A convolution's examples are the positions of its output.
-        lr: learning rate of the local rule, ``> 0`` (``param_groups[..]["lr"]``; a scheduler may set it to 0).
+        lr: learning rate of the local rule, ``>= 0`` (``param_groups[..]["lr"]``, for torch's schedulers).
         activation_lr: ``γ``, step size of the activation targets, ``> 0``.
         local_iterations: ``T >= 1``.
         rule: ``"sgd"``, ``"momentum"``, ``"nesterov"``, ``"rmsprop"``, ``"adam"``, ``"adagrad"``, or an instance from
@@ -114,8 +121,10 @@ class LocoProp(Optimizer):
         prox: proximal coefficient ``λ >= 0``.
         reduction: ``"mean"`` or ``"sum"`` of the local loss over the rows (examples, tokens) of a layer's input.
         lr_decay: ``(t, T) -> factor`` of the learning rate; ``None`` for :func:`default_lr_decay`.
-        aux: optimiser for the parameters that no captured layer owns. It steps and zeroes along with this one, and is
-            part of its ``state_dict``.
+        aux: for the parameters that no captured layer owns: an optimiser of the user's, ``"adamw"`` for
+            ``torch.optim.AdamW`` with its defaults, or a function of those parameters that makes one. It steps along
+            with this one. Its groups are among ``param_groups``, marked ``"aux": True``, and its state is in
+            ``state_dict``.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``.
         compute_dtype: dtype of the operands of the local products; ``None`` for the parameters'.
         target: ``"dual"``, ``"primal"`` or a function, see :mod:`locoprop_torch.targets`; or one by submodule name.
@@ -123,12 +132,18 @@ class LocoProp(Optimizer):
         weight_decay: decoupled weight decay ``>= 0``, as AdamW's: ``W`` is multiplied by ``1 - lr * weight_decay``.
         param_groups: groups with hyper-parameters of their own, as in torch: ``{"params": model.fc1.parameters(),
             "activation_lr": 1.0}``; ``lr``, ``activation_lr``, ``local_iterations``, ``prox``, ``rule``,
-            ``transfer`` (over what ``transfers`` says) and ``weight_decay`` may be set. All parameters of a layer go
-            into one group; those of no group form the first.
+            ``transfer`` (over what ``transfers`` says) and ``weight_decay`` may be set. Weight and bias of a layer may
+            be in two groups, which then differ in ``lr`` and ``weight_decay`` alone; those of no group form the first.
+        masks: masks by parameter name, of the parameter's shape: where a mask is zero, the local steps leave the
+            parameter as it is. The tensors are looked at anew in every step. Those of ``torch.nn.utils.prune`` and of
+            parametrizations that multiply by zeros and ones are found without being named.
         trace: also evaluate every layer's local objective, into ``last_reports``; costs one more product a step.
 
     Attributes:
-        last_reports: the :class:`locoprop_kernels.StepReport` of each parameter group at the last step.
+        last_reports: what the last step did: a :class:`locoprop_kernels.StepReport` for each parameter group, one more
+            for layers with a gradient but no rows (``driver`` is ``"rule"``: the rule's own step on ``γ · grad``) and
+            one for layers without a gradient (``"none"``). ``report.problems`` has an entry for each layer, by
+            ``name``.
 
     Raises:
         TypeError, ValueError: an argument is out of range, the model has no supported layer, or trainable parameters
@@ -138,7 +153,7 @@ class LocoProp(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 2e-5,
+        lr: float | Tensor = 2e-5,
         activation_lr: float = 10.0,
         local_iterations: int = 10,
         rule: str | rules.Rule = "rmsprop",
@@ -147,28 +162,33 @@ class LocoProp(Optimizer):
         prox: float = 0.0,
         reduction: str = "mean",
         lr_decay: Callable[[int, int], float] | None = None,
-        aux: Optimizer | None = None,
+        aux: Optimizer | str | Callable[[list[nn.Parameter]], Optimizer] | None = None,
         backend: str = "auto",
         compute_dtype: torch.dtype | None = None,
         target: Target | Mapping[str, Target] = "dual",
         regulariser: Regulariser | Callable[[Tensor, Tensor], Tensor] | None = None,
         weight_decay: float = 0.0,
         param_groups: Iterable[dict[str, Any]] = (),
+        masks: Mapping[str, Tensor] | None = None,
         trace: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if aux is not None and not isinstance(aux, Optimizer):
-            raise TypeError(f"aux must be a torch.optim.Optimizer or None, got {type(aux).__name__}")
-        _check_choice("local_loss", local_loss, LOCAL_LOSSES)
-        _check_choice("reduction", reduction, REDUCTIONS)
-        _check_choice("backend", backend, BACKENDS)
-        _check_choice("compute_dtype", compute_dtype, (None, *COMPUTE_DTYPES))
+        if isinstance(aux, str):
+            check_choice("aux", aux, tuple(_AUX))
+        elif not (aux is None or isinstance(aux, Optimizer) or callable(aux)):
+            raise TypeError(
+                f"aux must be a torch.optim.Optimizer, 'adamw', a function of parameters or None, got {shown(aux)}"
+            )
+        check_choice("local_loss", local_loss, LOCAL_LOSSES)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("backend", backend, BACKENDS)
+        check_choice("compute_dtype", compute_dtype, (None, *COMPUTE_DTYPES))
         if lr_decay is not None and not callable(lr_decay):
-            raise TypeError(f"lr_decay must be callable or None, got {type(lr_decay).__name__}")
+            raise TypeError(f"lr_decay must be callable or None, got {shown(lr_decay)}")
         if backend == "triton" and (reason := triton_unavailable()):
             raise ValueError(f"backend 'triton' cannot run: {reason}; backend='reference' would work")
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "activation_lr": activation_lr,
             "local_iterations": local_iterations,
@@ -177,20 +197,17 @@ class LocoProp(Optimizer):
             "weight_decay": weight_decay,
             "transfer": None,
         }
-        _check_hyperparameters(defaults, warm_up=False)
+        defaults.update(checked_hyperparameters(defaults))
         for choice in target.values() if isinstance(target, Mapping) else [target]:
             if not callable(choice):
-                _check_choice("target", choice, TARGETS)
-        if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-            raise ValueError(
-                "model must not contain DistributedDataParallel: local problems of several processes differ"
-            )
+                check_choice("target", choice, TARGETS)
+        check_one_process(model)
 
         self.model = model
         self.local_loss = local_loss
         self.reduction = reduction
         self.lr_decay = lr_decay or default_lr_decay
-        self.aux = aux
+        self.aux: Optimizer | None = aux if isinstance(aux, Optimizer) else None
         self.backend = backend
         self.compute_dtype = compute_dtype
         self.target = target
@@ -198,27 +215,51 @@ class LocoProp(Optimizer):
         self.trace = trace
         self.last_reports: list[StepReport] = []
         self._skipped = _SkipCounter()
-        self._transfers = dict(transfers or {})
-        self._targets = dict(target) if isinstance(target, Mapping) else {}
-        self._activation_handles: list[RemovableHandle] = []
-        self._layers: dict[str, Layer] = {}
-        self._attach()
-        owned = {id(p): p for layer in self._layers.values() for p in layer.parameters.values()}
-        self._check_coverage(owned)
-        for layer in self._layers.values():
-            self._transfer(layer, defaults)
-        groups = [{**group, "params": _as_list(group["params"])} for group in param_groups]
-        grouped = {id(p) for group in groups for p in group["params"]}
+        self._transfers = {clean_name(name): transfer for name, transfer in (transfers or {}).items()}
+        self._targets = {clean_name(name): t for name, t in target.items()} if isinstance(target, Mapping) else {}
+        self._masks = self._checked_masks(masks or {})
+        self._told: set[str] = set()  # layers whose gradients without rows were logged
+        self._activation_handles: list[AttachedHook] = []
+        self._layers: dict[str, CapturedLayer] = {}
+        self._complete = False
+        try:
+            self._attach()
+            owned = {id(p): p for layer in self._layers.values() for p in layer.parameters.values()}
+            if aux is not None and self.aux is None:
+                self.aux = self._made_aux(aux, owned)
+            self._check_coverage(owned)
+            for layer in self._layers.values():
+                self._transfer(layer, defaults)
+            super().__init__(self._groups(owned, param_groups), defaults)
+            self._complete = True
+            self._link_aux()
+        except BaseException:
+            self._detach()
+            raise
+
+    def _groups(self, owned: Mapping[int, nn.Parameter], given: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The parameter groups as torch wants them: the user's, before them one with what is in none of those."""
+        groups = [{**group, "params": as_list(group["params"])} for group in given]
+        names = {id(p): clean_name(name) for name, p in self.model.named_parameters()}
+        named = any(is_named(group["params"]) for group in groups)
+        grouped = {id(p[1] if isinstance(p, tuple) else p) for group in groups for p in group["params"]}
         rest = [p for key, p in owned.items() if key not in grouped]
-        super().__init__([*([{"params": rest}] if rest else []), *groups], defaults)
+        groups = [*([{"params": rest}] if rest else []), *groups]
+        if named:  # all of them, or torch refuses
+            for group in groups:
+                group["params"] = [p if isinstance(p, tuple) else (names.get(id(p), ""), p) for p in group["params"]]
+        return groups
 
     # --- layers and parameter groups
 
     def _attach(self) -> None:
         """Capture the supported layers of the model that are not captured yet and that ``aux`` leaves to us."""
-        modules = {
-            name: module for name, module in supported_modules(self.model).items() if not self._in_aux(name, module)
+        paths = {
+            clean_name(path): path
+            for path, module in supported_modules(self.model).items()
+            if not self._in_aux(path, module)
         }
+        modules: dict[str, Any] = {name: self.model.get_submodule(path) for name, path in paths.items()}
         if not modules:
             raise ValueError(
                 "model must have at least one supported layer (nn.Linear, nn.Conv1d/2d/3d, GroupedLinear) "
@@ -228,8 +269,10 @@ class LocoProp(Optimizer):
             unknown = set(given) - set(modules)
             if unknown:
                 raise ValueError(f"{argument} must name captured layers ({', '.join(modules)}); got {sorted(unknown)}")
-        found = find_transfers(self.model, modules.values())
-        chosen = {name: transfers.get(self._transfers.get(name, found[modules[name]])) for name in modules}
+        unnamed = {name: module for name, module in modules.items() if name not in self._transfers}
+        found = find_transfers_by_name(self.model, unnamed) if self.local_loss == "matching" else {}
+        chosen = {name: transfers.get(transfer) for name, transfer in self._transfers.items()}
+        chosen.update({name: found[name].transfer if name in found else transfers.get("identity") for name in unnamed})
         for tied in tied_layers(modules):
             name = next(iter(tied))
             if name in self._layers:
@@ -240,19 +283,55 @@ class LocoProp(Optimizer):
                     f"layers {', '.join(tied)} share their weight, so one transfer function must follow all of them, "
                     f"got {', '.join(sorted(map(str, functions)))}: set it for each of them in transfers"
                 )
-            transfer = functions.pop()
-            self._layers[name] = Layer(tied, transfer, keep_gradients=self._target(name) != "dual")
+            reasons = [found[other].reason for other in tied if other in found and found[other].reason]
+            self._layers[name] = CapturedLayer(
+                tied, paths, functions.pop(), self._target(name) != "dual", reasons[0] if reasons else None
+            )
         self._watch_activations()
+
+    def _detach(self) -> None:
+        """Take all hooks off the model."""
+        for layer in self._layers.values():
+            layer.detach()
+        for handle in self._activation_handles:
+            handle.remove()
+
+    def _made_aux(self, aux: Any, owned: Mapping[int, Tensor]) -> Optimizer | None:
+        """The optimiser of the parameters that no captured layer owns; ``None`` if there are none."""
+        left = [p for p in self.model.parameters() if id(p) not in owned]
+        if not left:
+            return None
+        made = (_AUX[aux] if isinstance(aux, str) else aux)(left)
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"aux must return a torch.optim.Optimizer, got {shown(made)}")
+        if any(id(p) in owned for group in made.param_groups for p in group["params"]):
+            raise ValueError("aux must return an optimiser of the parameters that it was given, got one with others")
+        return made
 
     def _aux_ids(self) -> set[int]:
         return {id(p) for group in self.aux.param_groups for p in group["params"]} if self.aux is not None else set()
 
     def _in_aux(self, name: str, module: nn.Module) -> bool:
         aux_ids = self._aux_ids()
-        inside = [id(p) in aux_ids for p in module.parameters(recurse=False)]
+        inside = [id(found.parameter) in aux_ids for found in (trained_parameters(module) or {}).values()]
         if any(inside) and not all(inside):
             raise ValueError(f"aux must have all parameters of layer {name!r} or none, got only some")
         return any(inside)
+
+    @property
+    def _own_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups that are not those of ``aux``."""
+        return [group for group in self.param_groups if not group.get("aux")]
+
+    def _link_aux(self) -> None:
+        """Show the groups of ``aux`` among ours: the same dictionaries, so that each sees what is set in the other."""
+        if self.aux is None:
+            return
+        groups = [*self._own_groups, *self.aux.param_groups]
+        if [id(group) for group in groups] != [id(group) for group in self.param_groups]:
+            for group in self.aux.param_groups:
+                group["aux"] = True
+            self.param_groups[:] = groups
 
     def _target(self, name: str) -> Target:
         return self._targets.get(name, "dual") if isinstance(self.target, Mapping) else self.target
@@ -263,57 +342,92 @@ class LocoProp(Optimizer):
         for handle in self._activation_handles:
             handle.remove()
         self._activation_handles = [
-            module.register_forward_hook(ActivationHook(layers))
+            attach(module, ActivationHook(layers))
             for module in self.model.modules()
+            # What comes out of a LogSoftmax is not the softmax that the layer's transfer function is.
             if layers and not list(module.children()) and not list(module.parameters())
+            if not isinstance(module, nn.LogSoftmax)
         ]
 
     def _check_coverage(self, owned: Mapping[int, Tensor]) -> None:
         covered = set(owned) | self._aux_ids()
-        left = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in covered]
+        left = [
+            clean_name(name) for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in covered
+        ]
         if left:
             attention = any(isinstance(module, nn.MultiheadAttention) for module in self.model.modules())
             raise ValueError(
-                "no captured layer owns these trainable parameters; give them to an optimiser and pass it as aux, "
-                f"or freeze them: {', '.join(left)}"
+                "no captured layer owns these trainable parameters; give them to an optimiser and pass it as aux "
+                f"(aux='adamw' makes one), or freeze them: {', '.join(left)}"
                 + ("; expose_projections(model) makes those of nn.MultiheadAttention layers" if attention else "")
             )
+
+    def _checked_masks(self, masks: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """The user's masks by ``id`` of the parameter."""
+        parameters = {clean_name(name): p for name, p in self.model.named_parameters(remove_duplicate=False)}
+        checked = {}
+        for name, mask in masks.items():
+            parameter = parameters.get(clean_name(name))
+            if parameter is None:
+                raise ValueError(f"masks must name parameters of the model ({', '.join(parameters)}); got {name!r}")
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"mask of {name!r} must be a torch.Tensor, got {type(mask).__name__}")
+            if mask.shape != parameter.shape:
+                raise ValueError(f"mask of {name!r} must have shape {list(parameter.shape)}, got {list(mask.shape)}")
+            checked[id(parameter)] = mask
+        return checked
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add layers that were put into the model later, all parameters of a layer in one group.
 
+        Parameters that no supported layer owns go to ``aux``, if there is one.
+
         Raises:
-            ValueError: a parameter belongs to no supported layer of the model, or a layer's parameters are split.
+            ValueError: a parameter belongs neither to a supported layer of the model nor to ``aux``, or a layer's
+                parameters are split.
         """
-        params = param_group["params"]
-        param_group["params"] = params = _as_list(params)
-        ids = {id(p) for p in params}
-        owned = {id(p) for layer in self._layers.values() for p in layer.parameters.values()}
+        params = as_list(param_group["params"])
+        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        ids = {id(p) for p in tensors}
+        owned = self._owned_ids()
         if not ids <= owned:
             self._attach()
-            owned = {id(p) for layer in self._layers.values() for p in layer.parameters.values()}
-        for p in params:
+            owned = self._owned_ids()
+        if self.aux is not None and tensors and not ids & owned:
+            self.aux.add_param_group({**param_group, "params": params})
+            self._link_aux()
+            return
+        for p in tensors:
             if id(p) not in owned:
-                shape = list(p.shape) if isinstance(p, Tensor) else p
-                raise ValueError(
-                    f"params must belong to supported layers of the model, got one of shape {shape} that does not"
-                )
+                raise ValueError(f"params must belong to supported layers of the model, got {shown(p)} that does not")
+        if self._complete:
+            self._check_whole_layers(ids)
+        group = {**self.defaults, **param_group, "params": params}
+        group["rule"] = rules.get(group["rule"])
+        if group["transfer"] is not None:
+            group["transfer"] = transfers.get(group["transfer"])
+        group.update(checked_hyperparameters(group))
+        super().add_param_group(group)
+        if self._complete:
+            self._link_aux()
+
+    def _check_whole_layers(self, ids: set[int]) -> None:
         for name, layer in self._layers.items():
             inside = [id(p) in ids for p in layer.parameters.values()]
             if any(inside) and not all(inside):
                 raise ValueError(f"params must have all parameters of layer {name!r} or none, got only some")
-        group = {**self.defaults, **param_group}
-        param_group["rule"] = rules.get(group["rule"])
-        if group["transfer"] is not None:
-            param_group["transfer"] = transfers.get(group["transfer"])
-        _check_hyperparameters(group, warm_up=False)
-        super().add_param_group(param_group)
+
+    def _owned_ids(self) -> set[int]:
+        return {id(p) for layer in self._layers.values() for p in layer.parameters.values()}
 
     # --- the step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the local iterations of all layers and step ``aux``.
+
+        As with torch's optimisers, parameters without a gradient stay as they are. A layer that has a gradient but no
+        captured rows takes one step of the rule on ``γ · grad``. :attr:`last_reports` says what was done.
 
         Args:
             closure: re-evaluates the model, calls ``backward`` and returns the loss; optional.
@@ -322,118 +436,142 @@ class LocoProp(Optimizer):
             What ``closure`` returned, or ``None``.
 
         Raises:
-            ValueError: there is no captured forward and backward pass, or what was captured does not fit the parameters
-                any more (changed shapes, replaced layers, inputs overwritten in place, mixed dtypes or devices, sparse
-                gradients, empty batches). Nothing has been changed then.
+            ValueError: what was captured does not fit the parameters any more (changed shapes, replaced layers, inputs
+                overwritten in place, mixed dtypes or devices, sparse gradients), or several processes train. Nothing
+                has been changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._problems()
-        rates = [self._rates(group) for group, _ in work]
-        self.last_reports = [
-            pending_steps(
-                [problem for problems in layers.values() for problem in problems],
-                rule=group["rule"],
-                lr=rate,
-                prox=group["prox"],
-                reduction=self.reduction,
-                backend=self.backend,
-                compute_dtype=self.compute_dtype,
-                trace=self.trace,
-                regulariser=self.regulariser,
-                increments=False,
-            )
-            for (group, layers), rate in zip(work, rates, strict=True)
-        ]
-        finite = self._finite(loss)
+        check_one_process(self.model)
+        self._link_aux()
+        calls, idle = self._calls()
+        if len(calls) > 1:  # each call checks its own problems, but the first should not run if the second cannot
+            for work in (work for call in calls for work in call.work):
+                work.problem.validate(work.problem.name)
+        reports = [self._solve(call) for call in calls]
+        finite = self._finite(reports, loss)
         if self.aux is not None and finite:  # the host decides here: with aux, a step waits for the device
             self.aux.step()
-        for (group, layers), report in zip(work, self.last_reports, strict=True):
-            self._decay(group, layers, finite)
+        self._decay(calls, finite)
+        for call, report in zip(calls, reports, strict=True):
             report.commit_(finite)
-            for layer, problems in layers.items():
-                self._keep_state(layer, problems)
-        self._forget()
-        self._skipped.count(finite)
+            if finite.device.type != "cpu" or report.committed:  # elsewhere the host does not wait for the answer
+                for work in call.work:
+                    work.keep_state(self.state)
+        self._forget(release=True)
+        if calls or self.aux is not None:
+            self._skipped.count(finite)
+        self.last_reports = [*reports, *([nothing_done(idle, "no gradient")] if idle else [])]
         return loss
 
-    def _rates(self, group: dict[str, Any]) -> list[float]:
-        _check_hyperparameters(group, warm_up=True)  # schedulers and users may have set them
-        iterations = group["local_iterations"]
-        return [float(group["lr"]) * self.lr_decay(t, iterations) for t in range(iterations)]
+    def _solve(self, call: _Call) -> StepReport:
+        """The local iterations of one call, up to the commit."""
+        report = pending_steps(
+            [work.problem for work in call.work],
+            rule=call.group["rule"],
+            lr=call.rates,
+            prox=call.group["prox"],
+            reduction=self.reduction,
+            backend=self.backend,
+            compute_dtype=self.compute_dtype,
+            trace=self.trace and call.with_rows,
+            regulariser=self.regulariser,
+            increments=False,
+            done=lambda index: call.work[index].release(),
+        )
+        for work, problem in zip(call.work, report.problems, strict=True):
+            problem.name, problem.rows = work.layer.name, work.rows
+            if not call.with_rows:
+                problem.driver = "rule"
+        return report
 
-    def _decay(self, group: dict[str, Any], layers: Iterable[Layer], finite: Tensor) -> None:
+    def _decay(self, calls: Iterable[_Call], finite: Tensor) -> None:
         """Decoupled weight decay, as AdamW's: once a step, before the increment is added."""
-        factor = 1 - float(group["lr"]) * group["weight_decay"]
-        if factor == 1:
-            return
-        kept = torch.where(finite, torch.full((), factor, dtype=torch.float64, device=finite.device), 1.0)
-        for layer in layers:
-            for parameter in layer.trained.values():
-                parameter.mul_(kept)
+        groups = {id(p): group for group in self._own_groups for p in group["params"]}
+        for parameter in (p for call in calls for work in call.work for p in work.trained.values()):
+            group = groups[id(parameter)]
+            factor = 1 - float(group["lr"]) * group["weight_decay"]
+            if factor != 1:
+                kept = torch.full((), factor, dtype=torch.float64, device=finite.device)
+                parameter.mul_(torch.where(finite, kept, 1.0))
 
-    def _keep_state(self, layer: Layer, problems: list[LocalProblem]) -> None:
-        for kind, parameter in layer.trained.items():
-            states = [problem.state[kind] for problem in problems if problem.state.get(kind)]
-            if states:
-                stored = self.state.get(parameter, {})
-                self.state[parameter] = join_state(layer.layout.split(kind), parameter, stored, states)
-
-    def _problems(self) -> list[tuple[dict[str, Any], dict[Layer, list[LocalProblem]]]]:
-        """The local problems of the layers of every parameter group that has some."""
-        groups = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        work: list[dict[Layer, list[LocalProblem]]] = [{} for _ in self.param_groups]
+    def _calls(self) -> tuple[list[_Call], list[str]]:
+        """The calls of the backend that make this step, and the names of the layers that have no gradient."""
+        own = self._own_groups
+        for group in own:  # schedulers and users may have set them
+            group.update(checked_hyperparameters(group))
+        groups = {id(p): (index, group) for index, group in enumerate(own) for p in group["params"]}
+        calls: dict[tuple[int, float, bool], _Call] = {}
+        idle = []
         for name, layer in self._layers.items():
-            group = groups.get(id(layer.weight))
             self._check_unchanged(layer)
-            trained = layer.trained
-            if group is None or not trained:
+            trained = {kind: p for kind, p in layer.trained.items() if id(p) in groups}
+            if not trained:
+                idle.append(name)
                 continue
-            for kind, parameter in trained.items():
-                assert parameter.grad is not None
-                if parameter.grad.layout != torch.strided:
-                    raise ValueError(
-                        f"layer {name!r}: the gradient of its {kind} must be dense, got {parameter.grad.layout}"
-                    )
-            if not layer.passes:
-                if not any(p.grad.any() for p in trained.values() if p.grad is not None):
-                    continue  # zeroed in place and not reached by this backward pass
-                raise ValueError(
-                    f"layer {name!r} has a gradient but no captured forward pass: build the optimiser before the "
-                    "forward pass, call the layer as a module, and do not call step() twice for one backward pass"
-                )
-            work[group][layer] = self._layer_problems(layer, self.param_groups[group])
-        if not any(work):
-            raise ValueError(
-                "step() needs a forward and a backward pass through at least one captured layer since the last one"
+            index, group = self._group_of(layer, trained, groups)
+            rates = {kind: float(groups[id(p)][1]["lr"]) for kind, p in trained.items()}
+            largest = max(rates.values())
+            work = layer_work(
+                layer,
+                trained,
+                self._transfer(layer, group),
+                self._target(name),
+                group["rule"],
+                float(group["activation_lr"]),
+                {kind: rate / largest if rate != largest else 1.0 for kind, rate in rates.items()},
+                self._masks,
+                self.state,
             )
-        return [(group, problems) for group, problems in zip(self.param_groups, work, strict=True) if problems]
+            if not work.rows:
+                self._tell_without_rows(work)
+            iterations = group["local_iterations"]
+            decays = [self.lr_decay(t, iterations) for t in range(iterations if work.rows else 1)]
+            call = calls.setdefault(
+                (index, largest, work.rows > 0), _Call(group, [largest * decay for decay in decays], work.rows > 0)
+            )
+            call.work.append(work)
+        return list(calls.values()), idle
 
-    def _layer_problems(self, layer: Layer, hyperparameters: dict[str, Any]) -> list[LocalProblem]:
-        """One local problem per group of the layer."""
-        transfer = self._transfer(layer, hyperparameters)
-        activation_lr = hyperparameters["activation_lr"]
-        layout = layer.layout
-        rows = layer.rows()
-        weights = layout.weights(layer.weight)
-        biases = [None] * len(weights) if layer.bias is None else layout.biases(layer.bias)
-        problems = [
-            LocalProblem(x, a, weight, bias, transfer=transfer, name=f"layer {layer.name!r}")
-            for (x, a), weight, bias in zip(rows, weights, biases, strict=True)
-        ]
-        gradients = starting_gradients(layer, self._target(layer.name), transfer, [x for x, _ in rows], activation_lr)
-        for kind, parts in gradients.items():
-            parameter = layer.parameters[kind]
-            states = split_state(layout.split(kind), parameter, self.state.get(parameter, {}))
-            for problem, part, state in zip(problems, parts, states, strict=True):
-                setattr(problem, f"grad_{kind}", part)
-                if state:
-                    problem.state[kind] = state
-        return problems
+    def _group_of(
+        self, layer: CapturedLayer, trained: Mapping[str, Tensor], groups: Mapping[int, tuple[int, dict[str, Any]]]
+    ) -> tuple[int, dict[str, Any]]:
+        """The parameter group whose hyper-parameters a layer takes, and its index."""
+        first, *others = (groups[id(p)] for p in trained.values())
+        for _, other in others:
+            different = [name for name in _SHARED if other[name] != first[1][name]]
+            if different:
+                raise ValueError(
+                    f"the parameter groups of weight and bias of layer {layer.name!r} must agree in "
+                    f"{', '.join(_SHARED)}; they differ in {', '.join(different)}"
+                )
+        for kind, parameter in trained.items():
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise ValueError(
+                    f"layer {layer.name!r}: the gradient of its {kind} must be dense, got {parameter.grad.layout}"
+                )
+        return first
 
-    def _transfer(self, layer: Layer, hyperparameters: dict[str, Any]) -> Transfer:
+    def _tell_without_rows(self, work: LayerWork) -> None:
+        """Say once for each layer that its gradient came without rows, unless it is zero as for an unused expert."""
+        name = work.layer.name
+        if name in self._told or not any(bool(p.grad.any()) for p in work.trained.values() if p.grad is not None):
+            return
+        if not work.layer.called and is_compiled(self.model):
+            raise ValueError(
+                f"layer {name!r} has a gradient, but its hook has never run: the model was compiled and called before "
+                "the optimiser was built. Build the optimiser first, or call torch._dynamo.reset() after it"
+            )
+        self._told.add(name)
+        _log.warning(
+            "layer %r has a gradient but no captured rows, so it takes one step of the rule on activation_lr * "
+            "gradient. Its rows are captured when it is called as a module and loss.backward() adds to .grad",
+            name,
+        )
+
+    def _transfer(self, layer: CapturedLayer, hyperparameters: Mapping[str, Any]) -> Transfer:
         if self.local_loss == "squared":
             return transfers.get("identity")
         transfer = transfers.get(hyperparameters["transfer"] or layer.transfer)
@@ -443,98 +581,106 @@ class LocoProp(Optimizer):
             )
         return transfer
 
-    def _check_unchanged(self, layer: Layer) -> None:
+    def _check_unchanged(self, layer: CapturedLayer) -> None:
         for name, captured in layer.modules.items():
             try:
-                module = self.model.get_submodule(name)
+                module = self.model.get_submodule(layer.paths[name])
             except AttributeError:
                 module = None
             if module is not captured:
                 raise ValueError(
                     f"layer {name!r} is no longer the module that the optimiser was built with: build a new optimiser"
                 )
+            found = trained_parameters(captured) or {}
             for kind in ("weight", "bias"):
-                if getattr(module, kind) is not getattr(layer, kind):
+                if (found[kind].parameter if kind in found else None) is not layer.parameters.get(kind):
                     raise ValueError(
                         f"the {kind} of layer {name!r} is no longer the parameter that the optimiser was built with: "
                         "build a new optimiser"
                     )
 
-    def _finite(self, loss: Any) -> Tensor:
+    def _finite(self, reports: Iterable[StepReport], loss: Any) -> Tensor:
         """Whether the whole step may be committed: a bool tensor on the parameters' device."""
-        flags = [report.finite for report in self.last_reports]
-        device = flags[0].device
+        flags = [report.finite for report in reports]
         if isinstance(loss, (Tensor, float)):
             flags.append(torch.isfinite(torch.as_tensor(loss)).all())
         if self.aux is not None:
             grads = [p.grad for group in self.aux.param_groups for p in group["params"] if p.grad is not None]
             flags.extend(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all() for g in grads)
-        return torch.stack([flag.to(device) for flag in flags]).all()
+        if not flags:
+            return torch.tensor(True)
+        return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
 
     @property
     def skipped_steps(self) -> int:
         """How many steps were not committed because something was not finite (waits for the device)."""
         return self._skipped.total
 
-    def _forget(self) -> None:
+    def _forget(self, release: bool = False) -> None:
         for layer in self._layers.values():
-            layer.forget()
+            layer.forget(release)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, those of ``aux`` too, and forget captured activations."""
+        self._link_aux()
         super().zero_grad(set_to_none)
-        if self.aux is not None:
-            self.aux.zero_grad(set_to_none)
         self._forget()
 
     # --- saving, loading, copying
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the rules as text, and ``aux``'s under ``"aux"``."""
-        state = super().state_dict()
-        state["param_groups"] = [
-            {**group, "rule": repr(group["rule"]), "transfer": str(group["transfer"])}
-            for group in state["param_groups"]
-        ]
-        state["skipped_steps"] = self.skipped_steps
-        state["aux"] = None if self.aux is None else self.aux.state_dict()
-        return state
+        """As torch's, ``aux``'s groups and state included.
+
+        The groups also say, as text, what the state depends on: rule, transfer functions, ``local_loss``,
+        ``reduction`` and ``lr_decay``. A resume with others is refused.
+        """
+        self._link_aux()
+        return checkpoints.save(self, super().state_dict(), self._facts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume exactly from :meth:`state_dict`: hyper-parameters of the groups, state and ``aux``.
 
         Raises:
-            ValueError: it is of an optimiser with other groups, other rules, or with ``aux`` where there is none.
+            ValueError: it is of an optimiser with other groups, rules, transfer functions, ``local_loss``,
+                ``reduction`` or ``lr_decay``, or with ``aux`` where there is none.
         """
-        groups = state_dict["param_groups"]
-        if len(groups) == len(self.param_groups):
-            for saved, group in zip(groups, self.param_groups, strict=True):
-                if saved.get("rule") != repr(group["rule"]):
-                    raise ValueError(
-                        f"state_dict must be of an optimiser with rule {group['rule']!r}, got {saved.get('rule')}"
-                    )
-        if (state_dict.get("aux") is None) != (self.aux is None):
-            raise ValueError(f"state_dict must be of an optimiser {'without' if self.aux is None else 'with'} aux")
-        kept = [{key: group[key] for key in ("rule", "transfer")} for group in self.param_groups]
-        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
-        for group, own in zip(self.param_groups, kept, strict=True):
-            group.update(own)
-        # torch casts state to the parameters' dtype; ours stays in the dtype it was saved in, and is not shared.
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        saved_ids = [i for group in groups for i in group["params"]]
-        self.state.clear()
-        for parameter, i in zip(parameters, saved_ids, strict=True):
-            if i in state_dict["state"]:
-                slots = state_dict["state"][i].items()
-                self.state[parameter] = {slot: value.detach().clone().to(parameter.device) for slot, value in slots}
-        if self.aux is not None:
-            self.aux.load_state_dict(state_dict["aux"])
-        self._skipped = _SkipCounter(state_dict.get("skipped_steps", 0))
-        self._forget()
+        self._link_aux()
+        checkpoints.check(self, state_dict, self._facts)
+        groups, own = self.param_groups, self._own_groups
+        kept = [{key: group[key] for key in ("rule", "transfer")} for group in own]
+        self.param_groups = own
+        try:
+            super().load_state_dict(checkpoints.own_part(state_dict))
+        except BaseException:
+            self.param_groups = groups
+            raise
+        for group, values in zip(self.param_groups, kept, strict=True):
+            group.update(values)
+        checkpoints.restore_state(self, state_dict)
+        self._link_aux()
+        self._skipped = _SkipCounter(state_dict.get("skipped_steps", self.skipped_steps))
+        self._forget(release=True)
+
+    def _facts(self, group: Mapping[str, Any], iterations: int) -> dict[str, str]:
+        """What the state of a group depends on and torch does not store, as text."""
+        ids = {id(p) for p in group["params"]}
+        layers = {name: layer for name, layer in self._layers.items() if id(layer.weight) in ids}
+        return {
+            "rule": repr(group["rule"]),
+            "transfers": ", ".join(f"{name}: {self._transfer(layer, group)}" for name, layer in layers.items()),
+            "local_loss": self.local_loss,
+            "reduction": self.reduction,
+            "lr_decay": " ".join(f"{self.lr_decay(t, iterations):.6g}" for t in range(min(iterations, 100))),
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "last_reports": [], "_activation_handles": []}
-        state["_layers"] = [(list(layer.modules), layer.transfer) for layer in self._layers.values()]
+        state["_layers"] = [
+            (list(layer.modules), layer.paths, layer.transfer, layer.reason) for layer in self._layers.values()
+        ]
+        state["_masks"] = [
+            (clean_name(name), self._masks[id(p)]) for name, p in self.model.named_parameters() if id(p) in self._masks
+        ]
         # torch's own __init__ and __setstate__ put these back
         return {
             k: v for k, v in state.items() if not k.endswith("_hooks") and k not in ("_zero_grad_profile_name", "step")
@@ -544,9 +690,11 @@ class LocoProp(Optimizer):
         super().__setstate__(state)
         if "_layers" in state:  # absent when torch's load_state_dict calls this
             self._layers = {}
-            for names, transfer in state["_layers"]:
-                modules = {name: self.model.get_submodule(name) for name in names}
-                self._layers[names[0]] = Layer(modules, transfer, keep_gradients=self._target(names[0]) != "dual")
+            self._masks = self._checked_masks(dict(state["_masks"]))
+            for names, paths, transfer, reason in state["_layers"]:
+                modules = {name: self.model.get_submodule(paths[name]) for name in names}
+                keep = self._target(names[0]) != "dual"
+                self._layers[names[0]] = CapturedLayer(modules, paths, transfer, keep, reason)
             self._watch_activations()
 
     def __repr__(self) -> str:
@@ -554,12 +702,12 @@ class LocoProp(Optimizer):
         groups_of = {id(p): group for group in self.param_groups for p in group["params"]}
         lines = [super().__repr__(), f"local loss: {self.local_loss}; layers:"]
         for name, layer in self._layers.items():
-            weights = layer.layout.weights(layer.weight)
-            n, k = weights[0].shape
-            count = f"{len(weights)} x " if len(weights) > 1 else ""
+            *groups, n, k = layer.layout.weight(layer.weight).shape
+            count = f"{groups[0]} x " if groups else ""
             transfer = self._transfer(layer, groups_of.get(id(layer.weight), self.defaults))
             tied = f"  (also {', '.join(list(layer.modules)[1:])})" if len(layer.modules) > 1 else ""
-            lines.append(f"  {name:<{width}}  {count}{k} -> {n}  {transfer}{tied}")
+            reason = f"  ({layer.reason})" if layer.reason else ""
+            lines.append(f"  {name:<{width}}  {count}{k} -> {n}  {transfer}{tied}{reason}")
         if self.aux is not None:
             lines.append(f"aux: {type(self.aux).__name__}")
         return "\n".join(lines)

@@ -5,21 +5,21 @@
 * a function ``(A0, ∂L/∂A0) -> Y`` of the module's output and its gradient, both in the output's shape:
   ``G_0 = (f(A0) - Y)ᵀ X``.
 
-The last two do not look at ``.grad``: what was done to it (clipping, loss scaling, all-reduction) has no effect on
-them.
+The last two take the gradients of the backward pass, not ``.grad``. Where ``.grad`` was multiplied by a number after
+the backward pass (by ``GradScaler``, or to clip its norm) so are those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from locoprop_kernels.patches import Rows, row_chunks
 from locoprop_kernels.transfers import Transfer
-from locoprop_torch.capture import Layer
-from locoprop_torch.layouts import laid_out, layout_of
+from locoprop_torch.capture import CapturedLayer
+from locoprop_torch.layouts import Layout, laid_out
 
 __all__ = ["TARGETS", "Target", "starting_gradients"]
 
@@ -28,51 +28,64 @@ TARGETS = ("dual", "primal")
 
 
 def starting_gradients(
-    layer: Layer, target: Target, transfer: Transfer, rows: Sequence[Tensor | Rows], activation_lr: float
-) -> dict[str, list[Tensor]]:
-    """``{"weight": G_0 of each group, "bias": g_0 of each group}``, without what is not trained.
+    layer: CapturedLayer,
+    trained: Mapping[str, nn.Parameter],
+    target: Target,
+    transfer: Transfer,
+    x: Tensor | Rows | None,
+    activation_lr: float,
+) -> dict[str, Tensor]:
+    """``{"weight": G_0, "bias": g_0}`` in the shapes of the local problem, without what is not trained.
 
     Args:
-        layer: a layer with captured passes.
+        layer: a layer that has gradients.
+        trained: its parameters to train.
         target: see the module.
         transfer: the layer's transfer function ``f``.
-        rows: inputs ``[B, K]`` of each group.
+        x: inputs ``[B, K]`` or ``[G, B, K]``; ``None`` where there are no rows: the target is then the dual one.
         activation_lr: ``γ``.
 
     Raises:
         TypeError, ValueError: a target of the user's own is not a tensor of the output's shape, or the gradient of the
             post-activation is not known because the activation is not a module.
     """
-    trained = layer.trained
-    if target == "dual":
-        split = layer.layout.split
-        gradients = {kind: laid_out(activation_lr * p.grad, p) for kind, p in trained.items() if p.grad is not None}
-        return {kind: split(kind)(gradient) for kind, gradient in gradients.items()}
-    residuals = _residuals(layer, target, transfer, activation_lr)
-    result: dict[str, list[Tensor]] = {}
+    layout = layer.layout
+    if target == "dual" or x is None:
+        return {
+            kind: layout.view(kind, laid_out(activation_lr * p.grad, p))
+            for kind, p in trained.items()
+            if p.grad is not None
+        }
+    residual = _residual(layer, target, transfer, activation_lr)
+    result: dict[str, Tensor] = {}
     if "weight" in trained:
-        result["weight"] = [_product(residual, x) for residual, x in zip(residuals, rows, strict=True)]
+        result["weight"] = _product(residual, x)
     if "bias" in trained:
-        result["bias"] = [residual.sum(0) for residual in residuals]
+        result["bias"] = residual.sum(-2)
     return result
 
 
 def _product(residual: Tensor, x: Tensor | Rows) -> Tensor:
-    parts = residual.split([len(chunk) for chunk in row_chunks(x)])
-    products = [part.t() @ chunk.to(part.dtype) for part, chunk in zip(parts, row_chunks(x), strict=True)]
-    return torch.stack(products).sum(0) if len(products) > 1 else products[0]
+    """``residualᵀ X``, a chunk of rows at a time."""
+    total: Tensor | None = None
+    start = 0
+    for chunk in row_chunks(x):
+        part = residual[..., start : start + chunk.shape[-2], :]
+        product = part.mT @ chunk.to(part.dtype)
+        total = product if total is None else total.add_(product)
+        start += chunk.shape[-2]
+    assert total is not None
+    return total
 
 
-def _residuals(layer: Layer, target: Target, transfer: Transfer, activation_lr: float) -> list[Tensor]:
-    """``f(A0) - Y``, ``[B, N]``, of each group."""
-    groups: list[list[Tensor]] = []
-    for captured in layer.passes:
-        layout = layout_of(captured.module)
-        assert layout is not None
-        assert captured.gradient is not None
-        a = captured.preactivation
+def _residual(layer: CapturedLayer, target: Target, transfer: Transfer, activation_lr: float) -> Tensor:
+    """``f(A0) - Y``, ``[B, N]`` or ``[G, B, N]``."""
+    factor = layer.gradient_factor()
+    parts: list[Tensor] = []
+    for layout, a, gradients in layer.residual_parts():
+        gradient = torch.zeros_like(a) if gradients.output is None else gradients.output * factor
         if callable(target):
-            y = target(a, captured.gradient)
+            y = target(a, gradient)
             if not isinstance(y, Tensor):
                 raise TypeError(f"target of layer {layer.name!r} must return a tensor, got {type(y).__name__}")
             if y.shape != a.shape:
@@ -80,15 +93,21 @@ def _residuals(layer: Layer, target: Target, transfer: Transfer, activation_lr: 
                     f"target of layer {layer.name!r} must have the shape of its output {list(a.shape)}, "
                     f"got {list(y.shape)}"
                 )
-            pairs = zip(layout.outputs(a), layout.outputs(y), strict=True)
-            residuals = [transfer(old) - new for old, new in pairs]
+            residual = transfer(_whole(layout, a)) - _whole(layout, y)
         else:
-            gradient = captured.gradient if transfer.name == "identity" else captured.activation_gradient
-            if gradient is None:
-                raise ValueError(
-                    f"target 'primal' of layer {layer.name!r} needs its activation {transfer} to be a module that is "
-                    "called with the layer's output, such as torch.nn.Tanh(); or use target 'dual'"
-                )
-            residuals = layout.outputs(activation_lr * gradient)
-        groups.append([residual.to(layer.weight.dtype) for residual in residuals])
-    return [torch.cat(parts) for parts in zip(*groups, strict=True)]
+            if transfer.name != "identity":
+                if gradients.activation is None:
+                    raise ValueError(
+                        f"target 'primal' of layer {layer.name!r} needs its activation {transfer} to be a module that "
+                        "is called with the layer's output, such as torch.nn.Tanh(); or use target 'dual'"
+                    )
+                gradient = gradients.activation * factor
+            residual = _whole(layout, activation_lr * gradient)
+        parts.append(residual.to(layer.weight.dtype))
+    return torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
+
+
+def _whole(layout: Layout, a: Tensor) -> Tensor:
+    """A module's output, or what has its shape, as rows."""
+    chunks = list(row_chunks(layout.outputs(a)))
+    return torch.cat(chunks, dim=-2) if len(chunks) > 1 else chunks[0]

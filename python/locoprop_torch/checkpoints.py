@@ -1,0 +1,99 @@
+"""What ``LocoProp`` puts into a ``state_dict`` beyond torch's, and takes out of it: the part of ``aux``, and facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from locoprop_torch.optimizer import LocoProp
+
+__all__ = ["check", "own_part", "restore_state", "save"]
+
+_FACTS = ("rule", "transfers", "local_loss", "reduction", "lr_decay")
+_Facts = Callable[[Mapping[str, Any], int], Mapping[str, str]]
+
+
+def save(optimizer: LocoProp, saved: dict[str, Any], facts: _Facts) -> dict[str, Any]:
+    """torch's ``state_dict`` of all groups, completed.
+
+    Args:
+        optimizer: the optimiser.
+        saved: what torch's own ``state_dict`` made of its groups and of the state of the local rules.
+        facts: of a group and its local iterations: what a resume must agree with, as text.
+    """
+    for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        if not group.get("aux"):
+            packed.update(facts(group, group["local_iterations"]))
+            packed.pop("transfer")
+    saved["skipped_steps"] = optimizer.skipped_steps
+    if optimizer.aux is not None:
+        theirs = optimizer.aux.state_dict()
+        places = [i for g in saved["param_groups"] if g.get("aux") for i in g["params"]]
+        saved["state"].update({places[i]: state for i, state in theirs["state"].items()})
+        saved["aux"] = {key: value for key, value in theirs.items() if key not in ("state", "param_groups")}
+    return saved
+
+
+def check(optimizer: LocoProp, state_dict: Mapping[str, Any], facts: _Facts) -> None:
+    """Refuse what the optimiser cannot resume from, before anything is changed.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    groups = state_dict["param_groups"]
+    marks = [[bool(group.get("aux")) for group in some] for some in (groups, optimizer.param_groups)]
+    if (any(marks[0]) or state_dict.get("aux") is not None) != (optimizer.aux is not None):
+        raise ValueError(f"state_dict must be of an optimiser {'with' if any(marks[1]) else 'without'} aux")
+    if marks[0] != marks[1]:
+        raise ValueError(
+            f"state_dict must have {marks[1].count(False)} groups and {marks[1].count(True)} of aux, in this order, "
+            f"got {marks[0].count(False)} and {marks[0].count(True)}"
+        )
+    for index, (saved, group) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                f"group {index} of state_dict must have {len(group['params'])} parameters, got {len(saved['params'])}"
+            )
+        if group.get("aux"):
+            continue
+        for name, own in facts(group, saved.get("local_iterations", group["local_iterations"])).items():
+            if name in saved and saved[name] != own:
+                raise ValueError(
+                    f"state_dict must be of an optimiser with {name} {own!r}, got {saved[name]!r} in group {index}"
+                )
+
+
+def own_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The groups of the local rules, and their state, in torch's form."""
+    groups = [
+        {key: value for key, value in group.items() if key == "rule" or key not in _FACTS}
+        for group in state_dict["param_groups"]
+        if not group.get("aux")
+    ]
+    ids = {i for group in groups for i in group["params"]}
+    return {"state": {i: s for i, s in state_dict["state"].items() if i in ids}, "param_groups": groups}
+
+
+def restore_state(optimizer: LocoProp, state_dict: Mapping[str, Any]) -> None:
+    """The state of the local rules in the dtypes it was saved in, which torch would cast, and everything of ``aux``."""
+    own = [group for group in optimizer.param_groups if not group.get("aux")]
+    parameters = [p for group in own for p in group["params"]]
+    groups = state_dict["param_groups"]
+    ids = [i for group in groups if not group.get("aux") for i in group["params"]]
+    optimizer.state.clear()
+    for parameter, i in zip(parameters, ids, strict=True):
+        if i in state_dict["state"]:
+            slots = state_dict["state"][i].items()
+            optimizer.state[parameter] = {slot: value.detach().clone().to(parameter.device) for slot, value in slots}
+    if optimizer.aux is None:
+        return
+    packed: list[dict[str, Any]] = []
+    state: dict[int, Any] = {}
+    for group in groups:
+        if group.get("aux"):
+            places = range(len(state), len(state) + len(group["params"]))
+            packed.append({**group, "params": list(places)})
+            state.update({place: state_dict["state"].get(i) for place, i in zip(places, group["params"], strict=True)})
+    known = {place: values for place, values in state.items() if values is not None}
+    optimizer.aux.load_state_dict({"state": known, "param_groups": packed, **(state_dict.get("aux") or {})})

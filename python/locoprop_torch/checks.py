@@ -1,0 +1,106 @@
+"""Checks of what a user gives to the optimiser; every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locoprop_kernels.problem import is_number, shown
+
+__all__ = [
+    "as_list",
+    "check_choice",
+    "check_number",
+    "check_one_process",
+    "checked_hyperparameters",
+    "clean_name",
+    "is_compiled",
+    "is_named",
+]
+
+
+def check_number(name: str, value: Any, *, zero: bool = True) -> Any:
+    """``value`` as a Python number; a tensor of one element, which torch takes for learning rates, as it is."""
+    number = value
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got {shown(value)}")
+        number = value.item()
+    if not is_number(number):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ValueError(f"{name} must be finite and {'>= 0' if zero else '> 0'}, got {shown(value)}")
+    return value if isinstance(value, Tensor) else float(number)
+
+
+def checked_hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a parameter group, as Python's own."""
+    iterations = group["local_iterations"]
+    if isinstance(iterations, bool) or not isinstance(iterations, Integral):
+        raise TypeError(f"local_iterations must be an integer, got {shown(iterations)}")
+    if iterations < 1:
+        raise ValueError(f"local_iterations must be >= 1, got {shown(iterations)}")
+    return {
+        "lr": check_number("lr", group["lr"]),
+        "activation_lr": check_number("activation_lr", group["activation_lr"], zero=False),
+        "prox": float(check_number("prox", group["prox"])),
+        "weight_decay": float(check_number("weight_decay", group["weight_decay"])),
+        "local_iterations": int(iterations),
+    }
+
+
+def as_list(params: Any) -> list[Any]:
+    """The parameters of a group, as given by the user, as a list; of pairs ``(name, parameter)`` if they are named."""
+    if isinstance(params, set):
+        raise TypeError("params must be in an order, which a set has not: give a list")
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def is_named(params: list[Any]) -> bool:
+    """Whether these are pairs ``(name, parameter)``, as ``named_parameters()`` gives them."""
+    return bool(params) and all(isinstance(p, tuple) for p in params)
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise a ``ValueError`` unless ``value`` is one of ``choices``."""
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {shown(value)}")
+
+
+def clean_name(path: str) -> str:
+    """The name of a submodule or parameter as if the model were not compiled."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` was applied to the model or a part of it."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def check_one_process(model: nn.Module) -> None:
+    """Refuse to train in more than one process, or on sharded parameters.
+
+    Raises:
+        ValueError: ``torch.distributed`` runs several processes, or a parameter is a ``DTensor``.
+    """
+    if not torch.distributed.is_available():
+        return
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            "LocoProp does not support several processes yet (DistributedDataParallel, FSDP): each would take local "
+            "steps on its own rows, and the replicas would drift apart; "
+            f"got {torch.distributed.get_world_size()} processes"
+        )
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"LocoProp does not support sharded parameters (FSDP2, DTensor) yet, got {name!r}")

@@ -1,0 +1,92 @@
+"""Forward hooks that stay with the modules they were put on: copies and pickles of a module carry nothing of them."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["AttachedHook", "ForwardHook", "attach"]
+
+# Looked up on the instance by ``copy`` and ``pickle`` before they look at the class.
+_COPYING = ("__deepcopy__", "__reduce_ex__")
+
+
+class ForwardHook:
+    """Base of our hooks, by which they are told from those of the user."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        raise NotImplementedError
+
+
+class AttachedHook:
+    """A hook on a module; :meth:`remove` takes it off."""
+
+    def __init__(self, module: nn.Module, handle: RemovableHandle) -> None:
+        self._module, self._handle = weakref.ref(module), handle
+
+    def remove(self) -> None:
+        """Take the hook off, and with the last of ours everything that we have put on the module."""
+        self._handle.remove()
+        module = self._module()
+        if module is not None and not any(isinstance(hook, ForwardHook) for hook in module._forward_hooks.values()):
+            for name in _COPYING:
+                vars(module).pop(name, None)
+
+
+def attach(module: nn.Module, hook: ForwardHook) -> AttachedHook:
+    """Put ``hook`` on ``module``, before all other hooks: it sees what ``forward`` returned, unchanged by them."""
+    handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+    copies = _CleanCopies(module)
+    vars(module)["__deepcopy__"] = copies.deepcopy
+    vars(module)["__reduce_ex__"] = copies.reduce_ex
+    return AttachedHook(module, handle)
+
+
+class _CleanCopies:
+    """Copies a module as if there were no hooks of ours on it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def deepcopy(self, memo: dict[int, Any]) -> Any:
+        module = self._module()
+        assert module is not None
+        with _taken_off(module):
+            return copy.deepcopy(module, memo)
+
+    def reduce_ex(self, protocol: int) -> Any:
+        module = self._module()
+        assert module is not None
+        with _taken_off(module):
+            reduced = module.__reduce_ex__(protocol)
+            if isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict):
+                # The state refers to the live dictionaries, which get their hooks back before it is read.
+                state = {k: copy.copy(v) if isinstance(v, OrderedDict) else v for k, v in reduced[2].items()}
+                reduced = (*reduced[:2], state, *reduced[3:])
+        return reduced
+
+
+@contextmanager
+def _taken_off(module: nn.Module) -> Iterator[None]:
+    """Without anything of ours on ``module``, for a while."""
+    dictionaries: tuple[dict[int, Any], ...] = (module._forward_hooks, module._forward_hooks_with_kwargs)
+    before = [list(dictionary.items()) for dictionary in dictionaries]
+    ours = [key for key, hook in module._forward_hooks.items() if isinstance(hook, ForwardHook)]
+    copying = {name: vars(module).pop(name) for name in _COPYING if name in vars(module)}
+    for dictionary in dictionaries:
+        for key in ours:
+            dictionary.pop(key, None)
+    try:
+        yield
+    finally:
+        vars(module).update(copying)
+        for dictionary, items in zip(dictionaries, before, strict=True):
+            dictionary.clear()
+            dictionary.update(items)

@@ -1,0 +1,101 @@
+"""Which parameters of a module are trained, and the masks that keep some of their elements where they are.
+
+``torch.nn.utils.prune`` and parametrizations (``torch.nn.utils.parametrize``) that multiply by zeros and ones are
+found. The trained parameter is then the one behind the mask.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__ = ["TrainedParameter", "trained_parameters", "trained_weight"]
+
+_masking: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+class TrainedParameter(NamedTuple):
+    """A parameter that a layer trains.
+
+    Attributes:
+        parameter: the parameter.
+        mask: returns the mask at present, of the parameter's shape and zero where it stays; ``None`` without one.
+        name: of the parameter in the module.
+    """
+
+    parameter: nn.Parameter
+    mask: Callable[[], Tensor] | None
+    name: str
+
+
+def trained_weight(module: nn.Module) -> nn.Parameter:
+    """The weight that a supported module trains."""
+    found = _trained(module, "weight")
+    assert found is not None
+    return found.parameter
+
+
+def trained_parameters(module: nn.Module) -> dict[str, TrainedParameter] | None:
+    """``{"weight": ..., "bias": ...}``, the bias only where there is one.
+
+    ``None`` if one of them is computed from parameters in a way that is not a mask, weight normalisation for instance.
+    """
+    weight = _trained(module, "weight")
+    if weight is None:
+        return None
+    if "bias" in module._parameters and module._parameters["bias"] is None:
+        return {"weight": weight}
+    bias = _trained(module, "bias")
+    return None if bias is None else {"weight": weight, "bias": bias}
+
+
+def _trained(module: nn.Module, kind: str) -> TrainedParameter | None:
+    plain = module._parameters.get(kind)
+    if plain is not None:
+        return TrainedParameter(plain, None, kind)
+    original = module._parameters.get(f"{kind}_orig")
+    mask = module._buffers.get(f"{kind}_mask")
+    if original is not None and mask is not None:  # torch.nn.utils.prune
+        return TrainedParameter(original, lambda: mask, f"{kind}_orig")
+    if parametrize.is_parametrized(module, kind):
+        chain: Any = module.parametrizations[kind]  # type: ignore[index]
+        if len(chain) == 1 and isinstance(getattr(chain, "original", None), nn.Parameter):
+            mask_of, parameter = chain[0], chain.original
+            if _is_mask(mask_of, parameter):
+                name = f"parametrizations.{kind}.original"
+                return TrainedParameter(parameter, lambda: _mask_of(mask_of, parameter), name)
+    return None
+
+
+def _mask_of(parametrization: nn.Module, parameter: Tensor) -> Tensor:
+    with torch.no_grad():
+        return parametrization(torch.ones_like(parameter))
+
+
+def _is_mask(parametrization: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parametrization multiplies by zeros and ones; tried once, on a copy of it."""
+    known = _masking.get(parametrization)
+    if known is None:
+        known = _masking[parametrization] = _acts_as_mask(parametrization, parameter.detach())
+    return known
+
+
+def _acts_as_mask(parametrization: nn.Module, parameter: Tensor) -> bool:
+    try:
+        devices = [parameter.device] if parameter.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            trial = copy.deepcopy(parametrization)
+            mask = trial(torch.ones_like(parameter))
+            if not isinstance(mask, Tensor) or mask.shape != parameter.shape:
+                return False
+            values = [torch.linspace(-2, 3, parameter.numel()).reshape(parameter.shape).to(parameter), parameter]
+            binary = bool(((mask == 0) | (mask == 1)).all())
+            return binary and all(torch.equal(trial(value), value * mask) for value in values)
+    except Exception:  # whatever it is, it is no mask
+        return False
