@@ -29,6 +29,7 @@ __all__ = [
     "Tiles",
     "build",
     "count_tiles",
+    "dearest_first",
     "lower_bound",
     "phase_bounds",
     "splits",
@@ -106,11 +107,6 @@ class Schedule:
     activation_queues: CostArray
     update_queues: CostArray
     lower_bound: int
-
-    @property
-    def longest_queue(self) -> int:
-        """Cost of the longest program of a local step; waits not counted."""
-        return int((self.activation_queues + self.update_queues).max())
 
     def makespan(self, iterations: int = 1) -> int:
         """Predicted cost of ``iterations`` full local steps (activation and update phase), waits counted."""
@@ -199,6 +195,23 @@ def build(layers: Sequence[Layer], tiles: Tiles, programs: int) -> Schedule:
             )
         )
     return min(candidates, key=lambda schedule: schedule.makespan(3))
+
+
+def dearest_first(layers: Sequence[Layer], tiles: Tiles) -> tuple[IntArray, IntArray]:
+    """Tiles of both phases for launches of their own, whose queue is the hardware's: it takes them in order.
+
+    Args:
+        layers: ``(B, K, N)`` of each layer.
+        tiles: tile sizes.
+
+    Returns:
+        ``activation_tiles`` and ``update_tiles`` as in a :class:`Schedule`.
+    """
+    activation, update = _all_tiles(layers, tiles)
+    return (
+        activation[np.argsort(-tile_costs(activation, layers, tiles, "activation"), kind="stable")],
+        update[np.argsort(-tile_costs(update, layers, tiles, "update"), kind="stable")],
+    )
 
 
 def tile_costs(rows: IntArray, layers: Sequence[Layer], tiles: Tiles, phase: str) -> CostArray:
@@ -360,14 +373,17 @@ def _first_block(layers: Sequence[Layer], tiles: Tiles) -> IntArray:
 
 def _all_tiles(layers: Sequence[Layer], tiles: Tiles) -> tuple[IntArray, IntArray]:
     """Every activation tile and every update tile, in lexicographic order."""
-    activation: list[IntArray] = []
-    update: list[IntArray] = []
-    for index, (batch, inputs, outputs) in enumerate(layers):
-        rows = _blocks(outputs, tiles.n)
-        for tables, columns in ((activation, _blocks(batch, tiles.b)), (update, _blocks(inputs, tiles.k))):
-            grid = np.indices((1, rows, columns), np.int32).reshape(3, -1).T
-            tables.append(grid + np.array([index, 0, 0], np.int32))
-    return np.ascontiguousarray(np.concatenate(activation)), np.ascontiguousarray(np.concatenate(update))
+    batch, inputs, outputs = np.array(layers, np.int64).reshape(-1, 3).T
+    rows = -(-outputs // tiles.n)
+    return _grids(rows, -(-batch // tiles.b)), _grids(rows, -(-inputs // tiles.k))
+
+
+def _grids(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> IntArray:
+    """Layer, row and column of every place of a grid per layer; no loop over layers, of which groups make many."""
+    counts = rows * columns
+    layer = np.repeat(np.arange(len(counts)), counts)
+    place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.stack([layer, place // columns[layer], place % columns[layer]], 1).astype(np.int32)
 
 
 def _block(rows: IntArray, first_block: IntArray) -> NDArray[np.int64]:

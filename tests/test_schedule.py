@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from locoprop_kernels.schedule import Schedule, Tiles, build, count_tiles, lower_bound, phase_bounds, splits, validate
+from locoprop_kernels.schedule import (
+    Schedule,
+    Tiles,
+    build,
+    count_tiles,
+    dearest_first,
+    lower_bound,
+    phase_bounds,
+    splits,
+    tile_costs,
+    validate,
+)
 
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 AUTOENCODER = [(1000, k, n) for k, n in itertools.pairwise(WIDTHS)]
@@ -29,7 +40,8 @@ def test_any_network_gets_a_valid_short_schedule(layers, tiles, programs):
     validate(schedule, layers, tiles, resident=programs)
 
     assert schedule.lower_bound <= schedule.makespan()
-    assert schedule.longest_queue <= schedule.makespan()
+    longest_queue = (schedule.activation_queues + schedule.update_queues).max()
+    assert longest_queue <= schedule.makespan()
     # Waiting for an n-block can be no worse than waiting for everybody.
     assert schedule.makespan() <= schedule.activation_queues.max() + schedule.update_queues.max()
     assert schedule.makespan(4) <= 4 * (schedule.activation_queues.max() + schedule.update_queues.max())
@@ -41,7 +53,7 @@ def test_any_network_gets_a_valid_short_schedule(layers, tiles, programs):
     assert programs * schedule.activation_queues.max() <= activation.sum() + (programs - 1) * activation.max()
     total, longest_tiles = activation.sum() + update.sum(), activation.max() + update.max()
     assert (schedule.activation_queues + schedule.update_queues).sum() == total
-    assert programs * schedule.longest_queue <= total + (programs - 1) * longest_tiles
+    assert programs * longest_queue <= total + (programs - 1) * longest_tiles
 
 
 @settings(deadline=None, max_examples=60)
@@ -56,6 +68,17 @@ def test_lower_bound_is_below_the_optimum(costs, programs):
 
     optimum = best((0,) * programs, tuple(costs))
     assert max(costs) <= lower_bound(np.array(costs, np.int64), programs) <= optimum
+
+
+@settings(deadline=None, max_examples=60)
+@given(networks, tile_sizes)
+def test_launches_per_phase_take_every_tile_the_dearest_first(layers, tiles):
+    schedule = build(layers, tiles, 1)
+    for phase, found in zip(PHASES, dearest_first(layers, tiles), strict=True):
+        assert found.dtype == np.int32
+        costs = tile_costs(found, layers, tiles, phase)
+        assert (np.diff(costs) <= 0).all()
+        assert sorted(found.tolist()) == sorted(getattr(schedule, f"{phase}_tiles").tolist())
 
 
 def test_build_is_deterministic_and_int32():
