@@ -40,7 +40,7 @@ class Config:
         n: rows of the weight in a tile.
         b: examples in an activation tile.
         k: columns of the weight in an update tile.
-        r: length of a step along the reduction.
+        r: length of a step along the reduction; divides ``b`` and ``k``, so that whole tiles are whole steps.
         warps: warps per program.
         stages: depth of the load pipeline.
         parts: into how many parts (1, 2, 4, 8) the epilogues cut a tile, to save registers.
@@ -59,6 +59,10 @@ class Config:
     parts: int = 1
     occupancy: int = 1
     general: bool = True
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.b % self.r or self.k % self.r:  # the padding up to r would be read, but never written
+            raise ValueError(f"r must divide b and k, got r={self.r}, b={self.b}, k={self.k}")
 
     @property
     def tiles(self) -> schedule.Tiles:
@@ -243,7 +247,8 @@ def use(config: Config | None = None, driver: str | None = None, programs: int |
     Args:
         config: tile sizes and launch options.
         driver: ``"single"`` or ``"grouped"``, for layers that take either.
-        programs: programs of the single launch; the caller answers for their being resident at once.
+        programs: multiprocessors to assume, so of the single launch's programs; no more than the device has. In the
+            interpreter the caller answers for their running at once.
     """
     global _override
     before, _override = _override, _Override(config, driver, programs)
