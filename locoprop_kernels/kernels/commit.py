@@ -56,7 +56,7 @@ def _commit_kernel(
         weight_ptr, bias_ptr = row_ptr + c.WEIGHT, row_ptr + c.BIAS
         has_weight = tl.load(weight_ptr + c.GRAD) != 0
         has_bias = (tl.load(bias_ptr + c.GRAD) != 0) & (k_block == 0)
-        first = (n_block == 0) & (k_block == 0)
+        first = (n_block == 0) & (k_block == 0) & (tl.load(row_ptr + c.GROUP) == 0)
         if has_weight:
             row_stride = stride(weight_ptr, c.STRIDE)
             k = tl.load(row_ptr + c.INPUTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,8 +15,8 @@ from torch import Tensor
 from locoprop_kernels import reference
 from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels import commit, configs, functions, grouped, prepare, rowwise, single, updates
-from locoprop_kernels.kernels.plan import ALIGNMENT, Key, Layer, Piece, Plan
-from locoprop_kernels.patches import Rows, row_chunks
+from locoprop_kernels.kernels.plan import ALIGNMENT, Cells, Key, Layer, Piece, Place, Plan, float_bits
+from locoprop_kernels.patches import Rows, Stacked, row_chunks
 from locoprop_kernels.problem import LocalProblem, rule_state
 from locoprop_kernels.reference import Increment
 from locoprop_kernels.regularisers import Regulariser
@@ -83,8 +84,8 @@ def unsupported(
     if regulariser is not None and trace:
         return "trace=True is not supported with a regulariser of the user's own"
     for problem in problems:
-        if isinstance(problem.x, Rows) and _bytes(problem.x) > _MOST_UNFOLDED_BYTES:
-            most, size = _MOST_UNFOLDED_BYTES >> 20, _bytes(problem.x) / 2**20
+        if (unfolded := _unfolded_bytes(problem.x)) > _MOST_UNFOLDED_BYTES:
+            most, size = _MOST_UNFOLDED_BYTES >> 20, unfolded / 2**20
             return f"the kernels unfold patches whole, at most {most} MiB a layer; one takes {size:.0f} MiB"
         dtypes = {problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype, compute_dtype}
         if torch.float64 in dtypes:
@@ -95,18 +96,24 @@ def unsupported(
     return None
 
 
-def _bytes(x: Rows) -> int:
-    return x.shape[0] * x.shape[1] * x.dtype.itemsize
+def _unfolded_bytes(x: Tensor | Rows) -> int:
+    """Of rows that are formed, and are larger than what they are formed from."""
+    if isinstance(x, Tensor):
+        return 0
+    if isinstance(x, Stacked):
+        return sum(map(_unfolded_bytes, x.parts))
+    return math.prod(x.shape) * x.dtype.itemsize
 
 
-def _unfolded(x: Rows) -> Tensor:
-    """All rows as one tensor."""
-    whole = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _copy_chunks(rows: Rows, target: Tensor) -> None:
+    """Copy ``rows`` to ``target``, ``[G, B, columns]`` of the scratch, so that they are never held as a tensor too."""
     start = 0
-    for chunk in row_chunks(x):
-        whole[start : start + len(chunk)] = chunk
-        start += len(chunk)
-    return whole
+    for chunk in row_chunks(rows):
+        stop = start + chunk.shape[-2]
+        if target.dtype == torch.float16 and chunk.dtype != torch.float16:  # what has outgrown it saturates
+            chunk = torch.where(chunk.isfinite(), chunk.clamp(-65504, 65504), chunk)
+        target[..., start:stop, :] = chunk
+        start = stop
 
 
 def allocate(size: int, device: torch.device, what: str) -> Tensor:
@@ -142,7 +149,7 @@ class Group:
     def deltas(self, index: int) -> dict[str, Tensor]:
         """Increments of a problem, as views."""
         pieces = self.plan.pieces[index]
-        return {name: self._view(name, piece, piece.delta) for name, piece in pieces.items()}
+        return {name: self._view(index, name, piece, piece.delta) for name, piece in pieces.items()}
 
     def increment(self, index: int, views: bool) -> Increment:
         """The results of a problem, as views; none unless ``views``."""
@@ -151,16 +158,17 @@ class Group:
         state = {}
         for name, piece in self.plan.pieces[index].items():
             slots = zip(self.plan.key.slots, piece.slots, strict=True)
-            state[name] = {slot: self._view(name, piece, offset) for slot, offset in slots}
+            state[name] = {slot: self._view(index, name, piece, place) for slot, place in slots}
             if self.plan.key.counts_steps:
                 state[name]["step"] = self.states[index][name]["step"] + self.iterations
         return Increment(self.deltas(index), state, self.driver, self.objective(index))
 
-    def _view(self, name: str, piece: Piece, offset: int) -> Tensor:
-        size = (piece.rows - 1) * piece.stride + piece.columns
-        flat = self.results[offset : offset + 4 * size].view(torch.float32)
-        matrix = flat.as_strided((piece.rows, piece.columns), (piece.stride, 1))
-        return matrix if name == "weight" else matrix[:, 0]
+    def _view(self, index: int, name: str, piece: Piece, place: Place) -> Tensor:
+        groups = self.problems[index].groups
+        matrices = place.view(self.results, torch.float32, groups or 1, piece.rows, piece.columns)
+        if groups is None:
+            matrices = matrices[0]
+        return matrices if name == "weight" else matrices[..., 0]
 
     def objective(self, index: int) -> Tensor | None:
         """Local objective of a problem before every local step and at the end."""
@@ -174,7 +182,7 @@ class Group:
 
 def _layer(
     problem: LocalProblem,
-    x: Tensor,
+    x: Tensor | Rows,
     reduction: str,
     operand: torch.dtype,
     tf32: bool,
@@ -189,21 +197,25 @@ def _layer(
         found = functions.lookup(transfer)
         assert found is not None
         function, divergence = found
-    whole_tiles = x.shape[0] % max(config.b, config.r) == 0 and k % max(config.k, config.r) == 0
-    aligned = x.dtype == operand and x.is_contiguous() and x.data_ptr() % 16 == 0
+    batch, weight = x.shape[-2], problem.grad_weight is not None
+    whole_tiles = batch % config.b == 0 and k % config.k == 0
+    aligned = isinstance(x, Tensor) and x.dtype == operand and x.is_contiguous() and x.data_ptr() % 16 == 0
     return Layer(
-        batch=x.shape[0],
+        batch=batch,
         inputs=k,
         outputs=n,
         function=function,
         divergence=divergence,
         parameter=transfer.parameters[0] if transfer.parameters else 0.0,
-        weight=problem.grad_weight is not None,
+        weight=weight,
         bias=problem.grad_bias is not None,
         x_in_place=whole_tiles and aligned and not tf32,
         scale=problem.scale(reduction),
         rows=problem.shape[0],
-        splits=splits if problem.grad_weight is not None else 1,
+        splits=splits if weight else 1,
+        groups=problem.groups or 1,
+        x_chunks=weight and not isinstance(x, Tensor),
+        a0_chunks=not isinstance(problem.preactivation, Tensor),
     )
 
 
@@ -219,32 +231,57 @@ def _form(problem: LocalProblem, operand: torch.dtype, iterations: int) -> str:
     return "product"
 
 
+class _Inputs:
+    """Fills what belongs to the caller into the cells of a problem, and keeps it alive."""
+
+    def __init__(self, problem: LocalProblem) -> None:
+        self.cells = Cells()
+        self.alive: list[Tensor] = []
+        self._grouped = problem.groups is not None
+
+    def put(self, column: int, tensor: Tensor) -> tuple[int, ...]:
+        """The address of ``tensor``; returns its strides within a group."""
+        self.cells.values[column] = tensor.data_ptr()
+        self.alive.append(tensor)
+        strides = tensor.stride()
+        if not self._grouped:
+            return strides
+        self.cells.steps[column] = strides[0] * tensor.element_size()
+        return strides[1:]
+
+    def put_matrix(self, column: int, matrix: Tensor) -> None:
+        """The address and the two strides of ``matrix``, in columns side by side."""
+        self.cells.values[column + 1], self.cells.values[column + 2] = self.put(column, matrix)
+
+
 def _inputs(
-    problem: LocalProblem, x: Tensor, layer: Layer, state: dict[str, dict[str, Tensor]], slots: Sequence[str]
-) -> tuple[dict[int, int], list[Tensor]]:
-    """``({column: address or stride}, tensors to keep alive)``."""
-    a0 = problem.preactivation
-    cells = {c.A0_SOURCE.value + i: value for i, value in enumerate((a0.data_ptr(), *a0.stride()))}
-    if layer.weight and layer.x_in_place:
-        cells[c.X.value] = x.data_ptr()
-    elif layer.weight:
-        cells.update({c.X_SOURCE.value + i: value for i, value in enumerate((x.data_ptr(), *x.stride()))})
-    alive = [x]
+    problem: LocalProblem, x: Tensor | Rows, layer: Layer, state: dict[str, dict[str, Tensor]], slots: Sequence[str]
+) -> _Inputs:
+    inputs = _Inputs(problem)
+    values = inputs.cells.values
+    if isinstance(problem.preactivation, Tensor):
+        inputs.put_matrix(c.A0_SOURCE.value, problem.preactivation)
+    if layer.weight and isinstance(x, Tensor):
+        if layer.x_in_place:
+            inputs.put(c.X.value, x)
+        else:
+            inputs.put_matrix(c.X_SOURCE.value, x)
     for name, (value, grad) in problem.trained().items():
         base = c.WEIGHT.value if name == "weight" else c.BIAS.value
-        if grad.dim() == 2 and grad.stride(1) != 1:
+        if name == "weight" and grad.stride(-1) != 1:
             grad = grad.contiguous()
-        alive.append(grad)
-        cells[base + c.GRAD.value] = grad.data_ptr()
-        cells[base + c.GRAD_ROW.value] = grad.stride(0)
-        cells[base + c.VALUE.value] = value.data_ptr()
-        cells[base + c.VALUE_ROW.value] = value.stride(0)
-        cells[base + c.VALUE_COLUMN.value] = value.stride(1) if value.dim() == 2 else 0
+        values[base + c.GRAD_ROW.value] = inputs.put(base + c.GRAD.value, grad)[0]
+        row, *column = inputs.put(base + c.VALUE.value, value)
+        values[base + c.VALUE_ROW.value], values[base + c.VALUE_COLUMN.value] = row, column[0] if column else 0
         for i, slot in enumerate(slots):
-            cells[base + c.OLD.value + i] = state[name][slot].data_ptr()
+            inputs.put(base + c.OLD.value + i, state[name][slot])
         if "step" in state[name]:
-            cells[base + c.STEP.value] = state[name]["step"].data_ptr()
-    return cells, alive
+            values[base + c.STEP.value] = state[name]["step"].data_ptr()
+        mask = problem.mask(name)
+        if mask is not None:
+            inputs.put(base + c.MASK.value, mask.contiguous())
+        values[base + c.RATE.value] = float_bits(problem.rate(name))
+    return inputs
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -257,10 +294,17 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _resident(key: Key) -> int:
+    """How many programs of the single launch run at once; the interpreter's caller answers for their number."""
+    if key.interpreted:
+        return key.programs
+    return int(torch.cuda.get_device_properties(key.device).multi_processor_count) * key.config.occupancy
+
+
 def _plan(key: Key) -> Plan:
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = Plan(key)
+        plan = _plans[key] = Plan(key, _resident(key))
         if len(_plans) > _KEPT_PLANS:
             oldest = next((old for old, kept in _plans.items() if not kept.captured), None)
             if oldest is not None:
@@ -290,7 +334,11 @@ def run(
         bad = torch.zeros(1, dtype=torch.int32, device=device)
         members: dict[Any, list[int]] = {}
         forms = [_form(problem, compute_dtype or problem.weight.dtype, len(rates)) for problem in problems]
-        grams = tuple(problem.shape for problem, form in zip(problems, forms, strict=True) if form == "gram")
+        grams = tuple(
+            shape
+            for problem, form in zip(problems, forms, strict=True)
+            for shape in ([problem.shape] * (problem.groups or 1) if form == "gram" else [])
+        )
         if grams and not interpreted():
             found = configs.candidates(target_of(device), _precision(problems[0], compute_dtype))
             if not configs.gram_pays(found, grams, len(rates), len(rule.slots), _multiprocessors(device)):
@@ -325,16 +373,16 @@ def _run_group(
     found = updates.lookup(rule)
     assert found is not None
     grams = [reference._GramForm(problem, operand) for problem in problems] if form == "gram" else []
-    xs = [gram.gram.tensor for gram in grams] or [
-        problem.x if isinstance(problem.x, Tensor) else _unfolded(problem.x) for problem in problems
-    ]
-    sizes = tuple(
-        (x.shape[0], problem.shape[1] if problem.grad_weight is not None else 1, problem.shape[2])
-        for problem, x in zip(problems, xs, strict=True)
-    )
+    xs: list[Tensor | Rows] = [gram.gram.tensor for gram in grams] or [problem.x for problem in problems]
+    sizes: list[tuple[int, int, int]] = []
+    first_rows = []
+    for problem, x in zip(problems, xs, strict=True):
+        first_rows.append(len(sizes))
+        k = problem.shape[1] if problem.grad_weight is not None else 1
+        sizes += [(x.shape[-2], k, problem.shape[2])] * (problem.groups or 1)
     config, programs, splits = configs.choose(
         configs.candidates(target_of(device), precision),
-        sizes,
+        tuple(sizes),
         form,
         len(rule.slots),
         _multiprocessors(device),
@@ -342,8 +390,8 @@ def _run_group(
     )
     key = Key(
         layers=tuple(
-            _layer(problem, x, reduction, operand, precision == "tf32", config, parts)
-            for problem, x, parts in zip(problems, xs, splits, strict=True)
+            _layer(problem, x, reduction, operand, precision == "tf32", config, splits[row])
+            for problem, x, row in zip(problems, xs, first_rows, strict=True)
         ),
         device=device,
         parameter=first.weight.dtype,
@@ -357,6 +405,7 @@ def _run_group(
         form=form,
         counts_steps=rule.counts_steps,
         regulariser=None if regulariser is None else regulariser.triton_fn,
+        masked=any(problem.mask(name) is not None for problem in problems for name in problem.trained()),
         trace=trace,
         transposed=precision == "tf32",
         interpreted=interpreted(),
@@ -372,18 +421,15 @@ def _run_group(
         }
         for problem in problems
     ]
-    inputs, alive = zip(
-        *(
-            _inputs(problem, x, layer, state, key.slots)
-            for problem, x, layer, state in zip(problems, xs, key.layers, states, strict=True)
-        ),
-        strict=True,
-    )
-    for cells, gram in zip(inputs, grams, strict=False):
-        cells[c.ROW_SUMS.value] = gram.sum_x.data_ptr()
+    inputs = [
+        _inputs(problem, x, layer, state, key.slots)
+        for problem, x, layer, state in zip(problems, xs, key.layers, states, strict=True)
+    ]
+    for one, gram in zip(inputs, grams, strict=False):
+        one.put(c.ROW_SUMS.value, gram.sum_x)
     results = allocate(plan.results_bytes, device, "the increments and the new state")
     scratch = allocate(plan.scratch_bytes, device, "the scratch of the local loop")
-    table, rates_tensor = plan.table(results, scratch, inputs, rates)
+    table, rates_tensor = plan.table(results, scratch, [one.cells for one in inputs], rates)
     iterations = len(rates)
     partial = (
         torch.zeros(iterations + 1, plan.trace_slots, dtype=torch.float64, device=device)
@@ -392,7 +438,10 @@ def _run_group(
     )
     constants = plan.constants
     if iterations > 1 or trace:
+        for problem, chunks, layer in zip(problems, plan.chunks, key.layers, strict=True):
+            _place_chunks(problem, chunks, layer, scratch, key)
         prepare.prepare_x(table, plan.prepare_x_tiles, constants["prepare_x"], key.transposed)
+        prepare.prepare_x(table, plan.chunked_x_tiles, constants["chunked_x"], key.transposed)
         prepare.prepare_a0(table, plan.prepare_a0_tiles, constants["prepare_a0"])  # no tiles in the Gram form
     launches = _Launches(plan, table, rates_tensor, iterations, float(prox), bad, partial, constants)
     if operand == torch.float16:
@@ -405,7 +454,7 @@ def _run_group(
         results=results,
         table=table,
         states=states,
-        keep_alive=[*alive, scratch, grams],
+        keep_alive=[inputs, scratch, grams],
         trace=partial if trace else None,
         driver=driver,
     )
@@ -416,6 +465,18 @@ def _run_group(
     else:
         launches.grouped(rowwise=form == "softmax")
     return group
+
+
+def _place_chunks(problem: LocalProblem, chunks: dict[str, Place], layer: Layer, scratch: Tensor, key: Key) -> None:
+    """Copy what comes in chunks to where kernels will round it, pad it and read it."""
+    if "x" in chunks:
+        assert isinstance(problem.x, Rows)
+        target = chunks["x"].view(scratch, key.operand, layer.groups, layer.batch, layer.inputs)
+        _copy_chunks(problem.x, target)
+    if "a0" in chunks:
+        assert isinstance(problem.preactivation, Rows)
+        target = chunks["a0"].view(scratch, key.preactivation, layer.groups, layer.outputs, layer.batch)
+        _copy_chunks(problem.preactivation, target.mT)
 
 
 @dataclass(eq=False)
@@ -433,15 +494,8 @@ class _Launches:
 
     def single(self) -> None:
         plan = self.plan
-        counters = torch.zeros(2 * len(plan.updates_per_block), dtype=torch.int32, device=plan.key.device)
-        lists = (
-            plan.activation_tiles,
-            plan.activation_offsets,
-            plan.update_tiles,
-            plan.update_offsets,
-            plan.activations_per_block,
-            plan.updates_per_block,
-        )
+        lists = plan.work_lists
+        counters = torch.zeros(2 * len(lists[-1]), dtype=torch.int32, device=plan.key.device)
         single.launch(
             self.table,
             lists,

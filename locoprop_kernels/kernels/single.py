@@ -53,6 +53,7 @@ def _local_steps_kernel(
     SLOTS: tl.constexpr,
     COUNTS_STEPS: tl.constexpr,
     REGULARISER: tl.constexpr,
+    MASKED: tl.constexpr,
     OPERAND: tl.constexpr,
     PREACTIVATION: tl.constexpr,
     PARAMETER: tl.constexpr,
@@ -97,15 +98,15 @@ def _local_steps_kernel(
                 block = tl.load(row_ptr + c.FIRST_BLOCK) + n_block
                 _wait(activations_done_ptr + block, t * tl.load(activations_per_block_ptr + block))
                 update_tile(row_ptr, n_block, k_block, t, t == iterations - 1, rate, prox, bad_ptr, trace_ptr,
-                            trace_stride, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER,
-                            PRECISION, INTERPRETED,
-                            TRACE, TRANSPOSED, False, False, BLOCK_N, BLOCK_K, BLOCK_R, PARTS)  # fmt: skip
+                            trace_stride, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, MASKED, OPERAND,
+                            PARAMETER, PRECISION, INTERPRETED, TRACE, TRANSPOSED, False, False, BLOCK_N, BLOCK_K,
+                            BLOCK_R, PARTS)  # fmt: skip
                 _signal(updates_done_ptr + block)
 
 
 def launch(
     table: Any,
-    lists: tuple[Any, Any, Any, Any, Any, Any],
+    lists: tuple[Any, ...],
     counters: Any,
     rates: Any,
     iterations: int,

@@ -249,11 +249,11 @@ def _value(parameter_ptr, long_rows, columns, valid, PARAMETER: tl.constexpr):
 @triton.jit
 def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, rate, prox, loss_scale, bad_ptr,
           RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
-          REGULARISER: tl.constexpr,
-          PARAMETER: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+          REGULARISER: tl.constexpr, MASKED: tl.constexpr, PARAMETER: tl.constexpr,
+          INTERPRETED: tl.constexpr):  # fmt: skip
     """One step of the update rule on a tile of a weight or bias, whose gradient has changed by ``change``.
 
-    Returns the new increment and the gradient at the start, both zero outside the parameter.
+    Returns the new increment and the gradient at the start, both zero outside the parameter and where its mask is 0.
     """
     valid = (rows < n)[:, None] & (columns < width)[None, :]
     long_rows = rows.to(tl.int64)[:, None]
@@ -271,6 +271,13 @@ def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, r
     if REGULARISER is not None:
         value = _value(parameter_ptr, long_rows, columns, valid, PARAMETER)
         grad += REGULARISER(value + delta, value)
+    moving = valid
+    if MASKED:
+        mask_ptr = callers_address(parameter_ptr, c.MASK, tl.uint8)
+        masked = tl.load(parameter_ptr + c.MASK) != 0  # otherwise nothing is read, and all of it moves
+        moving = valid & (tl.load(mask_ptr + old_offsets, valid & masked, 1) != 0)
+        start = tl.where(moving, start, 0.0)
+        grad = tl.where(moving, grad, 0.0)
 
     s0, s1, s2 = grad, grad, grad
     if SLOTS > 0:
@@ -282,9 +289,10 @@ def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, r
     step = t + 1.0
     if COUNTS_STEPS:
         step += tl.load(callers_address(parameter_ptr, c.STEP, tl.int64)).to(tl.float32)
+    rate *= bits_to_float(tl.load(parameter_ptr + c.RATE))
     delta, s0, s1, s2 = RULE(delta, grad, s0, s1, s2, rate, step, HYPER)
 
-    delta = tl.where(valid, delta, 0.0)
+    delta = tl.where(moving, delta, 0.0)  # under a mask, momentum may have moved what has no gradient
     tl.store(delta_ptrs, delta)
     if SLOTS > 0:
         _keep_slot(parameter_ptr, 0, s0, new_offsets, valid, last, bad_ptr)
@@ -336,10 +344,10 @@ def _gram_bias_change(row_ptr, rows, t, OPERAND: tl.constexpr, BLOCK_R: tl.const
 @triton.jit
 def _weight_epilogue(row_ptr, product, rows, start, part, t, last, rate, prox, loss_scale, old_scale, new_scale,
                      splits, bad_ptr, trace_ptr, RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr,
-                     COUNTS_STEPS: tl.constexpr, REGULARISER: tl.constexpr, OPERAND: tl.constexpr,
-                     PARAMETER: tl.constexpr,
-                     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr,
-                     GRAM: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+                     COUNTS_STEPS: tl.constexpr, REGULARISER: tl.constexpr, MASKED: tl.constexpr,
+                     OPERAND: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr,
+                     INTERPRETED: tl.constexpr, TRACE: tl.constexpr, GRAM: tl.constexpr,
+                     SPLIT: tl.constexpr):  # fmt: skip
     """Update of part of a weight tile; returns its largest |Δ|."""
     columns = start + tl.arange(0, product.shape[1])
     n, k = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS)
@@ -356,8 +364,8 @@ def _weight_epilogue(row_ptr, product, rows, start, part, t, last, rate, prox, l
         if (t > 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
             change += _old_bias(row_ptr, rows, t)[:, None] * _sum_x(row_ptr, columns, k)[None, :]
     delta, gradient = _step(row_ptr + c.WEIGHT, change, rows, columns, n, k, row_stride, t, last,
-                         rate, prox, loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, PARAMETER,
-                         INTERPRETED)  # fmt: skip
+                         rate, prox, loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, MASKED,
+                         PARAMETER, INTERPRETED)  # fmt: skip
     copy_ptr = address(row_ptr, c.WEIGHT + c.COPY, OPERAND)
     if GRAM:
         copy_ptr += ((t + 1) % 2) * stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
@@ -373,9 +381,8 @@ def _weight_epilogue(row_ptr, product, rows, start, part, t, last, rate, prox, l
 @triton.jit
 def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_ptr, RULE: tl.constexpr,
                HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr, REGULARISER: tl.constexpr,
-               PARAMETER: tl.constexpr,
-               INTERPRETED: tl.constexpr, TRACE: tl.constexpr, GRAM: tl.constexpr, OPERAND: tl.constexpr,
-               BLOCK_R: tl.constexpr):  # fmt: skip
+               MASKED: tl.constexpr, PARAMETER: tl.constexpr, INTERPRETED: tl.constexpr, TRACE: tl.constexpr,
+               GRAM: tl.constexpr, OPERAND: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     change = tl.zeros_like(rows).to(tl.float32)
     if t > 0:
         if GRAM:
@@ -389,8 +396,8 @@ def _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, trace_pt
                 change += tl.sum(tl.load(sums_ptrs + offsets, blocks < count, 0.0), 0)
     n = tl.load(row_ptr + c.OUTPUTS)
     delta, gradient = _step(row_ptr + c.BIAS, change[:, None], rows, tl.arange(0, 1), n, 1, 1, t, last, rate, prox,
-                         loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, PARAMETER,
-                         INTERPRETED)  # fmt: skip
+                         loss_scale, bad_ptr, RULE, HYPER, SLOTS, COUNTS_STEPS, REGULARISER, MASKED,
+                         PARAMETER, INTERPRETED)  # fmt: skip
     if GRAM:
         copy_ptr = address(row_ptr, c.BIAS + c.COPY, tl.float32) + ((t + 1) % 2) * tl.load(
             row_ptr + c.BIAS + c.COPY_SIZE
@@ -447,9 +454,10 @@ def partial_tile(row_ptr, n_block, k_block, split, t, OPERAND: tl.constexpr, PRE
 @triton.jit
 def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_ptr, trace_stride, RULE: tl.constexpr,
                 HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr, REGULARISER: tl.constexpr,
-                OPERAND: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-                TRACE: tl.constexpr, TRANSPOSED: tl.constexpr, GRAM: tl.constexpr, SPLIT: tl.constexpr,
-                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+                MASKED: tl.constexpr, OPERAND: tl.constexpr, PARAMETER: tl.constexpr, PRECISION: tl.constexpr,
+                INTERPRETED: tl.constexpr, TRACE: tl.constexpr, TRANSPOSED: tl.constexpr, GRAM: tl.constexpr,
+                SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+                PARTS: tl.constexpr):  # fmt: skip
     """``G = (G_0 + Eᵀ X) · scale + λ Δ`` and a step of the rule, on rows of ``n_block`` and columns of ``k_block``."""
     rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -477,7 +485,8 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
             part_amax = _weight_epilogue(
                 row_ptr, parts[i], rows, k_block * BLOCK_K + i * (BLOCK_K // PARTS), k_block * PARTS + i, t, last,
                 rate, prox, loss_scale, old_scale, new_scale, splits, bad_ptr, trace_ptr, RULE, HYPER, SLOTS,
-                COUNTS_STEPS, REGULARISER, OPERAND, PARAMETER, PRECISION, INTERPRETED, TRACE, GRAM, SPLIT)  # fmt: skip
+                COUNTS_STEPS, REGULARISER, MASKED, OPERAND, PARAMETER, PRECISION, INTERPRETED, TRACE, GRAM,
+                SPLIT)  # fmt: skip
             amax = tl.maximum(amax, part_amax)
         if OPERAND == tl.float16:
             n_blocks = tl.load(row_ptr + c.N_BLOCKS)
@@ -487,5 +496,5 @@ def update_tile(row_ptr, n_block, k_block, t, last, rate, prox, bad_ptr, trace_p
     if (k_block == 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
         bias_ptr = trace_ptr + k_blocks * PARTS
         _bias_tile(row_ptr, rows, t, last, rate, prox, loss_scale, bad_ptr, bias_ptr, RULE, HYPER, SLOTS,
-                   COUNTS_STEPS, REGULARISER,
-                   PARAMETER, INTERPRETED, TRACE, GRAM, OPERAND, BLOCK_R)  # fmt: skip
+                   COUNTS_STEPS, REGULARISER, MASKED, PARAMETER, INTERPRETED, TRACE, GRAM, OPERAND,
+                   BLOCK_R)  # fmt: skip

@@ -101,12 +101,14 @@ def _plan(config: configs.Config, precision: str, rule: rules.Rule, form: str = 
             form=form,
             counts_steps=rule.counts_steps,
             regulariser=None,
+            masked=False,
             trace=False,
             transposed=precision == "tf32",
             interpreted=False,
             config=config,
             programs=100 if form == "product" and splits == 1 else 0,
-        )
+        ),
+        resident=100,
     )
 
 

@@ -1,0 +1,309 @@
+"""Groups, masks, rates per parameter and rows in chunks: interpreted kernels against the reference."""
+
+import dataclasses
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import locoprop_kernels as lk
+from locoprop_kernels import rules
+from locoprop_kernels.kernels import configs, drivers, plan
+from locoprop_kernels.patches import Patches, Rows, Stacked
+
+pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_INTERPRET=1")
+
+SMALL = configs.Config(n=8, b=32, k=16, r=8, parts=2)
+ULP = 2.0**-23
+TENSORS = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias", "mask_weight", "mask_bias")
+
+
+def random_problem(seed, b, k, n, groups=None, bias=True, transfer="tanh", masks=False, **options):
+    """A local problem whose gradients are those of random residuals."""
+    generator = torch.Generator().manual_seed(seed)
+    lead = [] if groups is None else [groups]
+
+    def normal(*shape):
+        return torch.randn(*lead, *shape, generator=generator)
+
+    x, weight, residual = normal(b, k), normal(n, k) / k**0.5, normal(b, n)
+    shift = normal(n) if bias else None
+    if masks:
+        options["mask_weight"] = normal(n, k) > 0
+        options["mask_bias"] = normal(n) > 0 if bias else None
+    return lk.LocalProblem(
+        x=x,
+        preactivation=x @ weight.mT + (shift.unsqueeze(-2) if bias else 0),
+        weight=weight,
+        bias=shift,
+        grad_weight=residual.mT @ x,
+        grad_bias=residual.sum(-2) if bias else None,
+        transfer=transfer,
+        **options,
+    )
+
+
+def copied(problem, **changes):
+    """A problem of the same numbers in memory of its own."""
+    tensors = {name: getattr(problem, name) for name in TENSORS}
+    tensors = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
+    state = {name: {slot: value.clone() for slot, value in slots.items()} for name, slots in problem.state.items()}
+    return dataclasses.replace(problem, **{**tensors, "state": state, **changes})
+
+
+def of_group(problem, index):
+    """One group of a problem, as a problem without groups."""
+    tensors = {name: getattr(problem, name) for name in TENSORS}
+    return dataclasses.replace(
+        problem, **{name: value if value is None else value[index].clone() for name, value in tensors.items()}, state={}
+    )
+
+
+def stacked(tensor, rng):
+    """The same rows in one to three parts."""
+    sizes = [tensor.shape[-2]]
+    while len(sizes) < 3 and sizes[-1] > 1 and rng.random() < 0.8:
+        first = rng.randint(1, sizes[-1] - 1)
+        sizes[-1:] = [first, sizes[-1] - first]
+    return Stacked([part.clone() for part in tensor.split(sizes, dim=-2)])
+
+
+def agrees(ours, theirs, limit=64, driver=None, config=SMALL, **arguments):
+    """Both backends, with their commits; differences count in units of the last place of the largest increment."""
+    with configs.use(config, driver):
+        actual = lk.local_steps_(ours, backend="triton", commit=False, **arguments)
+    expected = lk.local_steps_(theirs, backend="reference", commit=False, **arguments)
+    for one, right in zip(actual.problems, expected.problems, strict=True):
+        for name in ("delta_weight", "delta_bias"):
+            value, wanted = getattr(one, name), getattr(right, name)
+            assert (value is None) == (wanted is None)
+            if wanted is not None:
+                assert value.shape == wanted.shape
+                assert (value - wanted).abs().max() <= limit * ULP * wanted.abs().max()
+        if right.trace is not None:
+            torch.testing.assert_close(one.trace, right.trace, rtol=1e-4, atol=1e-12)
+    actual.commit_()
+    expected.commit_()
+    assert actual.committed
+    for one, right in zip(ours, theirs, strict=True):
+        assert one.state.keys() == right.state.keys()
+        for name, slots in right.state.items():
+            for slot, wanted in slots.items():
+                error = (one.state[name][slot] - wanted).abs().max()
+                assert error <= 4 * limit * ULP * wanted.abs().max()
+    return actual
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_problems(seed):
+    rng = random.Random(seed)
+    ours, theirs = [], []
+    for i in range(rng.randint(1, 2)):
+        groups = rng.choice([None, None, 1, 3])
+        sizes = [rng.choice([1, 5, 16, 19]) for _ in range(3)]
+        problem = random_problem(
+            100 * seed + i,
+            *sizes,
+            groups,
+            bias=rng.random() < 0.7,
+            transfer=rng.choice(["tanh", "sigmoid", "identity", "softmax"]),
+            masks=rng.random() < 0.5,
+            rate_weight=rng.choice([0.0, 0.5, 1.0]),
+            rate_bias=rng.choice([0.0, 0.5, 1.0]),
+        )
+        frozen = rng.choice(["grad_weight", "grad_bias", None, None])
+        if frozen and problem.bias is not None:
+            setattr(problem, frozen, None)
+        changes = {name: stacked(getattr(problem, name), rng) for name in TENSORS[:2] if rng.random() < 0.5}
+        ours.append(copied(problem, **changes))
+        theirs.append(problem)
+    rule = rng.choice([rules.RMSprop(eps=1e-3), rules.Adam(eps=1e-3), rules.SGD(momentum=0.8)])
+    arguments = {"prox": rng.choice([0.0, 0.2]), "reduction": rng.choice(["mean", "sum"]), "trace": rng.random() < 0.5}
+    lr = [0.01 / (1 + t) for t in range(rng.randint(1, 3))]
+    driver = rng.choice(["single", "grouped"])
+    for _ in range(2):  # the state persists
+        agrees(ours, theirs, driver=driver, rule=rule, lr=lr, **arguments)
+
+
+@pytest.mark.parametrize(("driver", "transfer"), [("single", "tanh"), ("grouped", "tanh"), ("gram", "identity")])
+def test_masked_weights_stay_and_their_momentum_does_not_move_them(driver, transfer):
+    ours = random_problem(1, 40, 19, 11, transfer=transfer)
+    theirs = copied(ours)
+    arguments = {"rule": rules.SGD(momentum=0.9), "lr": [0.01] * 3, "prox": 0.1}
+    chosen = None if driver == "gram" else driver
+    agrees([ours], [theirs], driver=chosen, **arguments)  # fills the momentum
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.rand(11, 38, generator=generator)[:, ::2] > 0.5  # of any strides
+    bias = torch.rand(11, generator=generator) > 0.5
+    for problem in (ours, theirs):
+        problem.mask_weight, problem.mask_bias = weight, bias
+        problem.grad_weight[~weight] = float("inf")  # which is not looked at
+    before = ours.weight.clone(), ours.bias.clone()
+    momentum = ours.state["weight"]["momentum_buffer"]
+    assert (momentum[~weight] != 0).all()
+    report = agrees([ours], [theirs], driver=chosen, **arguments)
+    assert report.driver == driver
+    for mask, after, start in zip((weight, bias), (ours.weight, ours.bias), before, strict=True):
+        assert torch.equal(after[~mask], start[~mask])
+        assert (after[mask] != start[mask]).all()
+
+
+def test_a_mask_of_ones_and_rates_of_one_change_no_bit():
+    for driver in ("single", "grouped"):
+        plain = random_problem(3, 37, 19, 11)
+        masked = copied(plain, mask_weight=torch.ones(11, 19, dtype=torch.bool), rate_weight=1, rate_bias=1)
+        other = [random_problem(4, 20, 7, 5) for _ in range(2)]  # without a mask, in the same launch
+        with configs.use(SMALL, driver):
+            for problems in ([plain, other[0]], [masked, other[1]]):
+                lk.local_steps_(problems, lr=[0.01] * 3, backend="triton")
+        assert torch.equal(plain.weight, masked.weight)
+        assert torch.equal(plain.bias, masked.bias)
+        assert torch.equal(other[0].weight, other[1].weight)
+
+
+@pytest.mark.parametrize("driver", ["single", "grouped"])
+def test_rates_multiply_the_learning_rates(driver):
+    half = random_problem(5, 37, 19, 11, rate_weight=0.5, rate_bias=0.0)
+    whole = copied(half, rate_weight=1.0, rate_bias=1.0)
+    bias = half.bias.clone()
+    with configs.use(SMALL, driver):
+        lk.local_steps_([half], lr=[0.02], backend="triton")
+        lk.local_steps_([whole], lr=[0.01], backend="triton")
+        assert torch.equal(half.weight, whole.weight)
+        assert torch.equal(half.bias, bias)
+        plans = len(drivers._plans)
+        half.rate_weight = 0.25  # a scheduler's: no reason for a new plan
+        lk.local_steps_([half], lr=[0.02], backend="triton")
+        assert len(drivers._plans) == plans
+
+
+@pytest.mark.parametrize("groups", [1, 3, 7])
+@pytest.mark.parametrize(("driver", "transfer"), [("single", "tanh"), ("grouped", "softmax"), ("gram", "identity")])
+def test_groups_are_problems_of_their_own(groups, driver, transfer):
+    """Bit by bit (but for the sums of a batched ``XᵀX``), and the step is counted once."""
+    sizes = (33, 19, 9) if groups == 1 else (8, 5, 3)
+    together = random_problem(groups, *sizes, groups, transfer=transfer, masks=True)
+    apart = [of_group(together, index) for index in range(groups)]
+    arguments = {"rule": "adam", "lr": [0.01] * 3, "backend": "triton", "trace": True}
+    with configs.use(SMALL, None if driver == "gram" else driver):
+        report = lk.local_steps_([together], **arguments)
+        reports = lk.local_steps_(apart, **arguments)
+    assert report.driver == (transfer if transfer == "softmax" else driver)
+    torch.testing.assert_close(report.trace[0], sum(reports.trace), rtol=1e-6, atol=0)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if driver == "gram" else {"rtol": 0, "atol": 0}
+    for index, problem in enumerate(apart):
+        torch.testing.assert_close(together.weight[index], problem.weight, **tolerance)
+        torch.testing.assert_close(together.bias[index], problem.bias, **tolerance)
+        for slot in ("exp_avg", "exp_avg_sq"):
+            slots = together.state["weight"][slot][index], problem.state["weight"][slot]
+            torch.testing.assert_close(*slots, **tolerance)
+    assert together.state["weight"]["step"] == together.state["bias"]["step"] == 3
+
+
+def test_groups_of_any_strides():
+    ours = random_problem(6, 33, 13, 9, 3)
+    theirs = copied(ours)
+    for name in ("x", "preactivation", "weight", "grad_weight", "bias", "grad_bias"):
+        value = getattr(ours, name)
+        setattr(ours, name, torch.empty(*value.shape[::-1], 2)[..., 0].permute(*range(value.dim())[::-1]).copy_(value))
+    agrees([ours], [theirs], lr=[0.01] * 3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "groups", "tf32"),
+    [
+        (torch.float32, 3, False),
+        (torch.float32, None, True),
+        (torch.bfloat16, None, False),
+        (torch.float16, None, False),
+    ],
+)
+def test_chunks_give_the_same_bits(dtype, groups, tf32, monkeypatch):
+    monkeypatch.setattr(drivers, "float32_precision", lambda: "tf32" if tf32 else "ieee")
+    whole = random_problem(7, 37, 19, 7, groups, transfer="relu")
+    whole.x[..., 0, 0] = 1e5  # more than float16 holds
+    whole.preactivation = whole.preactivation.bfloat16()
+    rng = random.Random(1)
+    chunks = copied(whole, x=stacked(whole.x, rng), preactivation=stacked(whole.preactivation, rng))
+    arguments = {"lr": [0.01] * 2, "backend": "triton", "compute_dtype": dtype}
+    with configs.use(SMALL):
+        for problem in (whole, chunks):  # with one whose X is a tensor, in the same launch
+            other = random_problem(8, 20, 7, 5)
+            other.preactivation = other.preactivation.bfloat16()
+            assert lk.local_steps_([problem, other], **arguments).committed
+    assert torch.equal(whole.weight, chunks.weight)
+    assert torch.equal(whole.bias, chunks.bias)
+
+
+def test_chunks_that_no_product_needs_are_not_formed():
+    class Never(Rows):
+        def chunks(self, max_bytes=0):
+            raise AssertionError("rows were formed")
+
+    ours = random_problem(9, 37, 19, 11)
+    x, preactivation = (Never(value.shape, value.dtype, value.device) for value in (ours.x, ours.preactivation))
+    one_step = copied(ours, x=x, preactivation=preactivation)
+    frozen = copied(ours, x=x, grad_weight=None)
+    with configs.use(SMALL):
+        assert lk.local_steps_([one_step], lr=[0.1], backend="triton").committed
+        assert lk.local_steps_([frozen], lr=[0.1] * 3, backend="triton").committed
+
+
+@pytest.mark.parametrize("driver", ["single", "grouped"])
+def test_patches_of_a_grouped_convolution(driver):
+    groups, generator = 3, torch.Generator().manual_seed(10)
+    image = torch.randn(2, 2 * groups, 7, 6, generator=generator)
+    x = Patches(image, (3, 2), (2, 1), (1, 1), groups=groups)
+    whole = torch.cat(list(x.chunks()), dim=-2)
+    theirs = random_problem(11, *whole.shape[1:], 5, groups, masks=True, rate_weight=0.5)
+    theirs.x = whole
+    agrees([copied(theirs, x=x)], [theirs], driver=driver, rule="adam", lr=[0.01] * 3)
+
+
+@pytest.mark.parametrize("driver", ["single", "grouped"])
+def test_low_precision(driver):
+    theirs = random_problem(12, 150, 30, 20, 3, masks=True, rate_weight=0.5)
+    ours = copied(theirs, x=Stacked(theirs.x.split([60, 90], dim=1)))
+    arguments = {"lr": [1e-4] * 4, "commit": False}
+    with configs.use(configs.Config(n=16, b=64, k=32, r=16), driver):
+        report = lk.local_steps_([ours], backend="triton", compute_dtype=torch.bfloat16, **arguments)
+    expected = lk.local_steps_([theirs], backend="reference", **arguments)
+    error = report.delta_weight[0] - expected.delta_weight[0]
+    assert error.norm() <= 5e-3 * expected.delta_weight[0].norm()
+    assert not report.delta_weight[0][~theirs.mask_weight].any()
+
+
+@pytest.mark.parametrize("sizes", [(8, 32, 16, 32), (8, 16, 32, 32), (8, 48, 48, 32), (8, 8, 8, 0)])
+def test_steps_of_the_reduction_divide_the_tiles(sizes):
+    """Else the padding up to a step would be read, and no kernel writes it."""
+    with pytest.raises(ValueError, match=f"r must divide b and k, got r={sizes[3]}, b={sizes[1]}, k={sizes[2]}"):
+        configs.Config(*sizes)
+
+
+def test_a_plan_of_launches_per_phase_has_no_schedule():
+    problem = random_problem(13, 37, 19, 11)
+    found = []
+    for driver in ("single", "grouped"):
+        with configs.use(SMALL, driver):
+            lk.local_steps_([problem], lr=[0.01], backend="triton")
+        found.append(next(reversed(drivers._plans.values())))
+    assert [one.schedule is None for one in found] == [False, True]
+    tiles = [{tuple(tile) for tile in one.update_tiles.tolist()} for one in found]
+    assert tiles[0] == tiles[1] == {(0, row, column) for row in range(2) for column in range(2)}
+
+
+def test_programs_that_a_device_cannot_hold_are_refused(monkeypatch):
+    with configs.use(dataclasses.replace(SMALL, occupancy=2), "single", programs=5):
+        lk.local_steps_([random_problem(14, 37, 19, 11)], lr=[0.01], backend="triton")
+    key = next(reversed(drivers._plans.keys()))
+    assert key.programs == 10  # the interpreter takes any number
+    device = SimpleNamespace(multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    key = dataclasses.replace(key, interpreted=False)
+    with pytest.raises(ValueError, match="10 programs, but only 8 can be resident"):
+        plan.Plan(key, drivers._resident(key))
+    device.multi_processor_count = 5
+    assert plan.Plan(key, drivers._resident(key)).schedule.programs == 10
