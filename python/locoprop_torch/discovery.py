@@ -244,8 +244,7 @@ class _Tracer(fx.Tracer):
 
 def _reason(module: nn.Module, error: Exception) -> str:
     message = (str(error).strip() or "no message").splitlines()[0]
-    reason = f"{type(module).__name__}.forward could not be traced: {type(error).__name__}: {message}"
-    return reason if len(reason) <= 120 else reason[:117] + "..."
+    return f"{type(module).__name__}.forward could not be traced: {type(error).__name__}: {message[:120]}"
 
 
 @dataclass(frozen=True)
@@ -332,6 +331,11 @@ class _Search:
         self._found[id(layer)].add(transfer or transfers.get("identity"))
 
 
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
 def find_transfers_by_name(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Found]:
     """The transfer function behind each layer of ``model``, which is left as it was, whatever its ``forward`` does.
 
@@ -358,7 +362,7 @@ def find_transfers_by_name(model: nn.Module, layers: Mapping[str, nn.Module]) ->
         _log.warning(
             "what follows these layers is not known, so they get the identity; transfers={name: function} names it "
             "by hand. %s",
-            "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()),
+            "; ".join(f"{_listed(names)}: {reason}" for reason, names in reasons.items()),
         )
     return found
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 __all__ = ["Copier", "is_opaque", "uncompiled", "undisturbed"]
 
@@ -39,8 +39,10 @@ _FILL: dict[type, Callable[[Any, list[Any]], object]] = {
     set: set.update,
     collections.deque: collections.deque.extend,
 }
+# There is one of each, or too much hangs on it; none of them changes when a model runs.
+_SHARED = (type, types.ModuleType, enum.Enum, logging.Logger, fx.Graph)
 # Made by C code, and safe to copy with what they refer to.
-_DEEP_COPIED = (np.ndarray, np.random.Generator, np.random.RandomState, random.Random, bytearray, itertools.count)
+_DEEP_COPIED = (np.random.Generator, np.random.RandomState, random.Random, bytearray, itertools.count)
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "_hooks" in name)
 # What makes a module copy, pickle or run itself in a way of its own.
 _NOT_COPIED = frozenset({"__deepcopy__", "__reduce_ex__", "_compiled_call_impl"})
@@ -117,7 +119,7 @@ class Copier:
             return self._module(obj)
         if issubclass(kind, Tensor):
             return self._tensor(obj)
-        if issubclass(kind, (type, types.ModuleType, enum.Enum, logging.Logger)) or hasattr(kind, "__del__"):
+        if issubclass(kind, _SHARED) or hasattr(kind, "__del__"):
             return obj
         self._count(1)
         if (base := _base(kind)) is not None:
@@ -131,6 +133,8 @@ class Copier:
             return weakref.ref(self.copy(target)) if isinstance(target, nn.Module) else obj
         if issubclass(kind, (types.FunctionType, types.MethodType, types.BuiltinMethodType, functools.partial)):
             return self._callable(obj, kind)
+        if issubclass(kind, np.ndarray):
+            return self._array(obj)
         if issubclass(kind, _DEEP_COPIED):
             return copy.deepcopy(obj)
         return self._instance(obj, kind)
@@ -163,6 +167,13 @@ class Copier:
             return tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+    def _array(self, array: Any) -> Any:
+        if array.nbytes <= _MOST_BYTES:
+            return copy.deepcopy(array)
+        view = array.view()
+        view.flags.writeable = False  # an array without values would not do, so writing to this one fails
+        return view
 
     def _container(self, obj: Any, kind: type, base: Any) -> Any:
         contents = _contents(obj, base)
@@ -255,21 +266,22 @@ class _Outside:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo = contextlib.ExitStack()
         self._seen: dict[int, Any] = {}
         pending: list[Any] = []
         for module in model.modules():
-            pending += [type(module), *(value for value in vars(module).values() if callable(value))]
+            attributes = vars(module).values()
+            pending += [type(module), *map(type, attributes), *(value for value in attributes if callable(value))]
         while pending and len(self._seen) < _MOST_OBJECTS:
             obj = pending.pop()
             if id(obj) not in self._seen and not issubclass(type(obj), (*_PLAIN, nn.Parameter)):
                 self._seen[id(obj)] = obj
-                pending += self._keep(obj, type(obj))
+                with contextlib.suppress(Exception):  # a stranger, such as a tensor that has no shape yet
+                    pending += self._keep(obj, type(obj))
 
     def restore(self) -> None:
         """Put everything back that has changed."""
-        for undo in reversed(self._undo):
-            undo()
+        self._undo.close()
 
     def _keep(self, obj: Any, kind: type) -> Iterable[Any]:
         """Remember the state of ``obj``; returns the objects that it leads to."""
@@ -284,7 +296,7 @@ class _Outside:
         if issubclass(kind, type):
             return () if _is_library(obj.__module__) else self._class(obj)
         if issubclass(kind, torch.Generator):
-            self._undo.append(functools.partial(obj.set_state, obj.get_state()))
+            self._undo.callback(obj.set_state, obj.get_state())
         elif issubclass(kind, Tensor):
             self._tensor(obj)
         elif (base := _base(kind)) is not None:
@@ -308,7 +320,7 @@ class _Outside:
             yield from (namespace[name] for name in names & namespace.keys())
         for cell in function.__closure__ or ():
             with contextlib.suppress(ValueError):  # an empty cell
-                self._undo.append(functools.partial(setattr, cell, "cell_contents", cell.cell_contents))
+                self._undo.callback(setattr, cell, "cell_contents", cell.cell_contents)
                 yield cell.cell_contents
         yield from (function.__defaults__, function.__kwdefaults__, vars(function))
 
@@ -320,7 +332,7 @@ class _Outside:
                 del namespace[name]
             namespace.update({name: value for name, value in kept.items() if namespace.get(name) is not value})
 
-        self._undo.append(undo)
+        self._undo.callback(undo)
 
     def _class(self, cls: type) -> Iterable[Any]:
         kept = dict(vars(cls))
@@ -332,7 +344,7 @@ class _Outside:
                 if vars(cls).get(name) is not value:
                     type.__setattr__(cls, name, value)
 
-        self._undo.append(undo)
+        self._undo.callback(undo)
         return (*kept.values(), *cls.__bases__)
 
     def _tensor(self, tensor: Tensor) -> None:
@@ -344,7 +356,7 @@ class _Outside:
             if tensor._version != version:
                 tensor.detach().copy_(values)
 
-        self._undo.append(undo)
+        self._undo.callback(undo)
 
     def _container(self, obj: Any, base: Any) -> list[Any]:
         def elements(contents: list[Any]) -> list[Any]:
@@ -358,7 +370,7 @@ class _Outside:
                 base.clear(obj)
                 _fill(obj, base, kept)
 
-        self._undo.append(undo)
+        self._undo.callback(undo)
         return elements(kept)
 
 

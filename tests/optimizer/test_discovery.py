@@ -168,17 +168,21 @@ def test_objects_of_own_classes():
         __slots__ = ("calls",)
 
     class Statistics:
+        total = 0
+
         def __init__(self):
             self.calls, self.slotted, self.me = 0, Slotted(), self
             self.slotted.calls = 0
 
     def forward(self, x):
         self.statistics.me.calls += 1
+        type(self.statistics).total += 1
         self.statistics.slotted.calls += 1
         return torch.tanh(self.layer(x))
 
     statistics = check_tanh(forward, statistics=Statistics()).statistics
     assert (statistics.calls, statistics.slotted.calls) == (0, 0)
+    assert Statistics.total == 0
 
 
 def test_methods_and_closures_that_hold_the_model():
@@ -203,6 +207,10 @@ def test_an_array():
         return torch.tanh(self.layer(x))
 
     assert check_tanh(forward, history=np.zeros(2)).history[0] == 0
+    model = with_forward(forward, history=np.zeros(10**6))
+    assert "read-only" in find(model)["layer"].reason
+    assert model.history[0] == 0
+    model.history[0] = 1
 
 
 def test_a_tensor_with_a_history():
@@ -430,7 +438,7 @@ class Branching(nn.Module):
 REASON = (
     "Branching.forward could not be traced: TraceError: symbolically traced variables cannot be used as inputs to "
     "control flow"
-)[:117] + "..."
+)
 
 
 def test_a_branch_on_data_is_reported_once(caplog):
@@ -455,6 +463,15 @@ def test_a_part_that_branches_on_data_hides_nothing_else(caplog):
     }  # fmt: skip
     assert [name for name, f in found.items() if f.reason] == ["3.first", "3.body.2"]
     assert len(caplog.records) == 1
+
+
+def test_a_long_list_of_layers_is_cut(caplog):
+    class Data(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    find(Data(*(nn.Linear(6, 6) for _ in range(30))))
+    assert "8, 9 and 20 more: Data.forward could not be traced" in caplog.text
 
 
 def test_nothing_is_logged_when_all_is_followed(caplog):
