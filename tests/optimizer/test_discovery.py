@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+import locoprop_kernels as lk
 from locoprop_torch import GroupedLinear
 from locoprop_torch.discovery import find_transfers_by_name, transfer_of
 
@@ -631,3 +632,15 @@ def test_transformer_layers(caplog):
         f"layers.{i}.linear{j}": {1: "gelu", 2: "identity"}[j] for i in (0, 1) for j in (1, 2)
     }
     assert not caplog.records
+
+
+def test_only_a_symmetric_hardtanh_has_a_kernel():
+    functions = pytest.importorskip("locoprop_kernels.kernels.functions")
+    symmetric, other = (transfer_of(nn.Hardtanh(least, 2.0), -1, 2) for least in (-2.0, -1.0))
+    assert functions.lookup(symmetric) is not None
+    assert functions.lookup(other) is None
+    problem = lk.LocalProblem(torch.ones(2, 3), torch.ones(2, 4), torch.ones(4, 3), grad_weight=torch.ones(4, 3))
+    problem.transfer = other
+    assert lk.local_steps_([problem], lr=[0.1]).backend == "reference"
+    with pytest.raises(ValueError, match="hardtanh"):
+        lk.local_steps_([problem], lr=[0.1], backend="triton")
