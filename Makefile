@@ -4,11 +4,13 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
+# A process for each core (tests/conftest.py says how many), each with one thread; idle ones take tests from the others.
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help test demo bench report lint docs gpu clean
+.PHONY: help test test-sweeps test-all demo bench report lint docs gpu clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,8 +21,13 @@ $(DOCS_READY): $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@touch $@
 
-test: $(READY)  ## the whole test suite that this machine can run
-	$(RUN) -m pytest
+test: $(READY)  ## the tests of everything, a few minutes on two cores
+	$(PYTEST)
+
+test-sweeps: $(READY)  ## the long sweeps alone: more sizes, rules, trajectories and orders of the same, all kernels for sm_90
+	$(PYTEST) -m sweep
+
+test-all: test test-sweeps  ## the whole test suite that this machine can run
 
 demo: $(READY)  ## train the demo's autoencoders; writes demo_out/
 	$(RUN) -m locoprop_torch.demo --out demo_out
@@ -28,8 +35,8 @@ demo: $(READY)  ## train the demo's autoencoders; writes demo_out/
 bench: $(READY)  ## the microbenchmarks; writes bench_out/
 	$(RUN) -m bench --out bench_out
 
-report: $(READY)  ## compile every kernel for six GPU targets (or TARGETS="sm_90 ..."): registers, spills, matrix instructions
-	$(RUN) -m locoprop_kernels.compile_report $(if $(TARGETS),--target $(TARGETS))
+report: $(READY)  ## compile every kernel for six GPU targets (or TARGETS="sm_90 ..."; BRIEF=1 leaves out the most alike)
+	$(RUN) -m locoprop_kernels.compile_report $(if $(TARGETS),--target $(TARGETS)) $(if $(BRIEF),--brief)
 
 lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff check .

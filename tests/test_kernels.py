@@ -103,7 +103,9 @@ def test_every_rule(rule):
         compare([ours], [theirs], 64, rule=rule, lr=rates, prox=0.3)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=() if seed in (0, 1, 2, 8, 10) else pytest.mark.sweep) for seed in range(12)]
+)
 def test_random_models(seed, monkeypatch):
     rng = random.Random(seed)
     iterations, rule = rng.randint(1, 4), rng.choice(RULES)
@@ -145,7 +147,7 @@ def test_forms_of_their_own(transfer, sizes, bias):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_forms_of_their_own_in_low_precision(transfer, form, dtype):
     ours, theirs = twins(24, 120, 30, 20, transfer=transfer)
-    arguments = {"lr": [1e-4] * 5, "commit": False}
+    arguments = {"lr": [1e-4] * 3, "commit": False}
     with configs.use(SMALL):
         report = lk.local_steps_([ours], backend="triton", compute_dtype=dtype, **arguments)
     expected = lk.local_steps_([theirs], backend="reference", **arguments)
@@ -163,7 +165,7 @@ def test_batches_in_parts(transfer, tf32, monkeypatch):
     launched = []
     launch = grouped.launch_partial
     monkeypatch.setattr(grouped, "launch_partial", lambda *a: launched.append(len(a[1])) or launch(*a))
-    config = configs.Config(n=16, b=256, k=32, r=64, parts=4)
+    config = configs.Config(n=16, b=512, k=128, r=64, parts=4)
     arguments = {"rule": rules.SGD(momentum=0.5), "lr": [0.1] * 3, "prox": 0.2}
     with configs.use(config, "grouped", programs=8):
         report = lk.local_steps_([ours], backend="triton", commit=False, **arguments)
@@ -178,8 +180,8 @@ def test_batches_in_parts(transfer, tf32, monkeypatch):
 def test_batches_in_parts_in_low_precision(monkeypatch):
     cut_batches(monkeypatch)
     for dtype in (torch.bfloat16, torch.float16):
-        ours, theirs = twins(27, 150, 30, 20)
-        arguments = {"lr": [1e-4] * 5, "commit": False}
+        ours, theirs = twins(27, 100, 30, 11)
+        arguments = {"lr": [1e-4] * 3, "commit": False}
         with configs.use(SMALL, "grouped"):
             report = lk.local_steps_([ours], backend="triton", compute_dtype=dtype, **arguments)
         expected = lk.local_steps_([theirs], backend="reference", **arguments)
@@ -234,6 +236,7 @@ def test_trace_changes_no_bit():
     assert torch.equal(pair[0].weight, pair[1].weight)
 
 
+@pytest.mark.sweep  # tests/test_memory.py has two orders of larger models
 @pytest.mark.parametrize(("driver", "parts"), [("single", 1), ("grouped", 1), ("grouped", 3)])
 def test_same_bits_twice_and_in_any_order(driver, parts, monkeypatch):
     cut_batches(monkeypatch, parts)
@@ -247,6 +250,7 @@ def test_same_bits_twice_and_in_any_order(driver, parts, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.sweep  # all tests run on scratch that is NaN at first; tests/test_memory.py compares bits in fewer cases
 @pytest.mark.parametrize(("driver", "parts"), [("single", 1), ("grouped", 1), ("grouped", 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_uninitialised_scratch_is_never_read(monkeypatch, driver, parts, dtype):
@@ -255,13 +259,14 @@ def test_uninitialised_scratch_is_never_read(monkeypatch, driver, parts, dtype):
     poisoned.x = poisoned.x.clone()
     arguments = {"lr": [0.01] * 3, "rule": "adam", "backend": "triton", "compute_dtype": dtype}
     with configs.use(SMALL, driver):
-        lk.local_steps_([clean], **arguments)
+        assert lk.local_steps_([poisoned], **arguments).committed  # on scratch that is NaN at first, as in all tests
         allocate = drivers.allocate
-        monkeypatch.setattr(drivers, "allocate", lambda *a: allocate(*a).fill_(0xFF))
-        assert lk.local_steps_([poisoned], **arguments).committed
+        monkeypatch.setattr(drivers, "allocate", lambda *a: allocate(*a).zero_())
+        lk.local_steps_([clean], **arguments)
     assert torch.equal(clean.weight, poisoned.weight)
 
 
+@pytest.mark.sweep  # tests/test_memory.py checks the addresses of larger models, and the gaps between pieces of scratch
 @pytest.mark.parametrize(("driver", "parts"), [("single", 1), ("grouped", 1), ("grouped", 3)])
 def test_addresses_stay_within_tensors(driver, parts, monkeypatch):
     cut_batches(monkeypatch, parts)
@@ -297,6 +302,7 @@ def test_low_precision(dtype, tf32, limit, monkeypatch):
         assert error > 1e-6  # the operands were rounded
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("dtype", "tf32", "limit"), [(torch.bfloat16, False, 1e-2), (torch.float32, True, 2e-3)])
 def test_low_precision_on_a_layer_of_full_size(dtype, tf32, limit, monkeypatch):
     """B = 1000, K = 1000, N = 500; the textbook form in bfloat16 is beside it in bench/results/accuracy.json."""

@@ -41,6 +41,9 @@ CASES = {
     "single launch, counted steps": {"driver": "single", "rule": rules.Adam()},
     "batches in parts": {"parts": 3},
 }
+# The other cases differ from these in the operands' type; they are part of the sweeps.
+SHORT = ("quartered epilogues, three slots", "single launch, counted steps", "batches in parts")
+RUNS = [pytest.param(case, marks=() if case in SHORT else pytest.mark.sweep) for case in CASES]
 
 
 def normal(*shape):
@@ -78,7 +81,7 @@ def problems():
     return made
 
 
-def step(config=CONFIG, driver="grouped", rule=None, parts=1, **options):
+def step(config=CONFIG, driver="grouped", rule=None, parts=1, iterations=3, **options):
     """One step from a fixed start; returns all that it has changed."""
 
     def cut(choose):
@@ -88,7 +91,7 @@ def step(config=CONFIG, driver="grouped", rule=None, parts=1, **options):
     layers = problems()
     rule = rules.RMSprop() if rule is None else rule
     with configs.use(config, driver, programs=1), replaced(configs, "choose", cut):
-        report = lk.local_steps_(layers, rule=rule, lr=[1e-3] * 3, prox=0.1, backend="triton", **options)
+        report = lk.local_steps_(layers, rule=rule, lr=[1e-3] * iterations, prox=0.1, backend="triton", **options)
     assert report.committed
     assert driver in report.driver
     assert "softmax" in report.driver
@@ -131,11 +134,11 @@ def gaps_in_scratch(gaps):
         drivers._plans.clear()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", RUNS)
 def test_no_access_is_out_of_bounds(case):
     gaps = []
     with gaps_in_scratch(gaps), checked_addresses(gaps) as counts:
-        step(**CASES[case])
+        step(**CASES[case], iterations=2)  # the first has no product, all others have the same addresses
     assert len(gaps) > 20
     assert counts["launches"] >= 6
     assert counts["accesses"] > 10**5
@@ -157,19 +160,16 @@ def test_forgotten_padding_is_found():
         step()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", RUNS)
 def test_neither_program_order_nor_stale_memory_changes_a_bit(case):
-    expected = step(**CASES[case])
+    def zeros(allocate):
+        return lambda *args: allocate(*args).zero_()
+
+    with replaced(drivers, "allocate", zeros):
+        expected = step(**CASES[case])
     seed = torch.seed()
     print(f"{seed = }")
-    with shuffled_programs(seed) as orders:
+    with shuffled_programs(seed) as orders:  # on scratch that is NaN at first, as in all tests
         shuffled = step(**CASES[case])
     assert any(order != sorted(order) for order in orders)
     assert all(map(torch.equal, expected, shuffled))
-
-    def poison(allocate):  # bytes of ones are NaN in every format
-        return lambda *args: allocate(*args).fill_(255)
-
-    with replaced(drivers, "allocate", poison):
-        poisoned = step(**CASES[case])
-    assert all(map(torch.equal, expected, poisoned))
