@@ -14,32 +14,43 @@ import platform
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from locoprop_kernels.kernels.inspection import Record
+    from locoprop_kernels.kernels.inspection import Record, Variant
 
 __all__ = ["TARGETS", "compile_all", "main"]
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 
 
-def _count(target: str) -> int:
-    from locoprop_kernels.kernels import configs
+@cache
+def _variants(target: str, brief: bool, kernels: tuple[str, ...]) -> list[Variant]:
+    from locoprop_kernels.kernels.variants import variants
 
-    return len(list(configs.variants(target)))
+    return [variant for variant in variants(target, brief) if not kernels or variant.kernel in kernels]
 
 
-def _compile(target: str, index: int) -> Record:
-    # Compiled functions do not travel between processes; a worker lists the variants again and takes one.
-    from locoprop_kernels.kernels import configs
+def _compile(target: str, brief: bool, kernels: tuple[str, ...], index: int) -> Record:
+    # Compiled functions do not travel between processes; a worker lists the variants again, once, and takes one.
     from locoprop_kernels.kernels.inspection import compile_variant
 
-    return compile_variant(list(configs.variants(target))[index], target)
+    return compile_variant(_variants(target, brief, kernels)[index], target)
 
 
-def compile_all(targets: Sequence[str], jobs: int = 2) -> list[Record]:
-    """Compile the default configurations of all kernels for ``targets``, in ``jobs`` processes, with a progress bar.
+def compile_all(
+    targets: Sequence[str], jobs: int = 2, brief: bool = False, kernels: Sequence[str] = ()
+) -> list[Record]:
+    """Compile the default configurations of the kernels for ``targets``, in ``jobs`` processes, with a progress bar.
+
+    Triton keeps what it has compiled in its own cache (``~/.triton``, ``TRITON_CACHE_DIR``), here as elsewhere.
+
+    Args:
+        targets: backends and architectures.
+        jobs: processes that compile.
+        brief: without kernels that differ from others in little.
+        kernels: names, to compile only these.
 
     Raises:
         RuntimeError: a kernel does not compile; says which.
@@ -47,22 +58,28 @@ def compile_all(targets: Sequence[str], jobs: int = 2) -> list[Record]:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    work = [(target, index) for target in targets for index in range(_count(target))]
-    records: dict[tuple[str, int], Record] = {}
+    taken = tuple(kernels)
+    found = {target: _variants(target, brief, taken) for target in targets}
+    work = [(target, brief, taken, index) for target in targets for index in range(len(found[target]))]
+    # The longest first, or one process compiles it at the end while the others have nothing left to do.
+    queue = sorted(work, key=lambda item: found[item[0]][item[-1]].kernel != "local_steps")
+    records: dict[tuple[str, bool, tuple[str, ...], int], Record] = {}
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
         Progress(*columns, console=Console(stderr=True)) as progress,
     ):
         bar = progress.add_task("compiling", total=len(work))
-        futures = {pool.submit(_compile, *item): item for item in work}
+        futures = {pool.submit(_compile, *item): item for item in queue}
         for future in as_completed(futures):
-            target, index = item = futures[future]
+            target, *_, index = item = futures[future]
             try:
                 records[item] = future.result()
             except Exception as error:
                 pool.shutdown(cancel_futures=True)
-                raise RuntimeError(f"variant {index} for {target} does not compile: {error}") from error
+                variant = found[target][index]
+                message = f"{variant.kernel} [{variant.configuration}] for {target} does not compile: {error}"
+                raise RuntimeError(message) from error
             progress.advance(bar)
     return [records[item] for item in work]
 
@@ -120,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m locoprop_kernels.compile_report", description=__doc__)
     parser.add_argument("--target", nargs="+", action="extend", help=f"targets (default: {' '.join(TARGETS)})")
+    parser.add_argument("--brief", action="store_true", help="leave out kernels that differ from others in little")
+    parser.add_argument("--kernel", nargs="+", action="extend", help="names of kernels, to compile only these")
     parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes that compile")
     options = parser.parse_args(arguments)
@@ -138,8 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gpu_target(target)
     except ValueError as error:
         parser.error(str(error))
+    kernels = tuple(options.kernel or ())
+    for name in kernels:
+        if not _variants(targets[0], options.brief, (name,)):
+            parser.error(f"--kernel must be one of the kernels in the table, got {name!r}")
 
-    records = compile_all(targets, options.jobs)
+    records = compile_all(targets, options.jobs, options.brief, kernels)
     _print_table(records)
     if options.json:
         with open(options.json, "w") as file:

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from locoprop_kernels import compile_report
 from locoprop_kernels.kernels.inspection import Record, gpu_target
+from locoprop_kernels.kernels.variants import variants
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 GOOD = Record(
@@ -36,6 +37,7 @@ import json, sys
 sys.path.insert(0, "tests")
 from toy_kernels import copy_kernel, product_kernel
 from locoprop_kernels.kernels.inspection import Variant, compile_variant
+from locoprop_kernels.kernels.variants import variants
 
 def product(precision, dtype, size=64, **options):
     return Variant(
@@ -53,6 +55,7 @@ cases = {
     "ieee": (product("ieee", "fp32"), "sm_90"),
     "amd": (product("fp16", "fp16"), "gfx942"),
     "copy": (copy, "sm_90"),
+    "local_steps": (variants("sm_90")[0], "sm_90"),
     "spill": (product("bf16", "bf16", maxnreg=48), "sm_80"),
     "amd_spill": (product("fp16", "fp16", 128, num_warps=1, waves_per_eu=8), "gfx90a"),
     "shared": (product("tf32", "fp32", 128, num_warps=8, num_stages=8), "sm_90"),
@@ -72,7 +75,7 @@ def toys():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["good", "ampere", "tf32", "ieee", "amd", "copy"])
+@pytest.mark.parametrize("name", ["good", "ampere", "tf32", "ieee", "amd", "copy", "local_steps"])
 def test_sound_kernels_pass(name):
     assert toys()[name]["violations"] == []
     assert toys()[name]["spill_bytes"] == 0
@@ -80,7 +83,8 @@ def test_sound_kernels_pass(name):
 
 
 def test_opcodes_are_read():
-    assert set(toys()["good"]["matrix_instructions"]) == set(toys()["tf32"]["matrix_instructions"]) == {"HGMMA"}
+    for name in ("good", "tf32", "local_steps"):
+        assert set(toys()[name]["matrix_instructions"]) == {"HGMMA"}
     assert set(toys()["ampere"]["matrix_instructions"]) == {"HMMA"}
     assert all(opcode.startswith("v_mfma_f32_") for opcode in toys()["amd"]["matrix_instructions"])
     assert toys()["ieee"]["matrix_instructions"] == toys()["copy"]["matrix_instructions"] == {}
@@ -119,7 +123,7 @@ def test_unsound_kernels_are_found(name, message):
 def test_a_bad_record_fails_the_command(change, message, monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     records = [GOOD, dataclasses.replace(GOOD, configuration="other", **change)]
-    monkeypatch.setattr(compile_report, "compile_all", lambda targets, jobs: records)
+    monkeypatch.setattr(compile_report, "compile_all", lambda *_: records)
     path = tmp_path / "report.json"
     assert compile_report.main(["--target", "sm_90", "--json", str(path)]) == 1
     captured = capsys.readouterr()
@@ -149,6 +153,14 @@ def test_unknown_targets(monkeypatch, capsys):
     assert "target must be one of" in capsys.readouterr().err
 
 
+def test_unknown_kernels(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        compile_report.main(["--target", "sm_90", "--kernel", "commit", "other"])
+    assert stop.value.code == 2
+    assert "got 'other'" in capsys.readouterr().err
+
+
 def test_interpreted_process_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit) as stop:
@@ -157,23 +169,37 @@ def test_interpreted_process_is_refused(monkeypatch, capsys):
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
-@cache
-def hopper(path):
-    command = [sys.executable, "-m", "locoprop_kernels.compile_report", "--target", "sm_90", "--json", path]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1500, check=False)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_is_listed_once(target):
+    whole, brief = (
+        {(variant.kernel, variant.configuration): variant for variant in variants(target, brief)}
+        for brief in (False, True)
+    )
+    assert len(whole) == len(variants(target))
+    assert brief.keys() < whole.keys()
+    assert {kernel for kernel, _ in brief} == {kernel for kernel, _ in whole}
+    compiled = {(kernel, configuration.split(",")[0]) for kernel, configuration in brief}
+    for kernel, configuration in whole:  # what is left out has its like in the brief list
+        tiles = configuration.split(",")[0]
+        assert (kernel, tiles) in compiled or (kernel, tiles.replace("fp16", "bf16")) in compiled
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--brief", "--kernel", "partial", "--jobs", "1"], pytest.param([], marks=pytest.mark.sweep)],
+    ids=["one", "all"],
+)
+def test_kernels_on_hopper(arguments, tmp_path):
+    """No spills, warp-group matrix instructions, and loads that run ahead of them; the table names every kernel."""
+    path = tmp_path / "hopper.json"
+    command = [sys.executable, "-m", "locoprop_kernels.compile_report", "--target", "sm_90", "--json", str(path)]
+    done = subprocess.run(
+        [*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=1500, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    with open(path) as file:
-        return done.stdout, json.load(file)
-
-
-@pytest.fixture
-def hopper_report(tmp_path_factory):
-    return hopper(str(tmp_path_factory.getbasetemp() / "hopper.json"))
-
-
-def test_kernels_on_hopper(hopper_report):
-    """No spills, warp-group matrix instructions, and loads that run ahead of them."""
-    records = hopper_report[1]["records"]
+    report = json.loads(path.read_text())
+    assert set(report["versions"]) == {"python", "torch", "triton"}
+    records = report["records"]
     assert all(record["spill_bytes"] == 0 and not record["violations"] for record in records)
     products = [record for record in records if record["precision"] in ("bf16", "fp16", "tf32")]
     assert {"bf16", "tf32"} <= {record["precision"] for record in products}
@@ -181,11 +207,6 @@ def test_kernels_on_hopper(hopper_report):
         name = f"{record['kernel']} [{record['configuration']}]"
         assert "HGMMA" in record["matrix_instructions"], name
         assert {"LDGSTS", "UTMALDG"} & set(record["load_instructions"]), name
-
-
-def test_the_table_names_every_kernel(hopper_report):
-    table, report = hopper_report
     for column in ("kernel", "configuration", "registers", "spill_bytes", "shared_bytes", "matrix instructions"):
-        assert column in table
-    assert all(record["kernel"] in table for record in report["records"])
-    assert set(report["versions"]) == {"python", "torch", "triton"}
+        assert column in done.stdout
+    assert all(record["kernel"] in done.stdout for record in records)

@@ -21,22 +21,38 @@ _TRANSFERS = ("tanh", "relu", "sigmoid")
 _POINTERS = {"table_ptr": "*i64", "rates_ptr": "*fp32", "trace_ptr": "*fp64", "ok_ptr": "*u8"}
 
 
-def variants(target: str) -> list[Variant]:
-    """Every kernel in its default configurations for ``target`` (``"sm_90"``, ``"gfx942"``, ...)."""
+def variants(target: str, brief: bool = False) -> list[Variant]:
+    """Every kernel in its default configurations for ``target`` (``"sm_90"``, ``"gfx942"``, ...), each once.
+
+    Args:
+        target: backend and architecture.
+        brief: without kernels that differ from others in little: float16 with the tile sizes of bfloat16 differs in
+            the type that the matrix instructions read, and a rule of two slots needs fewer registers than one of three.
+    """
     found: list[Variant] = []
     for precision in _OPERANDS:
         if precision == "tf32" and target.startswith("gfx"):
             continue
-        for config in configs.candidates(target, precision):
-            found += of_config(config, precision)
-        found.append(_prepare(config, precision))  # does not depend on the tiles
-    return found
+        chosen = configs.candidates(target, precision)
+        if brief and precision == "fp16":
+            chosen = tuple(config for config in chosen if config not in configs.candidates(target, "bf16"))
+        for config in chosen:
+            found += of_config(config, precision, brief)
+        if chosen:
+            found.append(_prepare(chosen[-1], precision))  # does not depend on the tiles
+    return list({_compiled_from(variant): variant for variant in reversed(found)}.values())[::-1]
 
 
-def of_config(config: configs.Config, precision: str) -> Iterator[Variant]:
+def _compiled_from(variant: Variant) -> tuple[Any, ...]:
+    """What the compiler is given; kernels without products are the same in several precisions."""
+    given = (variant.signature, variant.constants, variant.options)
+    return (variant.function.__name__, variant.divisible, *(tuple(sorted(part.items())) for part in given))
+
+
+def of_config(config: configs.Config, precision: str, brief: bool = False) -> Iterator[Variant]:
     """The kernels that depend on the tile sizes."""
     for name, rule in _RULES.items():
-        if len(rule.slots) > 2 and not config.general:
+        if not config.general if len(rule.slots) > 2 else config.general and brief:
             continue
         plan = _plan(config, precision, rule)
         constants = plan.constants
@@ -44,7 +60,7 @@ def of_config(config: configs.Config, precision: str) -> Iterator[Variant]:
             yield _variant("local_steps", single._local_steps_kernel, constants["single"], plan, name)
         yield _variant("update", grouped._update_kernel, constants["update"], plan, name)
     yield _variant("activation", grouped._activation_kernel, constants["activation"], plan, ", ".join(_TRANSFERS))
-    yield _variant("commit", commit._commit_kernel, constants["commit"], plan, name)
+    yield _variant("commit", commit._commit_kernel, constants["commit"], plan, f"{len(plan.key.slots)} slots")
     in_parts = _plan(config, precision, rules.RMSprop(), splits=2)
     yield _variant("partial", grouped._partial_kernel, in_parts.constants["partial"], in_parts, "")
     yield _variant("update in parts", grouped._update_kernel, in_parts.constants["update"], in_parts, "rmsprop")
@@ -123,9 +139,10 @@ def _variant(kernel: str, function: Any, constants: dict[str, Any], plan: Plan, 
     config = plan.key.config
     multiplies = "PARTS" in arguments
     shape = f"{config.n}x{config.b}x{config.k}x{config.r} {config.warps} warps {config.stages} stages, "
+    operands = "" if function is commit._commit_kernel else f"{plan.key.precision} "
     return Variant(
         kernel=kernel,
-        configuration=f"{plan.key.precision} {shape if 'BLOCK_N' in arguments else ''}{note}",
+        configuration=f"{operands}{shape if 'BLOCK_N' in arguments else ''}{note}",
         function=function,
         signature=signature,
         constants={name: value for name, value in constants.items() if name in arguments},
