@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.utils.weak import TensorWeakRef
 
 from locoprop_kernels.patches import Rows, Stacked
 from locoprop_kernels.transfers import Transfer
@@ -53,29 +54,42 @@ class _Pass:
     preactivation: Tensor | None
     versions: tuple[int, int]
     counted: bool = False
-    gradients: _Gradients = field(default_factory=_Gradients)
-    arriving: dict[int, _Gradients] = field(default_factory=dict)  # by backward pass, until it is known to count
+    gradients: _Gradients | None = None
+    arriving: dict[int, _Gradients] | None = None  # by backward pass, until it is known to count
+
+    def arrive(self, number: int, gradients: _Gradients) -> None:
+        """Gradients have come in a backward pass."""
+        if self.arriving is None:
+            self.arriving = {}
+        self.arriving.setdefault(number, _Gradients()).add(gradients)
+
+    def keep(self, number: int) -> None:
+        """The backward pass counts: what has come in it does too."""
+        if self.arriving is not None and number in self.arriving:
+            if self.gradients is None:
+                self.gradients = _Gradients()
+            self.gradients.add(self.arriving.pop(number))
+
+    def drop(self, number: int) -> None:
+        """The backward pass does not count."""
+        if self.arriving is not None:
+            self.arriving.pop(number, None)
 
     def release(self) -> None:
         """Let go of the tensors, which the graph behind the loss would keep until the next forward pass."""
-        self.x = self.preactivation = None
-        self.gradients = _Gradients()
-        self.arriving = {}
+        self.x = self.preactivation = self.gradients = self.arriving = None
 
 
 class _Seen(NamedTuple):
     """A parameter's gradient as a backward pass has left it."""
 
-    tensor: weakref.ref[Tensor]
+    tensor: TensorWeakRef
     version: int
     copy: Tensor | None
 
     def is_still(self, gradient: Tensor) -> bool:
         """Whether ``gradient`` is that tensor, and nobody has written to it."""
-        tensor = self.tensor()
-        if tensor is not None:
-            tensor._fix_weakref()  # as torch.utils.weak does
-        return tensor is gradient and gradient._version == self.version
+        return self.tensor() is gradient and gradient._version == self.version
 
 
 class _LayerHook(ForwardHook):
@@ -110,8 +124,28 @@ class _ActivationGradient:
         self._captured = captured
 
     def __call__(self, gradient: Tensor) -> None:
-        arriving = self._captured.arriving.setdefault(_backward_pass(), _Gradients())
-        arriving.add(_Gradients(activation=gradient.detach()))
+        self._captured.arrive(_backward_pass(), _Gradients(activation=gradient.detach()))
+
+
+class _InputGradient:
+    """Hook on a layer's input. Where its gradient is differentiated again, as in gradient penalties, that reaches the
+    weight by a way that need not go through the layer's output."""
+
+    def __init__(self, layer: weakref.ref[CapturedLayer], captured: _Pass) -> None:
+        self._layer, self._captured = layer, weakref.ref(captured)
+
+    def __call__(self, gradient: Tensor) -> None:
+        captured = self._captured()
+        if captured is None or not (torch.is_grad_enabled() and gradient.requires_grad):
+            return
+        layer = self._layer
+
+        def reach(_: Tensor) -> None:
+            owner = layer()
+            if owner is not None:
+                owner._reach(captured)
+
+        gradient.register_hook(reach)
 
 
 def _backward_pass() -> int:
@@ -149,7 +183,6 @@ class CapturedLayer:
         self.called = False
         self._latest: tuple[weakref.ref[Tensor], weakref.ref[_Pass]] | None = None
         self._reached: dict[int, list[_Pass]] = {}  # by backward pass
-        self._differentiated: list[weakref.ref[_Pass]] = []
         self._seen: dict[str, _Seen] = {}
         self._checked = -1
         self._handles: dict[int, Any] = {id(module): attach(module, _LayerHook(self)) for module in modules.values()}
@@ -181,6 +214,7 @@ class CapturedLayer:
             return None
         return self._latest[1]()
 
+    @torch.compiler.disable  # hooks cannot be part of a compiled graph: each layer ends one
     def watch(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Count this call of the layer once a backward pass through its output adds to the parameters' gradients."""
         trainable = {kind: p for kind, p in self.parameters.items() if p.requires_grad}
@@ -199,6 +233,10 @@ class CapturedLayer:
                 owner._reach(captured, gradient)
 
         output.register_hook(reach)
+        if x.requires_grad:
+            handle = x.register_hook(_InputGradient(layer, captured))
+            if x.is_leaf:  # such an input may live on
+                weakref.finalize(captured, handle.remove).atexit = False
 
     def _watch_gradient(self, kind: str, parameter: nn.Parameter) -> None:
         layer = weakref.ref(self)
@@ -216,8 +254,8 @@ class CapturedLayer:
         handles = (parameter.register_hook(before), parameter.register_post_accumulate_grad_hook(after))
         self._handles[id(parameter)] = _Handles(handles)
 
-    def _reach(self, captured: _Pass, gradient: Tensor) -> None:
-        """A backward pass has come to the output of ``captured``."""
+    def _reach(self, captured: _Pass, gradient: Tensor | None = None) -> None:
+        """A backward pass has come to the output of ``captured``, or to the gradient of its input."""
         if captured.x is None:  # a step has used it
             return
         number = _backward_pass()
@@ -230,12 +268,10 @@ class CapturedLayer:
                 if owner is not None:
                     owner._backward_ends(number)
 
-            Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(end)
         self._reached[number].append(captured)
-        if torch.is_grad_enabled():  # create_graph=True: a later backward pass may reach the weight by another way
-            self._differentiated.append(weakref.ref(captured))
-        if self.keep_gradients:
-            captured.arriving.setdefault(number, _Gradients()).add(_Gradients(output=gradient.detach()))
+        if self.keep_gradients and gradient is not None:
+            captured.arrive(number, _Gradients(output=gradient.detach()))
 
     def _gradient_comes(self) -> None:
         """A gradient is about to be added to a parameter's: once in each backward pass, look what is there."""
@@ -249,16 +285,11 @@ class CapturedLayer:
         gradient = parameter.grad
         if gradient is not None:
             copy = gradient.detach().clone() if self.keep_gradients else None
-            self._seen[kind] = _Seen(weakref.ref(gradient), gradient._version, copy)
+            self._seen[kind] = _Seen(TensorWeakRef(gradient), gradient._version, copy)
         number = _backward_pass()
         for captured in self._reached.pop(number, ()):
-            captured.gradients.add(captured.arriving.pop(number, _Gradients()))
+            captured.keep(number)
             self._count(captured)
-        for reference in self._differentiated:
-            differentiated = reference()
-            if differentiated is not None:
-                self._count(differentiated)
-        self._differentiated = []
 
     def _count(self, captured: _Pass) -> None:
         if not captured.counted and captured.x is not None:
@@ -267,7 +298,7 @@ class CapturedLayer:
 
     def _backward_ends(self, number: int) -> None:
         for captured in self._reached.pop(number, ()):
-            captured.arriving.pop(number, None)
+            captured.drop(number)
 
     def forget(self, release: bool = False) -> None:
         """Drop all captured passes.
@@ -277,12 +308,10 @@ class CapturedLayer:
         """
         for captured in self.passes:
             captured.counted = False
-            captured.gradients = _Gradients()
+            captured.gradients = None
             if release:
                 captured.release()
         self.passes = []
-        if release:
-            self._differentiated = []
         if _backward_pass() < 0:
             self._reached.clear()  # of backward passes that have raised
 
@@ -337,7 +366,7 @@ class CapturedLayer:
             assert layout is not None
             assert captured.preactivation is not None
             if captured.preactivation.numel():
-                yield layout, captured.preactivation, captured.gradients
+                yield layout, captured.preactivation, captured.gradients or _Gradients()
 
     def gradient_factor(self) -> float:
         """By what the parameters' gradients were multiplied since the last backward pass, as by ``GradScaler``.
@@ -349,12 +378,12 @@ class CapturedLayer:
         for kind, parameter in self.trained.items():
             seen, gradient = self._seen.get(kind), parameter.grad
             assert gradient is not None
-            if seen is None or seen.copy is None or seen.is_still(gradient):
+            if seen is None or seen.copy is None:
                 factors.add(1.0)
             elif (factor := _factor(seen.copy, gradient)) is not None:
                 factors.add(factor)
         factor = min(factors, default=1.0)
-        if any(abs(other - factor) > 1e-2 * abs(factor) for other in factors) or factor != factor:
+        if not all(abs(other - factor) <= 1e-2 * abs(factor) for other in factors):  # nor with a NaN
             raise ValueError(
                 f"the gradients of layer {self.name!r} were changed otherwise than by multiplication with one number "
                 "since the backward pass, which only the target 'dual' can follow"

@@ -28,16 +28,7 @@ from locoprop_torch.checks import (
     is_compiled,
     is_named,
 )
-
-try:
-    from locoprop_torch.discovery import find_transfers_by_name
-except ImportError:  # TEMPORARY
-    from types import SimpleNamespace
-
-    from locoprop_torch.discovery import find_transfers
-    def find_transfers_by_name(model, layers):
-        f = find_transfers(model, layers.values())
-        return {n: SimpleNamespace(transfer=f[m], reason=None) for n, m in layers.items()}
+from locoprop_torch.discovery import find_transfers_by_name
 from locoprop_torch.hooks import AttachedHook, attach
 from locoprop_torch.layouts import number_of_groups, supported_modules, tied_layers
 from locoprop_torch.masks import trained_parameters
@@ -591,7 +582,7 @@ class LocoProp(Optimizer):
                 raise ValueError(
                     f"layer {name!r} is no longer the module that the optimiser was built with: build a new optimiser"
                 )
-            found = trained_parameters(captured) or {}
+            found = trained_parameters(layer.modules[name]) or {}
             for kind in ("weight", "bias"):
                 if (found[kind].parameter if kind in found else None) is not layer.parameters.get(kind):
                     raise ValueError(
@@ -667,9 +658,9 @@ class LocoProp(Optimizer):
         layers = {name: layer for name, layer in self._layers.items() if id(layer.weight) in ids}
         return {
             "rule": repr(group["rule"]),
-            "transfers": ", ".join(f"{name}: {self._transfer(layer, group)}" for name, layer in layers.items()),
             "local_loss": self.local_loss,
             "reduction": self.reduction,
+            "transfers": ", ".join(f"{name}: {self._transfer(layer, group)}" for name, layer in layers.items()),
             "lr_decay": " ".join(f"{self.lr_decay(t, iterations):.6g}" for t in range(min(iterations, 100))),
         }
 

@@ -1,0 +1,196 @@
+"""Copies and pickles of a model carry nothing of this package, and hooks of others do not mislead it."""
+
+import copy
+import gc
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import assert_same, batch, loss_of, mlp, rows, step_of
+from torch import nn
+from torch.nn.utils import parametrize
+
+from locoprop_torch import LocoProp
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.fixture(params=["dual", "primal"])
+def trained(request):
+    model = mlp()
+    opt = LocoProp(model, lr=1e-3, target=request.param)
+    loss_of(model).backward()
+    opt.step()
+    opt.zero_grad()
+    return model, opt
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, pickled, saved])
+def test_copies_carry_nothing_of_ours(trained, copier):
+    model, opt = trained
+    twin = copier(model)
+    for module in twin.modules():
+        assert not module._forward_hooks
+        assert not module._forward_hooks_with_kwargs
+        assert not {"__deepcopy__", "__reduce_ex__"} & set(vars(module))
+    assert b"locoprop" not in pickle.dumps(twin)
+    assert b"locoprop" not in pickle.dumps(model)
+    loss_of(model).backward()  # the original goes on
+    assert rows(opt) == [8, 8, 8]
+
+
+def test_copies_can_be_scripted_and_loaded_with_weights_only(trained):
+    model, _ = trained
+    twin = copy.deepcopy(model)
+    x, _ = batch()
+    torch.testing.assert_close(torch.jit.script(twin)(x), model(x))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    kinds = [nn.Sequential, nn.Linear, nn.Tanh, nn.Sigmoid]
+    with torch.serialization.safe_globals(kinds):
+        assert_same(torch.load(buffer, weights_only=True), model, rtol=0, atol=0)
+
+
+def test_pickles_load_without_this_package(trained, tmp_path):
+    model, _ = trained
+    torch.save(model, tmp_path / "model.pt")
+    program = f"""
+import sys
+sys.modules["locoprop_torch"] = sys.modules["locoprop_kernels"] = None
+import torch
+print(torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)(torch.zeros(1, 6).double()).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "torch.Size([1, 3])" in done.stdout, done.stderr
+
+
+def test_copies_keep_the_users_hooks_in_order(trained):
+    model, opt = trained
+    calls = []
+    handle = model[0].register_forward_hook(Log(calls, "mine"))
+    twin = copy.deepcopy(model)
+    twin(batch()[0])
+    assert len(twin[0]._forward_hooks) == 1
+    handle.remove()
+    assert sum(isinstance(hook, Log) for hook in model[0]._forward_hooks.values()) == 0
+    loss_of(model).backward()
+    assert rows(opt) == [8, 8, 8]
+
+
+class Log:
+    def __init__(self, calls, name):
+        self.calls, self.name = calls, name
+
+    def __call__(self, *_):
+        self.calls.append(self.name)
+
+
+def test_copies_of_parametrised_models():
+    class Mask(nn.Module):
+        def forward(self, weight):
+            return weight * torch.ones_like(weight)
+
+    model = mlp()
+    parametrize.register_parametrization(model[2], "weight", Mask())
+    opt = LocoProp(model)
+    twin = copy.deepcopy(model)
+    assert not any(module._forward_hooks for module in twin.modules())
+    torch.testing.assert_close(twin(batch()[0]), model(batch()[0]))
+    assert len(opt._layers) == 3
+
+
+def test_shallow_copies_and_subclasses_with_their_own_deepcopy():
+    class Own(nn.Linear):
+        def __deepcopy__(self, memo):
+            twin = Own(self.in_features, self.out_features).to(self.weight.dtype)
+            twin.load_state_dict(self.state_dict())
+            twin.came_from = "own deepcopy"
+            return twin
+
+    model = nn.Sequential(Own(6, 3)).double()
+    opt = LocoProp(model)
+    assert copy.deepcopy(model)[0].came_from == "own deepcopy"
+    assert not copy.copy(model[0])._forward_hooks
+    del opt
+    gc.collect()
+    assert not set(vars(model[0])) & {"__deepcopy__", "__reduce_ex__"}
+    assert copy.deepcopy(model)[0].came_from == "own deepcopy"
+
+
+def test_two_optimizers_and_one_goes():
+    model = mlp()
+    first, second = LocoProp(model), LocoProp(model)
+    del first
+    gc.collect()
+    assert not any(module._forward_hooks for module in copy.deepcopy(model).modules())
+    loss_of(model).backward()
+    assert rows(second) == [8, 8, 8]
+
+
+@pytest.mark.parametrize("options", [
+    {"transfers": {"9": "tanh"}}, {"param_groups": [{"params": [torch.zeros(1)]}]}, {"masks": {"x": torch.zeros(1)}},
+    {"param_groups": [{"params": [], "lr": -1.0}]}, {"target": {"0": "primal", "9": "dual"}},
+])  # fmt: skip
+def test_failed_constructors_leave_nothing(options):
+    model = mlp()
+    keys = {module: set(vars(module)) for module in model.modules()}
+    with pytest.raises((ValueError, TypeError)) as caught:  # noqa: PT012
+        LocoProp(model, **options)
+    assert caught.traceback  # which keeps the frames, and the unfinished optimiser, alive
+    assert not any(module._forward_hooks for module in model.modules())
+    assert {module: set(vars(module)) for module in model.modules()} == keys
+
+
+def test_a_users_hook_that_changes_the_output():
+    """The pre-activation is what the layer returned; where the hook was registered does not matter."""
+
+    def doubled(first):
+        model = mlp()
+        handle = None
+        if first:
+            handle = model[0].register_forward_hook(lambda module, args, output: 2 * output)
+        opt = LocoProp(model, lr=1e-3)
+        if not first:
+            handle = model[0].register_forward_hook(lambda module, args, output: 2 * output)
+        loss_of(model).backward()
+        assert handle is not None
+        captured = opt._layers["0"].passes[0]
+        expected = torch.nn.functional.linear(captured.x, model[0].weight, model[0].bias)
+        torch.testing.assert_close(captured.preactivation, expected.detach())
+        opt.step()
+        return model
+
+    assert_same(doubled(True), doubled(False), rtol=0, atol=0)
+
+
+def test_a_users_pre_hook_that_changes_the_input():
+    model = mlp()
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    opt = LocoProp(model)
+    loss_of(model).backward()
+    torch.testing.assert_close(opt._layers["0"].passes[0].x, 2 * batch()[0])
+
+
+def test_averaged_models():
+    model = mlp()
+    opt = LocoProp(model, lr=1e-3)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    loss_of(model).backward()
+    opt.step()
+    averaged.update_parameters(model)
+    averaged(batch()[0]).sum().backward()
+    assert rows(opt) == [0, 0, 0]
+    assert_same(model, step_of())

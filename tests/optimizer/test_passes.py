@@ -1,0 +1,189 @@
+"""Which forward passes count: those whose backward pass has added to the parameters' gradients."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers import SGD, assert_same, batch, loss_of, mlp, moved, rows, step_of, weights
+from torch import nn
+
+from locoprop_torch import LocoProp
+
+
+def attack(model, opt):
+    x, _ = batch()
+    x.requires_grad_()
+    for _ in range(10):
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x)
+        x = (x + 0.1 * gradient.sign()).detach().requires_grad_()
+
+
+def attack_through_inputs_argument(model, opt):
+    x, _ = batch()
+    x.requires_grad_()
+    model(x).square().sum().backward(inputs=[x])
+
+
+def functional_gradient(model, opt):
+    torch.func.grad(lambda x: model(x).square().sum())(batch()[0])
+
+
+def vectorised(model, opt):
+    torch.vmap(torch.func.grad(lambda x: model(x).square().sum()))(batch()[0])
+
+
+def functional_call_with_other_parameters(model, opt):
+    other = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, other, batch()[0]).square().sum().backward()
+
+
+def gradients_of_parameters_that_nobody_keeps(model, opt):
+    torch.autograd.grad(loss_of(model), list(model.parameters()))
+
+
+def hessian_vector_product(model, opt):
+    gradients = torch.autograd.grad(loss_of(model), list(model.parameters()), create_graph=True)
+    torch.autograd.grad(sum(g.square().sum() for g in gradients), list(model.parameters()))
+
+
+def backward_that_raises(model, opt):
+    def fail(gradient):
+        raise RuntimeError("on purpose")
+
+    x, _ = batch()
+    h = model[0](x)
+    h.register_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model[1:](h).sum().backward()
+    opt.zero_grad()
+
+
+@pytest.mark.parametrize("before", [
+    attack, attack_through_inputs_argument, functional_gradient, vectorised, functional_call_with_other_parameters,
+    gradients_of_parameters_that_nobody_keeps, hessian_vector_product, backward_that_raises,
+])  # fmt: skip
+def test_backward_passes_that_add_to_no_gradient_do_not_count(before):
+    model = mlp()
+    opt = LocoProp(model, lr=1e-3)
+    before(model, opt)
+    assert rows(opt) == [0, 0, 0]
+    loss_of(model).backward()
+    assert rows(opt) == [8, 8, 8]
+    opt.step()
+    assert_same(model, step_of())
+
+
+def test_saliency_calls_keep_nothing():
+    model = mlp()
+    opt = LocoProp(model)
+    alive = []
+    for _ in range(5):
+        x = batch(seed=1)[0].requires_grad_()
+        alive.append(weakref.ref(x))
+        torch.autograd.grad(model(x).sum(), x)
+        del x
+    gc.collect()
+    assert not any(reference() for reference in alive)
+    assert all(not layer.passes and not layer._reached for layer in opt._layers.values())
+
+
+def test_gradient_penalty_has_the_same_rows_in_every_layer():
+    """The last layer's output has no part in the penalty, its weight has."""
+    model = mlp()
+    opt = LocoProp(model, lr=1e-3)
+    x = batch(64)[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    opt.zero_grad()
+    (gradient.square().sum() + loss_of(model, rows=1)).backward()
+    assert rows(opt) == [65, 65, 65]
+
+
+def test_gradient_penalty_on_the_batch_itself():
+    model = mlp()
+    opt = LocoProp(model, lr=1e-3)
+    x, y = batch()
+    out = model(x.requires_grad_())
+    (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    ((out - y).square().mean() + gradient.square().sum()).backward()
+    assert rows(opt) == [8, 8, 8]
+
+
+def test_a_differentiable_gradient_that_is_thrown_away():
+    model = mlp()
+    opt = LocoProp(model, lr=1e-3)
+    x = batch(64)[0].requires_grad_()
+    torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    gc.collect()
+    loss_of(model).backward()
+    assert rows(opt) == [8, 8, 8]
+
+
+def test_backward_into_one_layer_alone():
+    model = mlp()
+    opt = LocoProp(model, lr=1e-3)
+    loss_of(model).backward(inputs=[model[2].weight])
+    assert rows(opt) == [0, 8, 0]
+    before = weights(model)
+    opt.step()
+    assert moved(model, before) == [False, False, True, False, False, False]
+
+
+def test_accumulation_with_an_attack_in_between():
+    model, twin = mlp(), mlp()
+    opt, plain = LocoProp(model, lr=1e-3), LocoProp(twin, lr=1e-3)
+    for m, o in ((model, opt), (twin, plain)):
+        loss_of(m, seed=1).backward()
+        if m is model:
+            attack(model, opt)
+        loss_of(m, seed=2).backward()
+        o.step()
+    assert_same(model, twin)
+
+
+def test_vectorised_forward_pass_is_a_step_of_the_rule():
+    """Its rows are hidden in a batched tensor; its gradient is not."""
+    model = nn.Sequential(nn.Linear(6, 3)).double()
+    opt = LocoProp(model, **SGD)
+    before = weights(model)
+    torch.vmap(model)(batch()[0]).square().sum().backward()
+    expected = [w - 1e-2 * 3.0 * p.grad for w, p in zip(before, model.parameters(), strict=True)]
+    opt.step()
+    assert opt.last_reports[0].problems[0].driver == "rule"
+    for p, want in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.detach(), want)
+
+
+def test_second_backward_pass_after_a_step():
+    """Its rows were used; its gradient is a step of the rule, as with every optimiser."""
+    model = nn.Sequential(nn.Linear(6, 3)).double()
+    opt = LocoProp(model, **SGD)
+    loss = loss_of(model)
+    loss.backward(retain_graph=True)
+    opt.step()
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    assert opt.last_reports[0].problems[0].driver == "rule"
+
+
+def test_zero_grad_between_two_backward_passes_of_one_graph():
+    model = mlp()
+    opt = LocoProp(model, lr=1e-3)
+    loss = loss_of(model)
+    loss.backward(retain_graph=True)
+    opt.zero_grad()
+    loss.backward()
+    assert rows(opt) == [8, 8, 8]
+    opt.step()
+    assert_same(model, step_of())
+
+
+def test_zero_grad_after_the_forward_pass():
+    model = mlp()
+    opt = LocoProp(model, lr=1e-3)
+    loss = loss_of(model)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    assert_same(model, step_of())
