@@ -23,7 +23,7 @@ from locoprop_torch.attention import MultiheadAttention
 from locoprop_torch.isolation import Copier, is_opaque, uncompiled, undisturbed
 from locoprop_torch.layouts import GroupedLinear
 
-__all__ = ["Found", "find_transfers", "find_transfers_by_name", "transfer_of"]
+__all__ = ["Found", "find_transfers", "transfer_of"]
 
 _log = logging.getLogger("locoprop_torch")
 
@@ -336,7 +336,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:10]) + more
 
 
-def find_transfers_by_name(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Found]:
+def find_transfers(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Found]:
     """The transfer function behind each layer of ``model``, which is left as it was, whatever its ``forward`` does.
 
     Layers whose output could not be followed are logged, once, at level WARNING.
@@ -365,9 +365,3 @@ def find_transfers_by_name(model: nn.Module, layers: Mapping[str, nn.Module]) ->
             "; ".join(f"{_listed(names)}: {reason}" for reason, names in reasons.items()),
         )
     return found
-
-
-def find_transfers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Transfer]:
-    """:func:`find_transfers_by_name` without names and reasons."""
-    modules = {str(i): layer for i, layer in enumerate(layers)}
-    return {modules[name]: found.transfer for name, found in find_transfers_by_name(model, modules).items()}

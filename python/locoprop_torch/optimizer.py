@@ -28,7 +28,7 @@ from locoprop_torch.checks import (
     is_compiled,
     is_named,
 )
-from locoprop_torch.discovery import find_transfers_by_name
+from locoprop_torch.discovery import find_transfers
 from locoprop_torch.hooks import AttachedHook, attach
 from locoprop_torch.layouts import number_of_groups, supported_modules, tied_layers
 from locoprop_torch.masks import trained_parameters
@@ -261,7 +261,7 @@ class LocoProp(Optimizer):
             if unknown:
                 raise ValueError(f"{argument} must name captured layers ({', '.join(modules)}); got {sorted(unknown)}")
         unnamed = {name: module for name, module in modules.items() if name not in self._transfers}
-        found = find_transfers_by_name(self.model, unnamed) if self.local_loss == "matching" else {}
+        found = find_transfers(self.model, unnamed) if self.local_loss == "matching" else {}
         chosen = {name: transfers.get(transfer) for name, transfer in self._transfers.items()}
         chosen.update({name: found[name].transfer if name in found else transfers.get("identity") for name in unnamed})
         for tied in tied_layers(modules):

@@ -147,7 +147,7 @@ def test_two_optimizers_and_one_goes():
 def test_failed_constructors_leave_nothing(options):
     model = mlp()
     keys = {module: set(vars(module)) for module in model.modules()}
-    with pytest.raises((ValueError, TypeError)) as caught:  # noqa: PT012
+    with pytest.raises((ValueError, TypeError)) as caught:
         LocoProp(model, **options)
     assert caught.traceback  # which keeps the frames, and the unfinished optimiser, alive
     assert not any(module._forward_hooks for module in model.modules())

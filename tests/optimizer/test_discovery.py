@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 
 import locoprop_kernels as lk
 from locoprop_torch import GroupedLinear
-from locoprop_torch.discovery import find_transfers_by_name, transfer_of
+from locoprop_torch.discovery import find_transfers, transfer_of
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, GroupedLinear)
 
@@ -36,7 +36,7 @@ def find(model):
     """What is found for the layers of ``model``, which is made of the same objects as before."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
     before, state = contents(model), {name: value.clone() for name, value in model.state_dict().items()}
-    found = find_transfers_by_name(model, layers)
+    found = find_transfers(model, layers)
     after = contents(model)
     assert after.keys() == before.keys()
     assert all(after[key] is before[key] for key in before)
