@@ -1,0 +1,189 @@
+"""Random programs of what a training loop may do, against a plain model of which rows must be counted.
+
+The model of it: every layer has a gradient or none, and the rows of the passes that this gradient was summed from.
+Rows are counted after every rule, and the reports of a step are held against them.
+"""
+
+import copy
+
+import torch
+from helpers import batch, loss_of, mlp, moved, weights
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+
+from locoprop_torch import LocoProp
+
+LAYERS = (0, 2, 4)
+ROWS = st.integers(1, 5)
+
+
+class Programs(RuleBasedStateMachine):
+    graphs = Bundle("graphs")
+
+    def __init__(self):
+        super().__init__()
+        self.model = mlp()
+        self.opt = LocoProp(self.model, lr=1e-3, rule="adam", local_iterations=2)
+        self.expected = {layer: [] for layer in LAYERS}  # identities of the passes whose rows are in the gradient
+        self.sizes = {}  # rows by pass
+        self.used = set()  # passes that a step has used
+        self.seed = 0
+
+    def fresh(self, rows):
+        self.seed += 1
+        self.sizes[self.seed] = rows
+        return self.seed
+
+    def add(self, number, layers=LAYERS):
+        for layer in layers:
+            if number not in self.expected[layer] and number not in self.used:
+                self.expected[layer].append(number)
+
+    @rule(target=graphs, rows=ROWS)
+    def forward(self, rows):
+        number = self.fresh(rows)
+        return number, loss_of(self.model, rows, number), self.model, weights(self.model)
+
+    @rule(graph=graphs)
+    def backward(self, graph):
+        number, loss, model, values = graph
+        # Of a copied model it is none of our business; and torch refuses where the weights have changed.
+        if model is self.model and not any(moved(model, values)):
+            loss.backward(retain_graph=True)
+            self.add(number)
+
+    @rule(rows=ROWS)
+    def forward_and_backward(self, rows):
+        number = self.fresh(rows)
+        loss_of(self.model, rows, number).backward()
+        self.add(number)
+
+    @rule(rows=ROWS)
+    def forward_without_gradients(self, rows):
+        with torch.no_grad():
+            loss_of(self.model, rows)
+
+    @rule(rows=ROWS, create_graph=st.booleans())
+    def saliency(self, rows, create_graph):
+        x = batch(rows)[0].requires_grad_()
+        torch.autograd.grad(self.model(x).square().sum(), x, create_graph=create_graph)
+
+    @rule(rows=ROWS)
+    def gradients_of_parameters(self, rows):
+        torch.autograd.grad(loss_of(self.model, rows), list(self.model.parameters()))
+
+    @rule(rows=ROWS, layer=st.sampled_from(LAYERS))
+    def backward_into_one_layer(self, rows, layer):
+        number = self.fresh(rows)
+        loss_of(self.model, rows, number).backward(inputs=list(self.model[layer].parameters()))
+        self.add(number, [layer])
+
+    @rule(rows=ROWS)
+    def gradient_penalty(self, rows):
+        number = self.fresh(rows)
+        x = batch(rows, number)[0].requires_grad_()
+        (gradient,) = torch.autograd.grad(self.model(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        self.add(number)
+
+    @rule(set_to_none=st.booleans(), whose=st.sampled_from(["optimizer", "model"]))
+    def zero_grad(self, set_to_none, whose):
+        (self.opt if whose == "optimizer" else self.model).zero_grad(set_to_none)
+        self.discarded(LAYERS, at_once=whose == "optimizer")
+
+    @rule(layer=st.sampled_from(LAYERS), how=st.sampled_from(["none", "zero_", "zeros"]))
+    def discard_one(self, layer, how):
+        for p in self.model[layer].parameters():
+            if how == "none":
+                p.grad = None
+            elif how == "zeros":
+                p.grad = torch.zeros_like(p)
+            elif p.grad is not None:
+                p.grad.zero_()
+        self.discarded([layer])
+
+    def discarded(self, layers, at_once=False):
+        # It is noticed when the next gradient comes; a step before that takes the gradient as it is.
+        for layer in layers:
+            self.expected[layer] = [] if at_once else _Discarded()
+
+    @rule(factor=st.sampled_from([0.5, 1.0, 3.0]))
+    def scale_gradients(self, factor):
+        for p in self.model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(factor)
+
+    @rule()
+    def step(self):
+        before = weights(self.model)
+        gradients = [p.grad is not None for p in self.model.parameters()]
+        self.opt.step()
+        used = {number for numbers in self.expected.values() for number in numbers}
+        reported = {problem.name: problem for report in self.opt.last_reports for problem in report.problems}
+        for layer, numbers in self.expected.items():
+            problem = reported[str(layer)]
+            if not isinstance(numbers, _Discarded):
+                assert problem.rows == sum(self.sizes[number] for number in numbers)
+            if self.model[layer].weight.grad is None and self.model[layer].bias.grad is None:
+                assert problem.driver == "none"
+        for changed, had in zip(moved(self.model, before), gradients, strict=True):
+            assert had or not changed
+        self.used |= used
+        self.expected = {layer: [] for layer in LAYERS}
+        assert self.opt.skipped_steps == 0
+
+    @precondition(lambda self: any(p.grad is not None for p in self.model.parameters()))
+    @rule()
+    def skipped_step(self):
+        state = copy.deepcopy(self.opt.state_dict()["state"])
+        before, grads = weights(self.model), [p.grad for p in self.model.parameters()]
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        next(g for g in grads if g is not None).view(-1)[0] = float("inf")
+        scaler.scale(torch.ones(()))
+        scaler.step(self.opt)
+        scaler.update()
+        assert not any(moved(self.model, before))
+        assert self.opt.state_dict()["state"].keys() == state.keys()
+        self.model.zero_grad()
+        self.discarded(LAYERS)
+
+    @rule()
+    def save_and_load(self):
+        """The rows are dropped: a checkpoint has none."""
+        saved = copy.deepcopy(self.opt.state_dict())
+        self.opt.load_state_dict(saved)
+        used = {number for numbers in self.expected.values() for number in numbers}
+        self.used |= used
+        self.opt.zero_grad()
+        self.expected = {layer: [] for layer in LAYERS}
+        after = self.opt.state_dict()
+        assert after["param_groups"] == saved["param_groups"]
+        for i, slots in saved["state"].items():
+            assert all(torch.equal(after["state"][i][slot], value) for slot, value in slots.items())
+
+    @rule()
+    def copy_model_and_optimizer(self):
+        self.model.zero_grad()
+        self.opt.zero_grad()
+        self.expected = {layer: [] for layer in LAYERS}
+        model, opt = self.model, self.opt
+        self.model, self.opt = copy.deepcopy((model, opt))
+        assert not any(moved(self.model, weights(model)))
+
+    @invariant()
+    def the_rows_are_those_of_the_gradient(self):
+        for layer, numbers in self.expected.items():
+            captured = self.opt._layers[str(layer)].passes
+            if not isinstance(numbers, _Discarded):
+                assert sum(len(p.x) for p in captured) == sum(self.sizes[number] for number in numbers)
+
+
+class _Discarded(list):
+    """No rows, though the optimiser need not know it yet."""
+
+
+Programs.TestCase.settings = settings(
+    max_examples=200, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+test_random_programs = Programs.TestCase
