@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from locoprop_kernels import schedule
-
-if TYPE_CHECKING:
-    from locoprop_kernels.kernels.inspection import Variant
 
 __all__ = [
     "Choice",
@@ -23,7 +20,6 @@ __all__ = [
     "predicted",
     "programs",
     "use",
-    "variants",
 ]
 
 Layers = tuple[tuple[int, int, int], ...]
@@ -47,7 +43,7 @@ class Config:
         occupancy: programs of the single launch that a multiprocessor holds at once: while one waits for its loads or
             writes a tile, another multiplies.
         general: whether every kernel may use it. Where some would spill, only the launches per phase of the product
-            form do, with rules of at most two slots.
+            form do, without masks and with rules of at most two slots.
     """
 
     n: int
@@ -189,6 +185,8 @@ def _best(
             options.append(("single", config))
         if driver != "single":
             options.append(("grouped", config))
+    if not options:
+        raise ValueError(f"found must hold a configuration that every kernel may use (general=True), got {found}")
     costs = [predicted(config, name, layers, form, multiprocessors) for name, config in options]
     best = costs.index(min(costs))
     return costs[best], *options[best]
@@ -256,10 +254,3 @@ def use(config: Config | None = None, driver: str | None = None, programs: int |
         yield
     finally:
         _override = before
-
-
-def variants(target: str) -> list[Variant]:
-    """Every kernel in its default configurations for ``target``, as it would be launched."""
-    from locoprop_kernels.kernels.variants import variants
-
-    return variants(target)

@@ -380,8 +380,10 @@ def _run_group(
         first_rows.append(len(sizes))
         k = problem.shape[1] if problem.grad_weight is not None else 1
         sizes += [(x.shape[-2], k, problem.shape[2])] * (problem.groups or 1)
+    masked = any(problem.mask(name) is not None for problem in problems for name in problem.trained())
+    candidates = configs.candidates(target_of(device), precision)
     config, programs, splits = configs.choose(
-        configs.candidates(target_of(device), precision),
+        tuple(one for one in candidates if one.general) if masked else candidates,
         tuple(sizes),
         form,
         len(rule.slots),
@@ -405,7 +407,7 @@ def _run_group(
         form=form,
         counts_steps=rule.counts_steps,
         regulariser=None if regulariser is None else regulariser.triton_fn,
-        masked=any(problem.mask(name) is not None for problem in problems for name in problem.trained()),
+        masked=masked,
         trace=trace,
         transposed=precision == "tf32",
         interpreted=interpreted(),

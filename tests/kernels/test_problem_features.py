@@ -283,6 +283,17 @@ def test_steps_of_the_reduction_divide_the_tiles(sizes):
         configs.Config(*sizes)
 
 
+def test_masks_take_configurations_whose_kernels_do_not_spill_with_them(monkeypatch):
+    wide = configs.Config(n=16, b=64, k=32, r=8, general=False)
+    monkeypatch.setattr(configs, "candidates", lambda *_: (wide, SMALL))
+    for masks, config in ((False, wide), (True, SMALL)):
+        with configs.use(driver="grouped"):
+            lk.local_steps_([random_problem(15, 64, 32, 16, masks=masks)], lr=[0.01], backend="triton")
+        assert next(reversed(drivers._plans)).config == config
+    with pytest.raises(ValueError, match="found must hold a configuration that every kernel may use"):
+        configs.choose((wide,), ((64, 32, 16),), "softmax", 2, 1)
+
+
 def test_a_plan_of_launches_per_phase_has_no_schedule():
     problem = random_problem(13, 37, 19, 11)
     found = []
