@@ -37,6 +37,8 @@ class Programs(RuleBasedStateMachine):
 
     def add(self, number, layers=LAYERS):
         for layer in layers:
+            if isinstance(self.expected[layer], _Discarded):
+                self.expected[layer] = []
             if number not in self.expected[layer] and number not in self.used:
                 self.expected[layer].append(number)
 
