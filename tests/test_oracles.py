@@ -66,7 +66,7 @@ def few_tiles():
     return configs.use(configs.Config(n=32, b=64, k=128, r=64)) if drivers.interpreted() else nullcontext()
 
 
-@pytest.mark.parametrize(("backend", "path"), runs())
+@pytest.mark.parametrize(("backend", "path"), list(runs()))
 def test_trajectory(backend, path):
     if backend == "triton":
         pytest.importorskip("triton")
