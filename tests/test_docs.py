@@ -123,3 +123,12 @@ def test_tuning_table_is_the_measured_one():
         for lr in (5e-5, 1e-4, 2e-4):
             rows.append(f"| {lr:g} | " + " | ".join(f"{losses[lr, gamma]:.1f}" for gamma in gammas) + " |")
         assert "\n".join(rows) in page
+
+
+def test_memory_table_is_the_measured_one():
+    """The table in training.md, from bench/results/memory.json."""
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "bench/results/memory.json").read_text(encoding="utf-8"))["rows"]
+    for optimizer in {row["optimizer"] for row in rows}:
+        figures = [f"{row['peak_mib']:.0f}" for row in rows if row["optimizer"] == optimizer]
+        assert f"| {optimizer} | {' | '.join(figures)} |" in text

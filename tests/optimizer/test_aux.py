@@ -132,7 +132,7 @@ def test_state_of_aux_resumes():
 
 
 def test_loading_aux_by_itself_is_noticed():
-    model, opt = with_aux()
+    _, opt = with_aux()
     opt.aux.load_state_dict(opt.aux.state_dict())
     opt.zero_grad()
     assert opt.param_groups[1] is opt.aux.param_groups[0]
@@ -173,6 +173,6 @@ def test_distributed_checkpoints_of_one_process(fresh_state):
         loss_of(m, seed=5).backward()
         o.step()
     assert_same(model, twin, rtol=0, atol=0)
+    changed = with_aux(rule="adam", reduction="sum")
     with pytest.raises(ValueError, match="reduction"):
-        changed = with_aux(rule="adam", reduction="sum")
         set_state_dict(*changed, model_state_dict=saved[0], optim_state_dict=saved[1])
