@@ -99,7 +99,7 @@ def test_convolution_is_the_textbook_form_on_unfolded_inputs(repetition, monkeyp
     for _ in range(2):
         opt.zero_grad()
         a = model(x)
-        # Not symmetric: columns that circular padding makes equal would cancel, and leave a gradient of rounding errors.
+        # Not symmetric: columns that circular padding makes equal would cancel, and leave rounding errors alone.
         weights = torch.linspace(-1, 2, a.shape[-1])
         (gradient,) = torch.autograd.grad(loss := (a.square() * weights).sum(), a, retain_graph=True)
         loss.backward()

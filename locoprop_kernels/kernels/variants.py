@@ -27,7 +27,8 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
     Args:
         target: backend and architecture.
         brief: without kernels that differ from others in little: float16 with the tile sizes of bfloat16 differs in
-            the type that the matrix instructions read, and a rule of two slots needs fewer registers than one of three.
+            the type that the matrix instructions read, a rule of two slots needs fewer registers than one of three,
+            and a mask takes a few more.
     """
     found: list[Variant] = []
     for precision in _OPERANDS:
@@ -69,6 +70,10 @@ def of_config(config: configs.Config, precision: str, brief: bool = False) -> It
     if precision != "fp16":
         gram = _plan(config, precision, rules.RMSprop(), "gram")
         yield _variant("gram update", grouped._update_kernel, gram.constants["update"], gram, "rmsprop")
+    if not brief:
+        masked = _plan(config, precision, rules.RMSprop(centered=True), masked=True)
+        yield _variant("local_steps", single._local_steps_kernel, masked.constants["single"], masked, "masked")
+        yield _variant("update", grouped._update_kernel, masked.constants["update"], masked, "masked")
     softmax = _plan(config, precision, rules.RMSprop(), "softmax")
     yield _variant("softmax", rowwise._softmax_kernel, softmax.constants["softmax"], softmax, "")
 
@@ -82,7 +87,14 @@ def _prepare(config: configs.Config, precision: str) -> Variant:
     return _variant("prepare", prepare._prepare_kernel, constants, plan, "with transpose")
 
 
-def _plan(config: configs.Config, precision: str, rule: rules.Rule, form: str = "product", splits: int = 1) -> Plan:
+def _plan(
+    config: configs.Config,
+    precision: str,
+    rule: rules.Rule,
+    form: str = "product",
+    splits: int = 1,
+    masked: bool = False,
+) -> Plan:
     found = updates.lookup(rule)
     assert found is not None
     layers = tuple(
@@ -117,7 +129,7 @@ def _plan(config: configs.Config, precision: str, rule: rules.Rule, form: str = 
             form=form,
             counts_steps=rule.counts_steps,
             regulariser=None,
-            masked=False,
+            masked=masked,
             trace=False,
             transposed=precision == "tf32",
             interpreted=False,
