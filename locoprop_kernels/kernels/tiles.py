@@ -247,6 +247,14 @@ def _value(parameter_ptr, long_rows, columns, valid, PARAMETER: tl.constexpr):
 
 
 @triton.jit
+def _moving(parameter_ptr, offsets, valid):
+    """Where the parameter's mask is not 0; everywhere if it has none."""
+    mask_ptr = callers_address(parameter_ptr, c.MASK, tl.uint8)
+    masked = tl.load(parameter_ptr + c.MASK) != 0
+    return tl.load(mask_ptr + offsets, valid & masked, 1) != 0
+
+
+@triton.jit
 def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, rate, prox, loss_scale, bad_ptr,
           RULE: tl.constexpr, HYPER: tl.constexpr, SLOTS: tl.constexpr, COUNTS_STEPS: tl.constexpr,
           REGULARISER: tl.constexpr, MASKED: tl.constexpr, PARAMETER: tl.constexpr,
@@ -271,11 +279,8 @@ def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, r
     if REGULARISER is not None:
         value = _value(parameter_ptr, long_rows, columns, valid, PARAMETER)
         grad += REGULARISER(value + delta, value)
-    moving = valid
     if MASKED:
-        mask_ptr = callers_address(parameter_ptr, c.MASK, tl.uint8)
-        masked = tl.load(parameter_ptr + c.MASK) != 0  # otherwise nothing is read, and all of it moves
-        moving = valid & (tl.load(mask_ptr + old_offsets, valid & masked, 1) != 0)
+        moving = _moving(parameter_ptr, old_offsets, valid)
         start = tl.where(moving, start, 0.0)
         grad = tl.where(moving, grad, 0.0)
 
@@ -292,7 +297,9 @@ def _step(parameter_ptr, change, rows, columns, n, width, row_stride, t, last, r
     rate *= bits_to_float(tl.load(parameter_ptr + c.RATE))
     delta, s0, s1, s2 = RULE(delta, grad, s0, s1, s2, rate, step, HYPER)
 
-    delta = tl.where(moving, delta, 0.0)  # under a mask, momentum may have moved what has no gradient
+    delta = tl.where(valid, delta, 0.0)
+    if MASKED:  # momentum may have moved what has no gradient; read again, to save registers
+        delta = tl.where(_moving(parameter_ptr, old_offsets, valid), delta, 0.0)
     tl.store(delta_ptrs, delta)
     if SLOTS > 0:
         _keep_slot(parameter_ptr, 0, s0, new_offsets, valid, last, bad_ptr)

@@ -329,10 +329,13 @@ class CapturedLayer:
 
     # --- what a step reads
 
-    def rows(self) -> tuple[Tensor | Rows, Tensor | Rows] | None:
+    def rows(self, layout: Layout) -> tuple[Tensor | Rows, Tensor | Rows] | None:
         """Inputs ``[B, K]`` and pre-activations ``[B, N]`` of all captured passes, one row per example.
 
         With groups both begin with ``G``. ``None`` if there are no rows.
+
+        Args:
+            layout: of the layer.
 
         Raises:
             ValueError: an input was overwritten since the forward pass, or does not fit the weight any more.
@@ -341,14 +344,14 @@ class CapturedLayer:
             return None
         inputs: list[Tensor | Rows] = []
         outputs: list[Tensor | Rows] = []
-        weight = self.layout.weight(self.weight)
+        weight = layout.weight(self.weight)
         n, k = weight.shape[-2:]
         restored = [self._restored(captured) for captured in self.passes]
         xs, preactivations = (_of_one_dtype(list(tensors), weight.dtype) for tensors in zip(*restored, strict=True))
         for captured, x, a in zip(self.passes, xs, preactivations, strict=True):
-            layout = layout_of(captured.module)
-            assert layout is not None
-            x_rows, a_rows = layout.inputs(x), layout.outputs(a)
+            own = layout if captured.module is self.modules[self.name] else layout_of(captured.module)
+            assert own is not None
+            x_rows, a_rows = own.inputs(x), own.outputs(a)
             if (x_rows.shape[-1], a_rows.shape[-1]) != (k, n):
                 raise ValueError(
                     f"layer {self.name!r} changed shape since the forward: it mapped {x_rows.shape[-1]} to "

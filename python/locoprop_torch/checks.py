@@ -91,9 +91,9 @@ def check_one_process(model: nn.Module) -> None:
     Raises:
         ValueError: ``torch.distributed`` runs several processes, or a parameter is a ``DTensor``.
     """
-    if not torch.distributed.is_available():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if torch.distributed.get_world_size() > 1:
         raise ValueError(
             "LocoProp does not support several processes yet (DistributedDataParallel, FSDP): each would take local "
             "steps on its own rows, and the replicas would drift apart; "

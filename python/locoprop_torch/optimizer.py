@@ -497,7 +497,7 @@ class LocoProp(Optimizer):
         calls: dict[tuple[int, float, bool], _Call] = {}
         idle = []
         for name, layer in self._layers.items():
-            self._check_unchanged(layer)
+            masks = self._checked_layer(layer)
             trained = {kind: p for kind, p in layer.trained.items() if id(p) in groups}
             if not trained:
                 idle.append(name)
@@ -513,7 +513,7 @@ class LocoProp(Optimizer):
                 group["rule"],
                 float(group["activation_lr"]),
                 {kind: rate / largest if rate != largest else 1.0 for kind, rate in rates.items()},
-                self._masks,
+                masks,
                 self.state,
             )
             if not work.rows:
@@ -572,7 +572,13 @@ class LocoProp(Optimizer):
             )
         return transfer
 
-    def _check_unchanged(self, layer: CapturedLayer) -> None:
+    def _checked_layer(self, layer: CapturedLayer) -> dict[str, list[Tensor]]:
+        """The masks of a layer's parameters at present, by kind.
+
+        Raises:
+            ValueError: the model has another module or parameter in its place.
+        """
+        masks = {kind: [self._masks[id(p)]] for kind, p in layer.parameters.items() if id(p) in self._masks}
         for name, captured in layer.modules.items():
             try:
                 module = self.model.get_submodule(layer.paths[name])
@@ -589,6 +595,9 @@ class LocoProp(Optimizer):
                         f"the {kind} of layer {name!r} is no longer the parameter that the optimiser was built with: "
                         "build a new optimiser"
                     )
+                if kind in found and (mask := found[kind].mask) is not None:
+                    masks.setdefault(kind, []).append(mask())
+        return masks
 
     def _finite(self, reports: Iterable[StepReport], loss: Any) -> Tensor:
         """Whether the whole step may be committed: a bool tensor on the parameters' device."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from locoprop_kernels.problem import accumulation_dtype
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.layouts import laid_out, state_views, write_back
-from locoprop_torch.masks import trained_parameters
 from locoprop_torch.targets import Target, starting_gradients
 
 __all__ = ["LayerWork", "layer_work", "rule_state_of"]
@@ -30,6 +29,7 @@ class LayerWork:
         problem: the local problem.
         rows: how many rows it has; 0 where there is a gradient alone.
         states: the rule's state of each trained parameter, in the parameter's shape.
+        views: the same tensors in the shapes of the problem.
     """
 
     layer: CapturedLayer
@@ -37,6 +37,7 @@ class LayerWork:
     problem: LocalProblem
     rows: int
     states: dict[str, dict[str, Tensor]]
+    views: dict[str, dict[str, Tensor]]
 
     def release(self) -> None:
         """Let go of everything that only the local loop needed."""
@@ -48,8 +49,7 @@ class LayerWork:
         """Put the state of a committed step into the optimiser's."""
         for kind, parameter in self.trained.items():
             if self.states[kind]:
-                views = state_views(self.layer.layout, kind, parameter, self.states[kind])
-                write_back(views, self.problem.state[kind])
+                write_back(self.views[kind], self.problem.state[kind])
                 state[parameter] = self.states[kind]
 
 
@@ -61,7 +61,7 @@ def layer_work(
     rule: rules.Rule,
     activation_lr: float,
     rates: Mapping[str, float],
-    masks: Mapping[int, Tensor],
+    masks: Mapping[str, Sequence[Tensor]],
     state: Mapping[Any, dict[str, Tensor]],
 ) -> LayerWork:
     """What a step has to do for a layer with gradients.
@@ -77,7 +77,7 @@ def layer_work(
         rule: the update rule.
         activation_lr: ``γ``.
         rates: factor of the learning rate for each of ``trained``.
-        masks: masks that the user gave, by ``id`` of the parameter.
+        masks: the masks of each of its parameters.
         state: the optimiser's state.
 
     Raises:
@@ -86,9 +86,9 @@ def layer_work(
     """
     layout, name = layer.layout, f"layer {layer.name!r}"
     weight = layout.weight(layer.weight)
-    found = layer.rows()
+    found = layer.rows(layout)
     x, preactivation = (None, None) if found is None else found
-    gradients = starting_gradients(layer, trained, target, transfer, x, activation_lr)
+    gradients = starting_gradients(layer, layout, trained, target, transfer, x, activation_lr)
     examples = None
     if x is None or preactivation is None:
         *lead, n, k = weight.shape
@@ -104,27 +104,23 @@ def layer_work(
         examples=examples,
     )
     states: dict[str, dict[str, Tensor]] = {}
+    views: dict[str, dict[str, Tensor]] = {}
     for kind, parameter in trained.items():
         setattr(problem, f"grad_{kind}", gradients[kind])
         setattr(problem, f"rate_{kind}", rates[kind])
-        mask = _mask(layer, kind, parameter, masks)
-        setattr(problem, f"mask_{kind}", None if mask is None else layout.view(kind, laid_out(mask, parameter)))
+        if masks.get(kind):
+            setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(_mask(parameter, masks[kind]), parameter)))
         states[kind] = rule_state_of(parameter, rule, state.get(parameter) or {})
-        problem.state[kind] = state_views(layout, kind, parameter, states[kind])
-    return LayerWork(layer, trained, problem, 0 if found is None else problem.shape[0], states)
+        views[kind] = state_views(layout, kind, parameter, states[kind])
+        problem.state[kind] = dict(views[kind])
+    return LayerWork(layer, trained, problem, 0 if found is None else problem.shape[0], states, views)
 
 
-def _mask(layer: CapturedLayer, kind: str, parameter: nn.Parameter, masks: Mapping[int, Tensor]) -> Tensor | None:
-    """All masks of a parameter as one: those of its modules and the user's."""
-    given = [masks[id(parameter)]] if id(parameter) in masks else []
-    for module in layer.modules.values():
-        found = (trained_parameters(module) or {}).get(kind)
-        if found is not None and found.mask is not None:
-            given.append(found.mask())
-    total: Tensor | None = None
-    for mask in given:
-        trainable = mask.detach().to(parameter.device) != 0
-        total = trainable if total is None else total & trainable
+def _mask(parameter: nn.Parameter, masks: Sequence[Tensor]) -> Tensor:
+    """All masks of a parameter as one: true where none of them is zero."""
+    total = torch.ones((), dtype=torch.bool, device=parameter.device)
+    for mask in masks:
+        total = total & (mask.detach().to(parameter.device) != 0)
     return total
 
 

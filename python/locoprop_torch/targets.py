@@ -29,6 +29,7 @@ TARGETS = ("dual", "primal")
 
 def starting_gradients(
     layer: CapturedLayer,
+    layout: Layout,
     trained: Mapping[str, nn.Parameter],
     target: Target,
     transfer: Transfer,
@@ -39,6 +40,7 @@ def starting_gradients(
 
     Args:
         layer: a layer that has gradients.
+        layout: its layout.
         trained: its parameters to train.
         target: see the module.
         transfer: the layer's transfer function ``f``.
@@ -49,7 +51,6 @@ def starting_gradients(
         TypeError, ValueError: a target of the user's own is not a tensor of the output's shape, or the gradient of the
             post-activation is not known because the activation is not a module.
     """
-    layout = layer.layout
     if target == "dual" or x is None:
         return {
             kind: layout.view(kind, laid_out(activation_lr * p.grad, p))
