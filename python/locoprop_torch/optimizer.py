@@ -518,12 +518,12 @@ class LocoProp(Optimizer):
             )
             if not work.rows:
                 self._tell_without_rows(work)
-            iterations = group["local_iterations"]
-            decays = [self.lr_decay(t, iterations) for t in range(iterations if work.rows else 1)]
-            call = calls.setdefault(
-                (index, largest, work.rows > 0), _Call(group, [largest * decay for decay in decays], work.rows > 0)
-            )
-            call.work.append(work)
+            key = (index, largest, work.rows > 0)
+            if key not in calls:
+                iterations = group["local_iterations"]
+                decays = [self.lr_decay(t, iterations) for t in range(iterations if work.rows else 1)]
+                calls[key] = _Call(group, [largest * decay for decay in decays], work.rows > 0)
+            calls[key].work.append(work)
         return list(calls.values()), idle
 
     def _group_of(
