@@ -382,13 +382,17 @@ def _run_group(
         sizes += [(x.shape[-2], k, problem.shape[2])] * (problem.groups or 1)
     masked = any(problem.mask(name) is not None for problem in problems for name in problem.trained())
     candidates = configs.candidates(target_of(device), precision)
+    asked = configs.driver()
+    if masked:  # what would spill registers with a mask
+        candidates = tuple(one for one in candidates if one.general)
+        asked = "grouped" if operand == torch.float16 else asked
     config, programs, splits = configs.choose(
-        tuple(one for one in candidates if one.general) if masked else candidates,
+        candidates,
         tuple(sizes),
         form,
         len(rule.slots),
         _multiprocessors(device),
-        configs.driver(),
+        asked,
     )
     key = Key(
         layers=tuple(
