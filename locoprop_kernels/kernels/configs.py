@@ -99,7 +99,7 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(n=128, b=256, k=256, r=32, warps=8, stages=4, parts=8, general=False),
     ),
     ("sm_100", "bf16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, parts=4),),
-    ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, parts=4),),
+    ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=4, stages=3, parts=4),),
     ("sm_100", "tf32"): (_SQUARE,),
     ("sm_100", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=4, stages=2, parts=4),),
     ("sm_120", "tf32"): (_SQUARE,),
