@@ -101,7 +101,8 @@ class _LayerHook(ForwardHook):
         if layer is None:
             return
         layer.called = True
-        if torch.is_grad_enabled() and output.requires_grad and not torch._C._are_functorch_transforms_active():
+        transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() and output.requires_grad and not transformed:
             layer.watch(module, args[0] if args else next(iter(kwargs.values())), output)
 
 

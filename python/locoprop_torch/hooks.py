@@ -21,6 +21,13 @@ _COPYING = ("__deepcopy__", "__reduce_ex__")
 class ForwardHook:
     """Base of our hooks, by which they are told from those of the user."""
 
+    @property
+    def __name__(self) -> str:
+        """What ``torch.jit.script`` asks first of a hook; it could not compile one."""
+        raise AttributeError(
+            "LocoProp's hooks cannot be scripted: script a copy, torch.jit.script(copy.deepcopy(model)), which has none"
+        )
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         raise NotImplementedError
 

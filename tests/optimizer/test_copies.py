@@ -64,6 +64,18 @@ def test_copies_can_be_scripted_and_loaded_with_weights_only(trained):
         assert_same(torch.load(buffer, weights_only=True), model, rtol=0, atol=0)
 
 
+def test_the_original_can_be_traced_and_exported(trained):
+    model, opt = trained
+    x, _ = batch()
+    expected = model(x)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    with pytest.raises(AttributeError, match=r"script a copy, torch\.jit\.script\(copy\.deepcopy\(model\)\)"):
+        torch.jit.script(model)
+    assert rows(opt) == [0, 0, 0]
+
+
 def test_pickles_load_without_this_package(trained, tmp_path):
     model, _ = trained
     torch.save(model, tmp_path / "model.pt")
