@@ -40,7 +40,7 @@ def shapes() -> list[Config]:
     found = []
     for n, b, k in itertools.product(_SIZES, repeat=3):
         if 64 * 64 <= n * min(b, k) and n * max(b, k) <= 128 * 256 and max(b, k) <= 2 * min(b, k):
-            found.append(Config(n, b, k, r=64))
+            found.append(Config(n, b, k, r=min(64, b, k)))
     return found
 
 
@@ -54,6 +54,8 @@ def options(shape: Config, precision: str, shared: int) -> Iterator[Config]:
             continue
         for r, stages in ((row // 2, 4), (row // 2, 3), (row // 4, 4), (row // 2, 2), (row // 4, 3), (row // 4, 2)):
             if stages * (shape.n + max(shape.b, shape.k)) * r * _OPERAND_BYTES[precision] > shared:
+                continue
+            if shape.b % r or shape.k % r:
                 continue
             for elements in (32, 16):
                 parts = max(1, accumulators // elements)

@@ -95,3 +95,20 @@ def test_two_programs_on_a_multiprocessor_are_counted_as_such():
     # Half as fast each: about the same time, which waits for the longest queue of smaller shares.
     once, twice = (configs.predicted(one, "single", autoencoder(1000), "product", 132) for one in (NARROW, narrow))
     assert 0.8 < twice / once < 1.25
+
+
+def test_the_search_for_tiles_proposes_valid_configurations():
+    from bench import tune
+
+    shapes = tune.shapes()
+    assert len(shapes) > 10
+    for precision in ("bf16", "fp16", "tf32", "ieee"):
+        assert any(list(tune.options(shape, precision, 200_000)) for shape in shapes)
+
+
+def test_masked_kernels_have_configurations_of_their_own():
+    for target, precision in (("sm_90", "bf16"), ("sm_100", "fp16"), ("gfx942", "bf16"), ("interpreter", "ieee")):
+        masked = configs.candidates(target, precision, masked=True)
+        assert masked
+        assert all(config.general for config in masked)
+    assert configs.candidates("sm_100", "fp16", masked=True) != configs.candidates("sm_100", "fp16")

@@ -108,6 +108,10 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ("gfx942", "bf16"): (_AMD,),
     ("gfx942", "fp16"): (_AMD,),
 }
+# Where the above would spill registers with a mask.
+_MASKED: dict[tuple[str, str], tuple[Config, ...]] = {
+    ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, parts=8),),
+}
 _OTHERS = {"bf16": (_SMALL,), "fp16": (_SMALL,), "tf32": (_SMALL,), "ieee": (_EXACT,)}
 
 
@@ -121,18 +125,22 @@ class _Override:
 _override = _Override()
 
 
-def candidates(target: str, precision: str) -> tuple[Config, ...]:
+def candidates(target: str, precision: str, masked: bool = False) -> tuple[Config, ...]:
     """The configurations for a target (``"sm_90"``, ``"gfx942"``, ``"interpreter"``), to choose from by size.
 
     Args:
         target: backend and architecture.
         precision: ``"bf16"``, ``"fp16"``, ``"tf32"`` or ``"ieee"`` (float32).
+        masked: those that do not spill registers where a parameter has a mask.
     """
     if _override.config is not None:
         return (_override.config,)
     if target == "interpreter":
         return (_INTERPRETER,)
-    return _TABLE.get((target, precision), _OTHERS[precision])
+    found = _TABLE.get((target, precision), _OTHERS[precision])
+    if masked:
+        return _MASKED.get((target, precision), tuple(config for config in found if config.general))
+    return found
 
 
 def predicted(config: Config, driver: str, layers: Layers, form: str, multiprocessors: int) -> float:

@@ -381,13 +381,11 @@ def _run_group(
         k = problem.shape[1] if problem.grad_weight is not None else 1
         sizes += [(x.shape[-2], k, problem.shape[2])] * (problem.groups or 1)
     masked = any(problem.mask(name) is not None for problem in problems for name in problem.trained())
-    candidates = configs.candidates(target_of(device), precision)
     asked = configs.driver()
-    if masked:  # what would spill registers with a mask
-        candidates = tuple(one for one in candidates if one.general)
-        asked = "grouped" if operand == torch.float16 else asked
+    if masked and operand == torch.float16:  # the single launch would spill registers
+        asked = "grouped"
     config, programs, splits = configs.choose(
-        candidates,
+        configs.candidates(target_of(device), precision, masked),
         tuple(sizes),
         form,
         len(rule.slots),

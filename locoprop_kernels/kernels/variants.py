@@ -39,6 +39,8 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
             chosen = tuple(config for config in chosen if config not in configs.candidates(target, "bf16"))
         for config in chosen:
             found += of_config(config, precision, brief)
+        for config in () if brief else configs.candidates(target, precision, masked=True):
+            found += _masked(config, precision)
         if chosen:
             found.append(_prepare(chosen[-1], precision))  # does not depend on the tiles
     return list({_compiled_from(variant): variant for variant in reversed(found)}.values())[::-1]
@@ -70,13 +72,18 @@ def of_config(config: configs.Config, precision: str, brief: bool = False) -> It
     if precision != "fp16":
         gram = _plan(config, precision, rules.RMSprop(), "gram")
         yield _variant("gram update", grouped._update_kernel, gram.constants["update"], gram, "rmsprop")
-    if not brief:
-        masked = _plan(config, precision, rules.RMSprop(centered=True), masked=True)
-        if precision != "fp16":  # which has no single launch then
-            yield _variant("local_steps", single._local_steps_kernel, masked.constants["single"], masked, "masked")
-        yield _variant("update", grouped._update_kernel, masked.constants["update"], masked, "masked")
     softmax = _plan(config, precision, rules.RMSprop(), "softmax")
     yield _variant("softmax", rowwise._softmax_kernel, softmax.constants["softmax"], softmax, "")
+
+
+def _masked(config: configs.Config, precision: str) -> Iterator[Variant]:
+    """The kernels of a step in which a parameter has a mask, as far as others do not have them."""
+    plan = _plan(config, precision, rules.RMSprop(centered=True), masked=True)
+    if precision != "fp16":  # which has no single launch then
+        yield _variant("local_steps", single._local_steps_kernel, plan.constants["single"], plan, "masked")
+    yield _variant("update", grouped._update_kernel, plan.constants["update"], plan, "masked")
+    yield _variant("activation", grouped._activation_kernel, plan.constants["activation"], plan, ", ".join(_TRANSFERS))
+    yield _variant("commit", commit._commit_kernel, plan.constants["commit"], plan, f"{len(plan.key.slots)} slots")
 
 
 def _prepare(config: configs.Config, precision: str) -> Variant:
