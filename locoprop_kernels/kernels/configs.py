@@ -135,9 +135,8 @@ def candidates(target: str, precision: str, masked: bool = False) -> tuple[Confi
     """
     if _override.config is not None:
         return (_override.config,)
-    if target == "interpreter":
-        return (_INTERPRETER,)
-    found = _TABLE.get((target, precision), _OTHERS[precision])
+    others = (_INTERPRETER,) if target == "interpreter" else _OTHERS[precision]
+    found = _TABLE.get((target, precision), others)
     if masked:
         return _MASKED.get((target, precision), tuple(config for config in found if config.general))
     return found
