@@ -7,6 +7,8 @@ from torch import nn
 from locoprop_kernels import rules
 from locoprop_torch import LocoProp
 
+#: Older versions have gaps of their own, in torch.fx and FSDP2.
+RECENT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 SGD = {"rule": rules.SGD(), "lr": 1e-2, "activation_lr": 3.0, "reduction": "sum"}
 
 

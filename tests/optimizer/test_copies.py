@@ -70,7 +70,7 @@ def test_the_original_can_be_traced_and_exported(trained):
     expected = model(x)
     torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,), strict=False).module()(x), expected)
     with pytest.raises(AttributeError, match=r"script a copy, torch\.jit\.script\(copy\.deepcopy\(model\)\)"):
         torch.jit.script(model)
     assert rows(opt) == [0, 0, 0]

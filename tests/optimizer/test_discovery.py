@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import RECENT
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -73,6 +74,7 @@ def check_tanh(forward, **attributes):
 # --- what belongs to the model
 
 
+@pytest.mark.skipif(not RECENT, reason="its torch.fx cannot assign to buffers, which is reported")
 def test_a_buffer_that_is_assigned():
     class Model(nn.Module):
         def __init__(self):

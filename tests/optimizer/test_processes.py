@@ -5,7 +5,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import loss_of, mlp, moved, weights
+from helpers import RECENT, loss_of, mlp, moved, weights
 from torch import nn
 
 from locoprop_torch import LocoProp
@@ -72,6 +72,7 @@ def test_one_process_under_ddp_trains(one_process):
     assert all(moved(model, before))
 
 
+@pytest.mark.skipif(not RECENT, reason="its FSDP2 needs a GPU")
 def test_sharded_parameters_are_refused(one_process):
     from torch.distributed.fsdp import fully_shard
 
