@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -20,14 +19,16 @@ __all__ = [
     "COMPUTE_DTYPES",
     "REDUCTIONS",
     "LocalProblem",
+    "State",
     "accumulation_dtype",
-    "check_schedule",
     "is_number",
     "rule_state",
     "shown",
 ]
 
 REDUCTIONS = ("mean", "sum")
+State = dict[str, dict[str, Tensor]]
+"""A rule's state in a problem: ``{"weight": {slot: tensor}, "bias": {slot: tensor}}``."""
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -235,25 +236,3 @@ def rule_state(problem: LocalProblem, name: str, rule: Rule, label: str) -> dict
     if rule.counts_steps:
         state["step"] = stored.get("step", torch.zeros((), dtype=torch.int64)).to(device=parameter.device)
     return state
-
-
-def check_schedule(lr: Sequence[float], prox: float, reduction: str) -> list[float]:
-    """Check the arguments that all problems of a call share; returns the learning rates as floats.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    if is_number(lr) or not hasattr(lr, "__iter__"):
-        raise TypeError(f"lr must be a sequence of one learning rate per local iteration, got {shown(lr)}")
-    rates = [float(rate) for rate in lr]
-    if not rates:
-        raise ValueError("lr must have at least one entry (one per local iteration), got none")
-    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-        raise ValueError(f"lr must hold finite numbers >= 0, got {shown(rates)}")
-    if not is_number(prox):
-        raise TypeError(f"prox must be a number, got {shown(prox)}")
-    if not (math.isfinite(prox) and prox >= 0):
-        raise ValueError(f"prox must be finite and >= 0, got {prox!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    return rates

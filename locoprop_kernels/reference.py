@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Patches, Rows, Stacked, row_chunks
-from locoprop_kernels.problem import LocalProblem, accumulation_dtype, check_schedule, rule_state
+from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
 from locoprop_kernels.products import Operand, gram, product, rounded
-from locoprop_kernels.regularisers import Regulariser
-from locoprop_kernels.rules import Rule
+from locoprop_kernels.settings import Settings, check_objective
 from locoprop_kernels.transfers import Transfer
 
 __all__ = ["Increment", "closed_form", "local_loop"]
@@ -191,49 +190,31 @@ def _gram_is_cheaper(problem: LocalProblem, transfer: Transfer, iterations: int)
     )
 
 
-def local_loop(
-    problem: LocalProblem,
-    rule: Rule,
-    rates: list[float],
-    prox: float,
-    reduction: str,
-    compute_dtype: torch.dtype | None,
-    trace: bool,
-    label: str = "problem",
-    regulariser: Regulariser | None = None,
-) -> Increment:
+def local_loop(problem: LocalProblem, settings: Settings, old: State) -> Increment:
     """Run all local iterations of one problem; reads it, and writes nothing that belongs to it.
 
     Args:
         problem: a validated problem.
-        rule: the update rule.
-        rates: learning rate of each local iteration; ``T = len(rates)``.
-        prox: proximal coefficient ``λ``.
-        reduction: ``"mean"`` or ``"sum"`` over the batch.
-        compute_dtype: dtype of the products' operands; ``None`` for the weight's.
-        trace: also evaluate the local objective.
-        label: begins the messages of errors.
-        regulariser: a further regulariser.
+        settings: the settings of the call.
+        old: the rule's state before the loop.
     """
+    rule, prox, regulariser = settings.rule, settings.prox, settings.regulariser
     transfer = problem.transfer
     assert isinstance(transfer, Transfer)
     trained = problem.trained()
     accumulate = accumulation_dtype(problem.weight.dtype)
-    operands = compute_dtype or problem.weight.dtype
-    scale = problem.scale(reduction)
+    operands = settings.operands(problem)
+    scale = problem.scale(settings.reduction)
 
     frozen = {name: ~mask for name in trained if (mask := problem.mask(name)) is not None}
     start = _masked({name: grad.to(accumulate) * scale for name, (_, grad) in trained.items()}, frozen)
     delta = {name: torch.zeros_like(grad) for name, grad in start.items()}
-    state = {
-        name: {slot: value.clone() for slot, value in rule_state(problem, name, rule, label).items()}
-        for name in trained
-    }
+    state = {name: {slot: value.clone() for slot, value in slots.items()} for name, slots in old.items()}
     steps = {name: int(state[name]["step"]) if rule.counts_steps else 0 for name in trained}
 
     form: _Form | None = None
-    if len(rates) > 1 or trace:
-        if _gram_is_cheaper(problem, transfer, len(rates)):
+    if settings.iterations > 1 or settings.trace:
+        if _gram_is_cheaper(problem, transfer, settings.iterations):
             form = _GramForm(problem, operands)
         else:
             form = _ProductForm(problem, transfer, operands)
@@ -248,8 +229,8 @@ def local_loop(
         return value
 
     values: list[Tensor] = []
-    for t, lr in enumerate(rates):
-        if trace:
+    for t, lr in enumerate(settings.rates):
+        if settings.trace:
             values.append(objective())
         grads = start
         if t > 0:
@@ -264,13 +245,13 @@ def local_loop(
         for name, grad in _masked(grads, frozen).items():
             rule.update_(delta[name], grad, state[name], lr * problem.rate(name), steps[name] + t + 1)
         _masked(delta, frozen)  # momentum of earlier steps may move what has no gradient
-    if trace:
+    if settings.trace:
         values.append(objective())
 
     if rule.counts_steps:
         for slots in state.values():
-            slots["step"] += len(rates)
-    return Increment(delta, state, form.driver if form else "product", torch.stack(values) if trace else None)
+            slots["step"] += settings.iterations
+    return Increment(delta, state, form.driver if form else "product", torch.stack(values) if values else None)
 
 
 def _masked(values: dict[str, Tensor], frozen: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -301,7 +282,7 @@ def closed_form(
     Raises:
         TypeError, ValueError: as :func:`locoprop_kernels.local_steps_`.
     """
-    check_schedule([0.0], prox, reduction)
+    check_objective(prox, reduction)
     problem.validate("problem")
     if problem.groups is not None or problem.mask_weight is not None or problem.mask_bias is not None:
         raise ValueError("problem must have neither groups nor masks: its minimiser has no closed form here")

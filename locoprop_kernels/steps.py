@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import reference, rules
-from locoprop_kernels.problem import COMPUTE_DTYPES, LocalProblem, check_schedule, rule_state, shown
+from locoprop_kernels.problem import LocalProblem, State, rule_state, shown
 from locoprop_kernels.reference import Increment
-from locoprop_kernels.regularisers import Regulariser, as_regulariser
+from locoprop_kernels.regularisers import Regulariser
+from locoprop_kernels.settings import Settings
 
 __all__ = ["BACKENDS", "ProblemReport", "StepReport", "local_steps_"]
 
@@ -117,10 +118,10 @@ def nothing_done(names: Sequence[str], reason: str) -> StepReport:
     return StepReport("none", reason, problems, torch.tensor(True), _nothing, _committed=torch.tensor(True))
 
 
-def _apply(pending: list[tuple[LocalProblem, Increment]], rule: rules.Rule, ok: Tensor) -> None:
+def _apply(pending: list[tuple[LocalProblem, State, Increment]], ok: Tensor) -> None:
     """Apply increments and new state where the bool ``ok`` is true; on a GPU the decision stays on the device."""
     on_host = ok.device.type == "cpu"
-    for problem, increment in pending:
+    for problem, before, increment in pending:
         for name, delta in increment.delta.items():
             parameter = getattr(problem, name)
             if on_host:
@@ -128,7 +129,7 @@ def _apply(pending: list[tuple[LocalProblem, Increment]], rule: rules.Rule, ok: 
             else:
                 parameter.copy_(torch.where(ok, parameter + delta, parameter))
             stored = problem.state.setdefault(name, {})
-            old = rule_state(problem, name, rule, "problem")
+            old = before[name]
             for slot, new in increment.state[name].items():
                 value = new if on_host else torch.where(ok, new, old[slot])
                 if old[slot] is stored.get(slot):
@@ -137,10 +138,10 @@ def _apply(pending: list[tuple[LocalProblem, Increment]], rule: rules.Rule, ok: 
                     stored[slot] = value
 
 
-def _all_finite(pending: list[tuple[LocalProblem, Increment]]) -> Tensor:
+def _all_finite(pending: list[tuple[LocalProblem, State, Increment]]) -> Tensor:
     """Whether a commit would write finite numbers only; on the device, without waiting for it."""
     extremes: list[Tensor] = []
-    for problem, increment in pending:
+    for problem, _, increment in pending:
         for name, delta in increment.delta.items():
             parameter = getattr(problem, name)
             written = [(parameter + delta).to(parameter.dtype), *increment.state[name].values()]
@@ -157,14 +158,7 @@ def triton_unavailable() -> str | None:
     return None
 
 
-def _choose_backend(
-    backend: str,
-    problems: list[LocalProblem],
-    rule: rules.Rule,
-    compute_dtype: torch.dtype | None,
-    trace: bool,
-    regulariser: Regulariser | None,
-) -> tuple[str, str]:
+def _choose_backend(backend: str, problems: list[LocalProblem], settings: Settings) -> tuple[str, str]:
     """The backend to run and why; an explicit choice is taken or refused, never replaced."""
     if backend == "reference":
         return "reference", "asked for by name"
@@ -174,7 +168,7 @@ def _choose_backend(
     if reason is None:
         from locoprop_kernels import kernels
 
-        reason = kernels.unsupported(problems, rule, compute_dtype, trace, regulariser)
+        reason = kernels.unsupported(problems, settings)
     if reason is None:
         return "triton", "asked for by name" if backend == "triton" else "the tensors are on a GPU"
     if backend == "triton":
@@ -222,9 +216,8 @@ def local_steps_(
     Raises:
         TypeError, ValueError: before anything is changed; naming the argument, what was expected and what came.
     """
-    report = pending_steps(
-        problems, rule, lr, prox, reduction, backend, compute_dtype, trace, regulariser, increments=not commit
-    )
+    settings = Settings.checked(rule, lr, prox, reduction, compute_dtype, trace, regulariser)
+    report = pending_steps(problems, settings, backend, increments=not commit)
     if commit:
         report.commit_()
     return report
@@ -233,14 +226,8 @@ def local_steps_(
 @torch.no_grad()
 def pending_steps(
     problems: Sequence[LocalProblem],
-    rule: str | rules.Rule,
-    lr: Sequence[float],
-    prox: float,
-    reduction: str,
+    settings: Settings,
     backend: str,
-    compute_dtype: torch.dtype | None,
-    trace: bool,
-    regulariser: Regulariser | Callable[[Tensor, Tensor], Tensor] | None,
     increments: bool,
     done: Callable[[int], None] | None = None,
 ) -> StepReport:
@@ -252,54 +239,24 @@ def pending_steps(
     problems = list(problems)
     if not problems:
         raise ValueError("problems must hold at least one LocalProblem, got none")
-    rule = rules.get(rule)
-    rates = check_schedule(lr, prox, reduction)
-    regulariser = as_regulariser(regulariser)
-    if trace and regulariser is not None and regulariser.value is None:
-        raise ValueError("trace needs the value of the regulariser: give Regulariser(..., value=...)")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {shown(backend)}")
-    if compute_dtype is not None and compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype must be None or one of {COMPUTE_DTYPES}, got {shown(compute_dtype)}")
-    owners: dict[int, str] = {}
-    for i, problem in enumerate(problems):
-        if not isinstance(problem, LocalProblem):
-            raise TypeError(f"problem {i} must be a LocalProblem, got {type(problem).__name__}")
-        label = problem.name or f"problem {i}"
-        problem.validate(label)
-        if problem.weight.device != problems[0].weight.device:
-            raise ValueError(
-                f"{label} must be on the device of problem 0, {problems[0].weight.device}, got {problem.weight.device}"
-            )
-        for name, (parameter, _) in problem.trained().items():
-            rule_state(problem, name, rule, label)
-            other = owners.setdefault(id(parameter), label)
-            if other != label:
-                raise ValueError(
-                    f"{label}: its {name} is also that of {other}; one problem must hold all rows of a tensor"
-                )
-
+    states = _checked(problems, settings.rule)
     names = [problem.name or f"problem {i}" for i, problem in enumerate(problems)]
     rows = [problem.shape[0] for problem in problems]
-    chosen, reason = _choose_backend(backend, problems, rule, compute_dtype, trace, regulariser)
+    chosen, reason = _choose_backend(backend, problems, settings)
     if chosen == "triton":
         from locoprop_kernels import kernels
 
-        found, finite, apply = kernels.local_loops(
-            problems, rule, rates, prox, reduction, compute_dtype, trace, regulariser, views=increments
-        )
+        found, finite, apply = kernels.local_loops(problems, settings, states, views=increments)
     else:
         found = []
-        for i, problem in enumerate(problems):
-            found.append(
-                reference.local_loop(
-                    problem, rule, rates, prox, reduction, compute_dtype, trace, regulariser=regulariser
-                )
-            )
+        for i, (problem, state) in enumerate(zip(problems, states, strict=True)):
+            found.append(reference.local_loop(problem, settings, state))
             if done is not None:
                 done(i)
-        pending = list(zip(problems, found, strict=True))
-        finite, apply = _all_finite(pending), partial(_apply, pending, rule)
+        pending = list(zip(problems, states, found, strict=True))
+        finite, apply = _all_finite(pending), partial(_apply, pending)
     return StepReport(
         backend=chosen,
         reason=reason,
@@ -317,3 +274,26 @@ def pending_steps(
         finite=finite,
         _apply=apply,
     )
+
+
+def _checked(problems: list[LocalProblem], rule: rules.Rule) -> list[State]:
+    """The rule's state in each problem, once everything about the problems has been checked."""
+    states: list[State] = []
+    owners: dict[int, str] = {}
+    for i, problem in enumerate(problems):
+        if not isinstance(problem, LocalProblem):
+            raise TypeError(f"problem {i} must be a LocalProblem, got {type(problem).__name__}")
+        label = problem.name or f"problem {i}"
+        problem.validate(label)
+        if problem.weight.device != problems[0].weight.device:
+            raise ValueError(
+                f"{label} must be on the device of problem 0, {problems[0].weight.device}, got {problem.weight.device}"
+            )
+        states.append({name: rule_state(problem, name, rule, label) for name in problem.trained()})
+        for name, (parameter, _) in problem.trained().items():
+            other = owners.setdefault(id(parameter), label)
+            if other != label:
+                raise ValueError(
+                    f"{label}: its {name} is also that of {other}; one problem must hold all rows of a tensor"
+                )
+    return states

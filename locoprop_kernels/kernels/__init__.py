@@ -4,42 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from locoprop_kernels.problem import LocalProblem
+from locoprop_kernels.problem import LocalProblem, State
 from locoprop_kernels.reference import Increment
-from locoprop_kernels.regularisers import Regulariser
-from locoprop_kernels.rules import Rule
+from locoprop_kernels.settings import Settings
 
 __all__ = ["local_loops", "unsupported"]
 
 
-def unsupported(
-    problems: Sequence[LocalProblem],
-    rule: Rule,
-    compute_dtype: torch.dtype | None,
-    trace: bool,
-    regulariser: Regulariser | None,
-) -> str | None:
+def unsupported(problems: Sequence[LocalProblem], settings: Settings) -> str | None:
     """Why the Triton backend cannot run these problems, or ``None`` when it can."""
     from locoprop_kernels.kernels import drivers
 
-    return drivers.unsupported(problems, rule, compute_dtype, trace, regulariser)
+    return drivers.unsupported(problems, settings)
 
 
 def local_loops(
-    problems: list[LocalProblem],
-    rule: Rule,
-    rates: list[float],
-    prox: float,
-    reduction: str,
-    compute_dtype: torch.dtype | None,
-    trace: bool,
-    regulariser: Regulariser | None,
-    views: bool,
+    problems: list[LocalProblem], settings: Settings, states: list[State], views: bool
 ) -> tuple[list[Increment], Tensor, Callable[[Tensor], None]]:
     """Run all local iterations of all problems; reads them, and writes nothing that belongs to them.
+
+    Args:
+        problems: validated problems.
+        settings: the settings of the call.
+        states: the rule's state in each of them.
+        views: whether the increments are looked at.
 
     Returns:
         one increment per problem (without tensors unless ``views``), a bool ``[]`` on the device that says whether a
@@ -47,7 +37,7 @@ def local_loops(
     """
     from locoprop_kernels.kernels import drivers
 
-    placed, bad = drivers.run(problems, rule, rates, prox, reduction, compute_dtype, trace, regulariser)
+    placed, bad = drivers.run(problems, settings, states)
     groups = list({id(group): group for group, _ in placed}.values())
 
     def commit(ok: Tensor) -> None:

@@ -17,10 +17,9 @@ from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels import commit, configs, functions, grouped, prepare, rowwise, single, updates
 from locoprop_kernels.kernels.plan import ALIGNMENT, Cells, Key, Layer, Piece, Place, Plan, float_bits
 from locoprop_kernels.patches import Rows, Stacked, row_chunks
-from locoprop_kernels.problem import LocalProblem, rule_state
+from locoprop_kernels.problem import LocalProblem, State
 from locoprop_kernels.reference import Increment
-from locoprop_kernels.regularisers import Regulariser
-from locoprop_kernels.rules import Rule
+from locoprop_kernels.settings import Settings
 from locoprop_kernels.transfers import Transfer
 
 __all__ = ["Group", "run", "unsupported"]
@@ -56,20 +55,14 @@ def float32_precision() -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
-def _precision(problem: LocalProblem, compute_dtype: torch.dtype | None) -> str:
+def _precision(operand: torch.dtype) -> str:
     """Of the products' operands, as the table of configurations calls it."""
-    operand = compute_dtype or problem.weight.dtype
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(operand) or float32_precision()
 
 
-def unsupported(
-    problems: Sequence[LocalProblem],
-    rule: Rule,
-    compute_dtype: torch.dtype | None,
-    trace: bool,
-    regulariser: Regulariser | None,
-) -> str | None:
+def unsupported(problems: Sequence[LocalProblem], settings: Settings) -> str | None:
     """Why these problems cannot run here, or ``None``."""
+    rule, regulariser = settings.rule, settings.regulariser
     device = problems[0].weight.device
     if device.type == "cpu" and not interpreted():
         return "the tensors are on the CPU (move them to a GPU, or set TRITON_INTERPRET=1 to debug)"
@@ -81,18 +74,18 @@ def unsupported(
         return f"{type(rule).__name__} has no Triton function (give it an attribute triton_function)"
     if regulariser is not None and regulariser.triton_fn is None:
         return "the regulariser has no Triton function (give Regulariser a triton_fn)"
-    if regulariser is not None and trace:
+    if regulariser is not None and settings.trace:
         return "trace=True is not supported with a regulariser of the user's own"
     for problem in problems:
         if (unfolded := _unfolded_bytes(problem.x)) > _MOST_UNFOLDED_BYTES:
             most, size = _MOST_UNFOLDED_BYTES >> 20, unfolded / 2**20
             return f"the kernels unfold patches whole, at most {most} MiB a layer; one takes {size:.0f} MiB"
-        dtypes = {problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype, compute_dtype}
+        dtypes = {problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype, settings.compute_dtype}
         if torch.float64 in dtypes:
             return "float64 is not supported (float32, bfloat16 and float16 are)"
         assert isinstance(problem.transfer, Transfer)
         if problem.transfer.name != "softmax" and functions.lookup(problem.transfer) is None:
-            return f"the transfer function {problem.transfer.name!r} has no Triton function"
+            return f"the transfer function {str(problem.transfer)!r} has no Triton function"
     return None
 
 
@@ -315,16 +308,9 @@ def _plan(key: Key) -> Plan:
 
 
 def run(
-    problems: list[LocalProblem],
-    rule: Rule,
-    rates: list[float],
-    prox: float,
-    reduction: str,
-    compute_dtype: torch.dtype | None,
-    trace: bool,
-    regulariser: Regulariser | None,
+    problems: list[LocalProblem], settings: Settings, states: list[State]
 ) -> tuple[list[tuple[Group, int]], Tensor]:
-    """All local loops.
+    """All local loops, from the rule's ``states``.
 
     Returns:
         for each problem its group and its place in it; and an int32 ``[1]``, nonzero if anything is not finite.
@@ -333,43 +319,33 @@ def run(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         bad = torch.zeros(1, dtype=torch.int32, device=device)
         members: dict[Any, list[int]] = {}
-        forms = [_form(problem, compute_dtype or problem.weight.dtype, len(rates)) for problem in problems]
+        forms = [_form(problem, settings.operands(problem), settings.iterations) for problem in problems]
         grams = tuple(
             shape
             for problem, form in zip(problems, forms, strict=True)
             for shape in ([problem.shape] * (problem.groups or 1) if form == "gram" else [])
         )
         if grams and not interpreted():
-            found = configs.candidates(target_of(device), _precision(problems[0], compute_dtype))
-            if not configs.gram_pays(found, grams, len(rates), len(rule.slots), _multiprocessors(device)):
+            found = configs.candidates(target_of(device), _precision(settings.operands(problems[0])))
+            slots = len(settings.rule.slots)
+            if not configs.gram_pays(found, grams, settings.iterations, slots, _multiprocessors(device)):
                 forms = ["product" if form == "gram" else form for form in forms]
         for index, (problem, form) in enumerate(zip(problems, forms, strict=True)):
             kind = (form, problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype)
             members.setdefault(kind, []).append(index)
         placed: list[tuple[Group, int]] = [None] * len(problems)  # type: ignore[list-item]
         for (form, *_), indices in members.items():
-            part = [problems[i] for i in indices]
-            group = _run_group(part, form, rule, rates, prox, reduction, compute_dtype, trace, regulariser, bad)
+            group = _run_group([problems[i] for i in indices], [states[i] for i in indices], form, settings, bad)
             for place, index in enumerate(indices):
                 placed[index] = (group, place)
     return placed, bad
 
 
-def _run_group(
-    problems: list[LocalProblem],
-    form: str,
-    rule: Rule,
-    rates: list[float],
-    prox: float,
-    reduction: str,
-    compute_dtype: torch.dtype | None,
-    trace: bool,
-    regulariser: Regulariser | None,
-    bad: Tensor,
-) -> Group:
-    first = problems[0]
-    device, operand = first.weight.device, compute_dtype or first.weight.dtype
-    precision = _precision(first, compute_dtype)
+def _run_group(problems: list[LocalProblem], before: list[State], form: str, settings: Settings, bad: Tensor) -> Group:
+    """The problems that one plan can take."""
+    first, rule, trace = problems[0], settings.rule, settings.trace
+    device, operand = first.weight.device, settings.operands(first)
+    precision = _precision(operand)
     found = updates.lookup(rule)
     assert found is not None
     grams = [reference._GramForm(problem, operand) for problem in problems] if form == "gram" else []
@@ -394,7 +370,7 @@ def _run_group(
     )
     key = Key(
         layers=tuple(
-            _layer(problem, x, reduction, operand, precision == "tf32", config, splits[row])
+            _layer(problem, x, settings.reduction, operand, precision == "tf32", config, splits[row])
             for problem, x, row in zip(problems, xs, first_rows, strict=True)
         ),
         device=device,
@@ -408,7 +384,7 @@ def _run_group(
         slots=tuple(rule.slots),
         form=form,
         counts_steps=rule.counts_steps,
-        regulariser=None if regulariser is None else regulariser.triton_fn,
+        regulariser=None if settings.regulariser is None else settings.regulariser.triton_fn,
         masked=masked,
         trace=trace,
         transposed=precision == "tf32",
@@ -419,11 +395,8 @@ def _run_group(
     plan = _plan(key)
     key = plan.key
     states = [
-        {
-            name: {slot: value.contiguous() for slot, value in rule_state(problem, name, rule, "problem").items()}
-            for name in problem.trained()
-        }
-        for problem in problems
+        {name: {slot: value.contiguous() for slot, value in slots.items()} for name, slots in state.items()}
+        for state in before
     ]
     inputs = [
         _inputs(problem, x, layer, state, key.slots)
@@ -433,8 +406,8 @@ def _run_group(
         one.put(c.ROW_SUMS.value, gram.sum_x)
     results = allocate(plan.results_bytes, device, "the increments and the new state")
     scratch = allocate(plan.scratch_bytes, device, "the scratch of the local loop")
-    table, rates_tensor = plan.table(results, scratch, [one.cells for one in inputs], rates)
-    iterations = len(rates)
+    table, rates_tensor = plan.table(results, scratch, [one.cells for one in inputs], settings.rates)
+    iterations = settings.iterations
     partial = (
         torch.zeros(iterations + 1, plan.trace_slots, dtype=torch.float64, device=device)
         if trace
@@ -447,7 +420,7 @@ def _run_group(
         prepare.prepare_x(table, plan.prepare_x_tiles, constants["prepare_x"], key.transposed)
         prepare.prepare_x(table, plan.chunked_x_tiles, constants["chunked_x"], key.transposed)
         prepare.prepare_a0(table, plan.prepare_a0_tiles, constants["prepare_a0"])  # no tiles in the Gram form
-    launches = _Launches(plan, table, rates_tensor, iterations, float(prox), bad, partial, constants)
+    launches = _Launches(plan, table, rates_tensor, iterations, settings.prox, bad, partial, constants)
     if operand == torch.float16:
         launches.update(0)  # finds the scale of the first increment
     driver = "single" if key.programs else {"product": "grouped"}.get(form, form)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from locoprop_kernels import StepReport, rules, transfers
 from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, shown
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
+from locoprop_kernels.settings import Settings
 from locoprop_kernels.steps import BACKENDS, nothing_done, pending_steps, triton_unavailable
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch import checkpoints
@@ -459,19 +460,17 @@ class LocoProp(Optimizer):
 
     def _solve(self, call: _Call) -> StepReport:
         """The local iterations of one call, up to the commit."""
-        report = pending_steps(
-            [work.problem for work in call.work],
+        settings = Settings.checked(
             rule=call.group["rule"],
             lr=call.rates,
             prox=call.group["prox"],
             reduction=self.reduction,
-            backend=self.backend,
             compute_dtype=self.compute_dtype,
             trace=self.trace and call.with_rows,
             regulariser=self.regulariser,
-            increments=False,
-            done=lambda index: call.work[index].release(),
         )
+        problems = [work.problem for work in call.work]
+        report = pending_steps(problems, settings, self.backend, False, done=lambda index: call.work[index].release())
         for work, problem in zip(call.work, report.problems, strict=True):
             problem.name, problem.rows = work.layer.name, work.rows
             if not call.with_rows:
