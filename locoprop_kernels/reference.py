@@ -20,13 +20,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from locoprop_kernels.gram import GramForm, gram_is_cheaper
 from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Patches, Rows, Stacked, row_chunks
 from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
-from locoprop_kernels.products import Operand, gram, product, rounded
-from locoprop_kernels.settings import Settings, check_objective
+from locoprop_kernels.products import Operand, product, rounded
+from locoprop_kernels.settings import Settings
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["Increment", "closed_form", "local_loop"]
+__all__ = ["Increment", "local_loop"]
 
 _CACHED_BYTES = 4 * 2**20  # of E at a time on CPUs: among 1 to 16 MiB the best, or close to it, at all measured shapes
 
@@ -150,46 +151,6 @@ def _transposed(preactivation: Tensor | Rows, dtype: torch.dtype) -> Tensor:
     return whole
 
 
-class _GramForm:
-    """Identity transfer: one product with ``XᵀX``, whatever the batch."""
-
-    driver = "gram"
-
-    def __init__(self, problem: LocalProblem, operands: torch.dtype) -> None:
-        self.operands = operands
-        *groups, self.rows, k = problem.x.shape
-        accumulate = accumulation_dtype(problem.weight.dtype)
-        total = problem.weight.new_zeros(*groups, k, k, dtype=accumulate)
-        self.sum_x = problem.weight.new_zeros(*groups, k, dtype=accumulate)
-        for chunk in row_chunks(problem.x):
-            x = rounded(chunk, operands)
-            total += gram(x, accumulate)
-            self.sum_x += chunk.sum(-2, dtype=accumulate)
-        self.gram = rounded(total, operands)
-
-    def change(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
-        weight = product(rounded(delta["weight"], self.operands), self.gram, self.sum_x.dtype)
-        if "bias" not in delta:
-            return {"weight": weight}
-        bias = torch.matmul(delta["weight"], self.sum_x.unsqueeze(-1)).squeeze(-1).add_(delta["bias"], alpha=self.rows)
-        return {"weight": weight.addcmul_(delta["bias"].unsqueeze(-1), self.sum_x.unsqueeze(-2)), "bias": bias}
-
-    def divergence(self, delta: dict[str, Tensor]) -> Tensor:
-        change = self.change(delta)
-        products = [(d.double() * change[name]).sum() for name, d in delta.items()]
-        return torch.stack(products).sum() / 2
-
-
-def _gram_is_cheaper(problem: LocalProblem, transfer: Transfer, iterations: int) -> bool:
-    b, k, n = problem.shape
-    products = iterations - 1  # the first local step needs none
-    return (
-        transfer.name == "identity"
-        and problem.grad_weight is not None
-        and k * k * (b + n * products) < 2 * b * k * n * products
-    )
-
-
 def local_loop(problem: LocalProblem, settings: Settings, old: State) -> Increment:
     """Run all local iterations of one problem; reads it, and writes nothing that belongs to it.
 
@@ -214,8 +175,8 @@ def local_loop(problem: LocalProblem, settings: Settings, old: State) -> Increme
 
     form: _Form | None = None
     if settings.iterations > 1 or settings.trace:
-        if _gram_is_cheaper(problem, transfer, settings.iterations):
-            form = _GramForm(problem, operands)
+        if gram_is_cheaper(problem, settings.iterations):
+            form = GramForm(problem, operands)
         else:
             form = _ProductForm(problem, transfer, operands)
 
@@ -259,48 +220,3 @@ def _masked(values: dict[str, Tensor], frozen: dict[str, Tensor]) -> dict[str, T
     for name, where in frozen.items():
         values[name].masked_fill_(where, 0)
     return values
-
-
-@torch.no_grad()
-def closed_form(
-    problem: LocalProblem, prox: float = 0.0, reduction: str = "mean"
-) -> tuple[Tensor | None, Tensor | None]:
-    """Minimiser of a local problem with the squared loss (identity transfer): the limit ``T → ∞`` of the local steps.
-
-    With a column of ones in ``X`` for the bias, ``[Δ δ] (C + λI) = -[G_0 g_0]``, ``C = XᵀX`` (``λB`` in place of ``λ``
-    for ``reduction="mean"``): one-sided K-FAC. At ``λ = 0`` and singular ``C`` it is the minimum-norm solution, which
-    is where gradient descent from zero ends.
-
-    Args:
-        problem: the local problem; its transfer function is not looked at.
-        prox: proximal coefficient ``λ >= 0``.
-        reduction: ``"mean"`` or ``"sum"``.
-
-    Returns:
-        ``(Δ [N, K], δ [N])``; ``None`` for what is frozen or absent.
-
-    Raises:
-        TypeError, ValueError: as :func:`locoprop_kernels.local_steps_`.
-    """
-    check_objective(prox, reduction)
-    problem.validate("problem")
-    if problem.groups is not None or problem.mask_weight is not None or problem.mask_bias is not None:
-        raise ValueError("problem must have neither groups nor masks: its minimiser has no closed form here")
-    trained = problem.trained()
-    dtype = accumulation_dtype(problem.weight.dtype)
-    grad = torch.cat([g.to(dtype).reshape(len(g), -1) for _, g in trained.values()], dim=1)
-    gram = grad.new_zeros(grad.shape[1], grad.shape[1])
-    for chunk in row_chunks(problem.x):
-        columns = {"weight": chunk.to(dtype), "bias": torch.ones_like(chunk[:, :1], dtype=dtype)}
-        x = torch.cat([columns[name] for name in trained], dim=1)
-        gram.addmm_(x.t(), x)
-    gram.diagonal().add_(prox / problem.scale(reduction))
-    if prox > 0:
-        solution = -torch.cholesky_solve(grad.t(), torch.linalg.cholesky(gram)).t()
-    else:
-        solution = -grad @ torch.linalg.pinv(gram, hermitian=True)
-    k = problem.x.shape[1] if "weight" in trained else 0
-    return (
-        solution[:, :k] if "weight" in trained else None,
-        solution[:, k] if "bias" in trained else None,
-    )

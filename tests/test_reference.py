@@ -133,7 +133,7 @@ def test_gram_form_is_the_product_form(monkeypatch, bias, prox):
     x, weight, bias_value, residual = random_layer(3, 40, 6, 5, bias)
     results = []
     for gram in (True, False):
-        monkeypatch.setattr("locoprop_kernels.reference._gram_is_cheaper", lambda *_, gram=gram: gram)
+        monkeypatch.setattr("locoprop_kernels.reference.gram_is_cheaper", lambda *_, gram=gram: gram)
         problem = problem_for(x, weight, bias_value, residual, "identity")
         report = lk.local_steps_([problem], lr=[0.01] * 7, prox=prox, trace=True)
         assert report.driver == ("gram" if gram else "product")

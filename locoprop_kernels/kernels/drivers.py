@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locoprop_kernels import reference
+from locoprop_kernels.gram import GramForm, gram_is_cheaper
 from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels import commit, configs, functions, grouped, prepare, rowwise, single, updates
 from locoprop_kernels.kernels.plan import ALIGNMENT, Cells, Key, Layer, Piece, Place, Plan, float_bits
@@ -219,7 +219,7 @@ def _form(problem: LocalProblem, operand: torch.dtype, iterations: int) -> str:
     if transfer.name == "softmax":
         return "softmax"
     # XᵀX grows with the batch, which float16 has no range for.
-    if operand != torch.float16 and reference._gram_is_cheaper(problem, transfer, iterations):
+    if operand != torch.float16 and gram_is_cheaper(problem, iterations):
         return "gram"
     return "product"
 
@@ -348,7 +348,7 @@ def _run_group(problems: list[LocalProblem], before: list[State], form: str, set
     precision = _precision(operand)
     found = updates.lookup(rule)
     assert found is not None
-    grams = [reference._GramForm(problem, operand) for problem in problems] if form == "gram" else []
+    grams = [GramForm(problem, operand) for problem in problems] if form == "gram" else []
     xs: list[Tensor | Rows] = [gram.gram.tensor for gram in grams] or [problem.x for problem in problems]
     sizes: list[tuple[int, int, int]] = []
     first_rows = []
@@ -497,7 +497,7 @@ class _Launches:
             if t < self.iterations:
                 self.update(t)
 
-    def gram(self, group: Group, grams: list[reference._GramForm]) -> list[Tensor] | None:
+    def gram(self, group: Group, grams: list[GramForm]) -> list[Tensor] | None:
         """Returns the matching losses before every local step and at the end, if they are asked for."""
         losses: list[list[Tensor]] = [[torch.zeros((), dtype=torch.float64, device=self.table.device)] for _ in grams]
         for t in range(self.iterations):

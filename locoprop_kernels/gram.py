@@ -1,0 +1,59 @@
+"""The Gram form of a local problem: for the identity transfer, the batch collapses into the matrix ``XᵀX``.
+
+``E_tᵀ X = Δ_t (XᵀX) + δ_t (Σ x)ᵀ``: formed once a step, after which a local step costs the same whatever the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from locoprop_kernels.patches import row_chunks
+from locoprop_kernels.problem import LocalProblem, accumulation_dtype
+from locoprop_kernels.products import gram, product, rounded
+from locoprop_kernels.transfers import Transfer
+
+__all__ = ["GramForm", "gram_is_cheaper"]
+
+
+class GramForm:
+    """Identity transfer: one product with ``XᵀX``, whatever the batch."""
+
+    driver = "gram"
+
+    def __init__(self, problem: LocalProblem, operands: torch.dtype) -> None:
+        self.operands = operands
+        *groups, self.rows, k = problem.x.shape
+        accumulate = accumulation_dtype(problem.weight.dtype)
+        total = problem.weight.new_zeros(*groups, k, k, dtype=accumulate)
+        self.sum_x = problem.weight.new_zeros(*groups, k, dtype=accumulate)
+        for chunk in row_chunks(problem.x):
+            x = rounded(chunk, operands)
+            total += gram(x, accumulate)
+            self.sum_x += chunk.sum(-2, dtype=accumulate)
+        self.gram = rounded(total, operands)
+
+    def change(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
+        weight = product(rounded(delta["weight"], self.operands), self.gram, self.sum_x.dtype)
+        if "bias" not in delta:
+            return {"weight": weight}
+        bias = torch.matmul(delta["weight"], self.sum_x.unsqueeze(-1)).squeeze(-1).add_(delta["bias"], alpha=self.rows)
+        return {"weight": weight.addcmul_(delta["bias"].unsqueeze(-1), self.sum_x.unsqueeze(-2)), "bias": bias}
+
+    def divergence(self, delta: dict[str, Tensor]) -> Tensor:
+        change = self.change(delta)
+        products = [(d.double() * change[name]).sum() for name, d in delta.items()]
+        return torch.stack(products).sum() / 2
+
+
+def gram_is_cheaper(problem: LocalProblem, iterations: int) -> bool:
+    """Whether a problem has this form, and needs fewer operations in it for ``iterations`` local steps."""
+    transfer = problem.transfer
+    assert isinstance(transfer, Transfer)
+    b, k, n = problem.shape
+    products = iterations - 1  # the first local step needs none
+    return (
+        transfer.name == "identity"
+        and problem.grad_weight is not None
+        and k * k * (b + n * products) < 2 * b * k * n * products
+    )
