@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -101,6 +101,16 @@ class LocalProblem:
     def groups(self) -> int | None:
         """``G``, or ``None`` where the shapes do not begin with it."""
         return self.weight.shape[0] if self.weight.dim() == 3 else None
+
+    def group(self, index: int) -> LocalProblem:
+        """The problem of one group, on views of this one's tensors."""
+
+        def part(name: str) -> Any:
+            value = getattr(self, name)
+            return value.group(index) if isinstance(value, Rows) else None if value is None else value[index]
+
+        names = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias", "mask_weight", "mask_bias")
+        return replace(self, **{name: part(name) for name in names}, state={})
 
     def scale(self, reduction: str) -> float:
         """Factor of the matching loss: one over the number of examples for ``"mean"``, 1 for ``"sum"``."""

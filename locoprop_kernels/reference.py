@@ -13,6 +13,7 @@ With ``reduction="mean"`` everything but the proximal term is divided by ``B``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +30,7 @@ from locoprop_kernels.transfers import Transfer
 
 __all__ = ["Increment", "local_loop"]
 
+_LARGE_GROUP = 2**22  # multiply-accumulates of a group's product, from which on groups are solved one by one on CPUs
 _CACHED_BYTES = 4 * 2**20  # of E at a time on CPUs: among 1 to 16 MiB the best, or close to it, at all measured shapes
 
 
@@ -159,6 +161,8 @@ def local_loop(problem: LocalProblem, settings: Settings, old: State) -> Increme
         settings: the settings of the call.
         old: the rule's state before the loop.
     """
+    if problem.groups is not None and problem.weight.device.type == "cpu" and math.prod(problem.shape) >= _LARGE_GROUP:
+        return _group_by_group(problem, settings, old)
     rule, prox, regulariser = settings.rule, settings.prox, settings.regulariser
     transfer = problem.transfer
     assert isinstance(transfer, Transfer)
@@ -213,6 +217,28 @@ def local_loop(problem: LocalProblem, settings: Settings, old: State) -> Increme
         for slots in state.values():
             slots["step"] += settings.iterations
     return Increment(delta, state, form.driver if form else "product", torch.stack(values) if values else None)
+
+
+def _group_by_group(problem: LocalProblem, settings: Settings, old: State) -> Increment:
+    """One group after the other: its rows stay in the caches, and plain products are faster than batched ones."""
+    parts = []
+    for g in range(problem.groups or 0):
+        state = {name: {slot: v[g] if v.dim() else v for slot, v in slots.items()} for name, slots in old.items()}
+        parts.append(local_loop(problem.group(g), settings, state))
+    first = parts[0]
+    traces = [part.trace for part in parts if part.trace is not None]
+    return Increment(
+        {name: torch.stack([part.delta[name] for part in parts]) for name in first.delta},
+        {
+            name: {
+                slot: torch.stack([part.state[name][slot] for part in parts]) if value.dim() else value
+                for slot, value in slots.items()
+            }
+            for name, slots in first.state.items()
+        },
+        first.driver,
+        torch.stack(traces).sum(0) if traces else None,
+    )
 
 
 def _masked(values: dict[str, Tensor], frozen: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 
 import locoprop_kernels as lk
-from locoprop_kernels import rules, transfers
+from locoprop_kernels import patches, rules, transfers
 from locoprop_kernels.testing import TextbookLayer, torch_optimizer
 
 RULES = [
@@ -304,3 +304,39 @@ def test_strided_inputs_and_compute_dtypes(compute_dtype):
     lk.local_steps_([actual], lr=[0.01] * 6, compute_dtype=compute_dtype)
     step = (expected.weight - weight).norm()
     assert (actual.weight - expected.weight).norm() <= 1e-2 * step
+
+
+@pytest.mark.parametrize("transfer", ["tanh", "identity"])
+@pytest.mark.parametrize("rows", ["tensor", "patches"])
+def test_groups_one_by_one_are_the_groups_together(monkeypatch, transfer, rows):
+    """Large groups are solved one by one on CPUs; so must be three problems apart."""
+    torch.manual_seed(0)
+    groups, batch, n, k = 3, 20, 4, 6
+    x = torch.randn(groups, batch, k, dtype=torch.float64)
+    if rows == "patches":
+        image = torch.randn(5, groups * k, 2, 2, dtype=torch.float64)
+        x = patches.Patches(image, (1, 1), (1, 1), (1, 1), groups=groups)
+        assert x.shape == (groups, batch, k)
+
+    def problem():
+        torch.manual_seed(1)
+        weight, bias = torch.randn(groups, n, k, dtype=torch.float64), torch.randn(groups, n, dtype=torch.float64)
+        return lk.LocalProblem(
+            x, torch.randn(groups, batch, n, dtype=torch.float64), weight, bias, torch.randn_like(weight),
+            torch.randn_like(bias), transfer, mask_weight=torch.rand(groups, n, k) < 0.7,
+        )  # fmt: skip
+
+    together, apart, split = problem(), problem(), problem()
+    options = {"rule": "adam", "lr": [1e-2] * 4, "backend": "reference", "trace": True}
+    first = lk.local_steps_([together], **options)
+    monkeypatch.setattr("locoprop_kernels.reference._LARGE_GROUP", 1)
+    second = lk.local_steps_([apart], **options)
+    third = lk.local_steps_([split.group(g) for g in range(groups)], **options)
+    torch.testing.assert_close(second.trace[0], first.trace[0])
+    torch.testing.assert_close(sum(third.trace), first.trace[0])
+    for other in (apart, split):
+        torch.testing.assert_close(other.weight, together.weight)
+        torch.testing.assert_close(other.bias, together.bias)
+    assert set(apart.state["weight"]) == set(together.state["weight"])
+    for slot, value in together.state["weight"].items():
+        torch.testing.assert_close(apart.state["weight"][slot], value)

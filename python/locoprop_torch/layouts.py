@@ -197,19 +197,19 @@ class _PaddedPatches(Rows):
             return [(total // 2, total - total // 2) for total in totals]
         return [(int(amount), int(amount)) for amount in module.padding]
 
-    def _patches(self) -> Patches:
-        module, x = self.module, self.x
+    def _patches(self, x: Tensor, groups: int) -> Patches:
+        module = self.module
         amounts = [amount for pair in reversed(self._padding()) for amount in pair]  # F.pad wants the last one first
         if any(amounts):
             x = F.pad(x, amounts, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-        groups = module.groups if module.groups > 1 else None
-        return Patches(x, module.kernel_size, module.stride, module.dilation, self.channels_last, groups)
+        sizes = (module.kernel_size, module.stride, module.dilation)
+        return Patches(x, *sizes, self.channels_last, groups if groups > 1 else None)
 
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
-        return self._patches().chunks(max_bytes)
+        return self._patches(self.x, self.module.groups).chunks(max_bytes)
 
     def group(self, index: int) -> Patches:
-        return self._patches().group(index)
+        return self._patches(self.x.chunk(self.module.groups, 1)[index], 1)
 
 
 class _Positions(Rows):
