@@ -37,13 +37,21 @@ class GramForm:
         weight = product(rounded(delta["weight"], self.operands), self.gram, self.sum_x.dtype)
         if "bias" not in delta:
             return {"weight": weight}
-        bias = torch.matmul(delta["weight"], self.sum_x.unsqueeze(-1)).squeeze(-1).add_(delta["bias"], alpha=self.rows)
-        return {"weight": weight.addcmul_(delta["bias"].unsqueeze(-1), self.sum_x.unsqueeze(-2)), "bias": bias}
+        bias = torch.matmul(delta["weight"], self.sum_x.unsqueeze(-1)).squeeze(-1)
+        bias.add_(delta["bias"], alpha=self.rows)
+        return {"weight": _add_outer_(weight, delta["bias"], self.sum_x), "bias": bias}
 
     def divergence(self, delta: dict[str, Tensor]) -> Tensor:
         change = self.change(delta)
         products = [(d.double() * change[name]).sum() for name, d in delta.items()]
         return torch.stack(products).sum() / 2
+
+
+def _add_outer_(matrix: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    """Add outer products to a matrix or a batch of them, in place."""
+    if matrix.dim() == 2:
+        return matrix.addr_(column, row)
+    return matrix.addcmul_(column.unsqueeze(-1), row.unsqueeze(-2))
 
 
 def gram_is_cheaper(problem: LocalProblem, iterations: int) -> bool:
