@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench import report
@@ -98,7 +99,7 @@ def main(arguments: list[str]) -> int:
     table = Table("figure", "baseline", "new", "")
     for key, before, after, verdict in rows:
         if verdict:
-            table.add_row(key, *("" if value is None else f"{value:.3g}" for value in (before, after)), verdict)
+            table.add_row(escape(key), *("" if value is None else f"{value:.3g}" for value in (before, after)), verdict)
     console.print(table if table.row_count else f"{len(rows)} figures, none changed by more than the tolerance")
     worse = [row for row in rows if row[3].startswith(("slower", "less", "more"))]
     return 1 if options.strict and worse else 0
