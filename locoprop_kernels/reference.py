@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels.gram import GramForm, gram_is_cheaper
-from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Patches, Rows, Stacked, row_chunks
+from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Rows, Stacked, row_chunks
 from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
 from locoprop_kernels.products import Operand, product, rounded
 from locoprop_kernels.settings import Settings
@@ -81,15 +81,16 @@ class _ProductForm:
         self.rows, (batch, inputs, _) = _cached_rows(problem), problem.shape
         groups = problem.groups or 1
         self.chunk_bytes = min(CHUNK_BYTES, self.rows * groups * inputs * problem.x.dtype.itemsize)
-        held = isinstance(problem.x, Tensor) or (
+        self.held = isinstance(problem.x, Tensor) or (
             isinstance(problem.x, Stacked) and all(isinstance(part, Tensor) for part in problem.x.parts)
         )
-        kept = held or groups * batch * inputs * operands.itemsize <= KEPT_BYTES
+        kept = self.held or groups * batch * inputs * operands.itemsize <= KEPT_BYTES
         self.parts: list[Operand] = list(self._formed()) if kept else []
 
     def _formed(self) -> Iterator[Operand]:
         for chunk in row_chunks(self.x, self.chunk_bytes):
-            x = rounded(chunk if isinstance(self.x, Patches) else chunk.contiguous(), self.operands)
+            # What is formed here is laid out as its copy was fastest, and products take either layout.
+            x = rounded(chunk.contiguous() if self.held else chunk, self.operands)
             for part in x.tensor.split(self.rows, dim=-2):
                 yield Operand(part, x.exponent)
 
