@@ -29,8 +29,8 @@ __all__ = [
     "Tiles",
     "build",
     "count_tiles",
-    "dearest_first",
     "lower_bound",
+    "most_expensive_first",
     "phase_bounds",
     "splits",
     "tile_costs",
@@ -197,7 +197,7 @@ def build(layers: Sequence[Layer], tiles: Tiles, programs: int) -> Schedule:
     return min(candidates, key=lambda schedule: schedule.makespan(3))
 
 
-def dearest_first(layers: Sequence[Layer], tiles: Tiles) -> tuple[IntArray, IntArray]:
+def most_expensive_first(layers: Sequence[Layer], tiles: Tiles) -> tuple[IntArray, IntArray]:
     """Tiles of both phases for launches of their own, whose queue is the hardware's: it takes them in order.
 
     Args:

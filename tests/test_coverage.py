@@ -176,6 +176,28 @@ def test_patches_are_those_of_torch():
     assert torch.equal(torch.cat(list(rows.chunks(2**16))), expected)
 
 
+def test_patches_are_multiplied_in_the_layout_they_were_written_in(monkeypatch):
+    """Another copy of every chunk would take longer than its product where a layer is small."""
+    from locoprop_kernels import reference
+
+    contiguous = []
+    rounded = reference.rounded
+
+    def seen(matrix, dtype):
+        if matrix.shape[-1] == 9 * 32:
+            contiguous.append((matrix.is_contiguous(), matrix.mT.is_contiguous()))
+        return rounded(matrix, dtype)
+
+    monkeypatch.setattr(reference, "rounded", seen)
+    model = nn.Sequential(nn.Conv2d(32, 4, 3, bias=False), nn.Tanh())
+    opt = LocoProp(model, lr=1e-6, local_iterations=2, backend="reference")
+    model(torch.randn(4, 32, 10, 10)).square().sum().backward()
+    opt.step()
+    rows, weight = contiguous
+    assert rows == (False, True)
+    assert weight == (True, False)
+
+
 class Counted(patches.Rows):
     """Rows that count how often they are formed, and of which bounds and sizes."""
 

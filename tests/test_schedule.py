@@ -14,8 +14,8 @@ from locoprop_kernels.schedule import (
     Tiles,
     build,
     count_tiles,
-    dearest_first,
     lower_bound,
+    most_expensive_first,
     phase_bounds,
     splits,
     tile_costs,
@@ -72,9 +72,9 @@ def test_lower_bound_is_below_the_optimum(costs, programs):
 
 @settings(deadline=None, max_examples=60)
 @given(networks, tile_sizes)
-def test_launches_per_phase_take_every_tile_the_dearest_first(layers, tiles):
+def test_launches_per_phase_take_every_tile_the_most_expensive_first(layers, tiles):
     schedule = build(layers, tiles, 1)
-    for phase, found in zip(PHASES, dearest_first(layers, tiles), strict=True):
+    for phase, found in zip(PHASES, most_expensive_first(layers, tiles), strict=True):
         assert found.dtype == np.int32
         costs = tile_costs(found, layers, tiles, phase)
         assert (np.diff(costs) <= 0).all()

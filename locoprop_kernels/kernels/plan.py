@@ -24,7 +24,7 @@ from torch import Tensor
 
 from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels.configs import Config
-from locoprop_kernels.schedule import Schedule, build, dearest_first, validate
+from locoprop_kernels.schedule import Schedule, build, most_expensive_first, validate
 
 __all__ = ["ALIGNMENT", "Cells", "Key", "Layer", "Piece", "Place", "Plan", "float_bits"]
 
@@ -217,7 +217,7 @@ class Plan:
         self._kept_for_graphs: list[tuple[Tensor, Tensor]] = []
         self._relative = (np.nonzero(self._in_results), np.nonzero(self._in_scratch))
         if self.schedule is None:
-            activation, update = dearest_first(sizes, tiles)
+            activation, update = most_expensive_first(sizes, tiles)
         else:
             activation, update = self.schedule.activation_tiles, self.schedule.update_tiles
         self.activation_tiles, self.update_tiles = self._upload_list(activation), self._upload_list(update)

@@ -12,6 +12,7 @@ Four hooks follow a layer through a training step:
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from torch.utils.weak import TensorWeakRef
 from locoprop_kernels.patches import Rows, Stacked
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.hooks import ForwardHook, attach
-from locoprop_torch.layouts import Layout, layout_of, trained_parameters
+from locoprop_torch.layouts import Layout, layout_of
+from locoprop_torch.masks import trained_parameters
 
 __all__ = ["ActivationHook", "CapturedLayer"]
 
@@ -186,7 +188,9 @@ class CapturedLayer:
         self._reached: dict[int, list[_Pass]] = {}  # by backward pass
         self._seen: dict[str, _Seen] = {}
         self._checked = -1
-        self._handles: dict[int, Any] = {id(module): attach(module, _LayerHook(self)) for module in modules.values()}
+        self._handles: dict[int, tuple[Any, ...]] = {  # by module or parameter
+            id(module): (attach(module, _LayerHook(self)),) for module in modules.values()
+        }
         self.detach = weakref.finalize(self, _remove, self._handles)
         self.detach.atexit = False
 
@@ -253,7 +257,7 @@ class CapturedLayer:
                 owner._gradient_came(kind, parameter)
 
         handles = (parameter.register_hook(before), parameter.register_post_accumulate_grad_hook(after))
-        self._handles[id(parameter)] = _Handles(handles)
+        self._handles[id(parameter)] = handles
 
     def _reach(self, captured: _Pass, gradient: Tensor | None = None) -> None:
         """A backward pass has come to the output of ``captured``, or to the gradient of its input."""
@@ -437,16 +441,7 @@ def _stacked(parts: list[Tensor | Rows]) -> Tensor | Rows:
     return parts[0] if len(parts) == 1 else Stacked(parts)
 
 
-class _Handles:
-    def __init__(self, handles: Iterable[Any]) -> None:
-        self._handles = list(handles)
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def _remove(handles: dict[int, Any]) -> None:
-    for handle in handles.values():
+def _remove(handles: dict[int, tuple[Any, ...]]) -> None:
+    for handle in itertools.chain.from_iterable(handles.values()):
         handle.remove()
     handles.clear()

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from locoprop_kernels import LocalProblem, StepReport, local_steps_, rules
 from locoprop_kernels.rules import Rule
 from locoprop_torch.discovery import transfer_of
-from locoprop_torch.layouts import Layout, laid_out, layout_of, number_of_groups, state_views, write_back
-from locoprop_torch.problems import rule_state_of
+from locoprop_torch.layouts import laid_out, layout_of, number_of_groups
+from locoprop_torch.problems import RuleState, give_parameter
 
 __all__ = ["LocoLayer", "LocopropTrainer"]
 
@@ -116,25 +116,20 @@ class _Visit:
 class _Work:
     """A layer's local problem, and how its state gets back into the torch optimiser."""
 
-    layout: Layout
     optimizer: torch.optim.Optimizer
     rule: Rule
     rates: list[float]
     parameters: dict[str, nn.Parameter]
     problem: LocalProblem
-    states: dict[str, dict[str, Tensor]]
+    states: dict[str, RuleState]
 
     def store(self) -> None:
         """The rule's state, in the optimiser's own format: its ``state_dict`` is a checkpoint as ever."""
         for kind, parameter in self.parameters.items():
-            new = self.problem.state.get(kind)
-            if not new and (self.rule.slots or self.rule.counts_steps):
-                continue  # not committed
             stored = self.optimizer.state[parameter]
             step = stored.get("step")
-            views = state_views(self.layout, kind, parameter, self.states[kind])
-            write_back(views, new or {})
-            stored.update(self.states[kind])
+            self.states[kind].write_back(self.problem.state[kind])
+            stored.update(self.states[kind].slots)
             if not isinstance(self.optimizer, torch.optim.SGD):
                 start = torch.zeros(()) if step is None else step
                 stored["step"] = start + len(self.rates)
@@ -318,13 +313,12 @@ class LocopropTrainer:
             examples=len(x),
             name=f"module {visit.place}",
         )
-        states: dict[str, dict[str, Tensor]] = {}
+        states = {}
         for kind, gradient in gradients.items():
-            parameter = parameters[kind]
-            setattr(problem, f"grad_{kind}", layout.view(kind, laid_out(gradient, parameter)))
-            states[kind] = rule_state_of(parameter, rule, self._stored(visit.optimizer, rule, parameter))
-            problem.state[kind] = state_views(layout, kind, parameter, states[kind])
-        return _Work(layout, visit.optimizer, rule, self._rates(visit.optimizer), parameters, problem, states)
+            parameter, start = parameters[kind], layout.view(kind, laid_out(gradient, parameters[kind]))
+            stored = self._stored(visit.optimizer, rule, parameter)
+            states[kind] = give_parameter(problem, layout, kind, parameter, start, rule, stored)
+        return _Work(visit.optimizer, rule, self._rates(visit.optimizer), parameters, problem, states)
 
     @staticmethod
     def _stored(optimizer: torch.optim.Optimizer, rule: Rule, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -20,10 +20,8 @@ __all__ = [
     "laid_out",
     "layout_of",
     "number_of_groups",
-    "state_views",
     "supported_modules",
     "tied_layers",
-    "write_back",
 ]
 
 
@@ -309,25 +307,3 @@ def laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
 def number_of_groups(module: nn.Module) -> int:
     """``G`` of a supported module, 1 where it has no groups."""
     return module.groups if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, GroupedLinear)) else 1
-
-
-def state_views(layout: Layout, kind: str, parameter: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An update rule's state of ``parameter`` in the shapes of its local problem: views of what is ``stored``.
-
-    Args:
-        layout: of the module.
-        kind: ``"weight"`` or ``"bias"``.
-        parameter: the parameter, which slots other than counters are shaped and strided like.
-        stored: the state by slot.
-    """
-    return {
-        slot: layout.view(kind, value) if value.dim() and value.shape == parameter.shape else value
-        for slot, value in stored.items()
-    }
-
-
-def write_back(views: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Bring the state after a committed step into the tensors behind ``views``, where it is not there already."""
-    for slot, view in views.items():
-        if state[slot] is not view:
-            view.copy_(state[slot])

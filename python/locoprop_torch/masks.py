@@ -26,12 +26,10 @@ class TrainedParameter(NamedTuple):
     Attributes:
         parameter: the parameter.
         mask: returns the mask at present, of the parameter's shape and zero where it stays; ``None`` without one.
-        name: of the parameter in the module.
     """
 
     parameter: nn.Parameter
     mask: Callable[[], Tensor] | None
-    name: str
 
 
 def trained_weight(module: nn.Module) -> nn.Parameter:
@@ -58,18 +56,17 @@ def trained_parameters(module: nn.Module) -> dict[str, TrainedParameter] | None:
 def _trained(module: nn.Module, kind: str) -> TrainedParameter | None:
     plain = module._parameters.get(kind)
     if plain is not None:
-        return TrainedParameter(plain, None, kind)
+        return TrainedParameter(plain, None)
     original = module._parameters.get(f"{kind}_orig")
     mask = module._buffers.get(f"{kind}_mask")
     if original is not None and mask is not None:  # torch.nn.utils.prune
-        return TrainedParameter(original, lambda: mask, f"{kind}_orig")
+        return TrainedParameter(original, lambda: mask)
     if parametrize.is_parametrized(module, kind):
         chain: Any = module.parametrizations[kind]  # type: ignore[index]
         if len(chain) == 1 and isinstance(getattr(chain, "original", None), nn.Parameter):
             mask_of, parameter = chain[0], chain.original
             if _is_mask(mask_of, parameter):
-                name = f"parametrizations.{kind}.original"
-                return TrainedParameter(parameter, lambda: _mask_of(mask_of, parameter), name)
+                return TrainedParameter(parameter, lambda: _mask_of(mask_of, parameter))
     return None
 
 

@@ -216,7 +216,7 @@ class LocoProp(Optimizer):
         self._complete = False
         try:
             self._attach()
-            owned = {id(p): p for layer in self._layers.values() for p in layer.parameters.values()}
+            owned = self._owned()
             if aux is not None and self.aux is None:
                 self.aux = self._made_aux(aux, owned)
             self._check_coverage(owned)
@@ -232,12 +232,12 @@ class LocoProp(Optimizer):
     def _groups(self, owned: Mapping[int, nn.Parameter], given: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """The parameter groups as torch wants them: the user's, before them one with what is in none of those."""
         groups = [{**group, "params": as_list(group["params"])} for group in given]
-        names = {id(p): clean_name(name) for name, p in self.model.named_parameters()}
         named = any(is_named(group["params"]) for group in groups)
         grouped = {id(p[1] if isinstance(p, tuple) else p) for group in groups for p in group["params"]}
         rest = [p for key, p in owned.items() if key not in grouped]
         groups = [*([{"params": rest}] if rest else []), *groups]
         if named:  # all of them, or torch refuses
+            names = {id(p): clean_name(name) for name, p in self.model.named_parameters()}
             for group in groups:
                 group["params"] = [p if isinstance(p, tuple) else (names.get(id(p), ""), p) for p in group["params"]]
         return groups
@@ -381,11 +381,11 @@ class LocoProp(Optimizer):
         params = as_list(param_group["params"])
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         ids = {id(p) for p in tensors}
-        owned = self._owned_ids()
-        if not ids <= owned:
+        owned = self._owned()
+        if not ids <= owned.keys():
             self._attach()
-            owned = self._owned_ids()
-        if self.aux is not None and tensors and not ids & owned:
+            owned = self._owned()
+        if self.aux is not None and tensors and not ids & owned.keys():
             self.aux.add_param_group({**param_group, "params": params})
             self._link_aux()
             return
@@ -409,8 +409,9 @@ class LocoProp(Optimizer):
             if any(inside) and not all(inside):
                 raise ValueError(f"params must have all parameters of layer {name!r} or none, got only some")
 
-    def _owned_ids(self) -> set[int]:
-        return {id(p) for layer in self._layers.values() for p in layer.parameters.values()}
+    def _owned(self) -> dict[int, nn.Parameter]:
+        """The parameters of captured layers, by ``id``."""
+        return {id(p): p for layer in self._layers.values() for p in layer.parameters.values()}
 
     # --- the step
 

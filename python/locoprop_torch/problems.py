@@ -13,10 +13,59 @@ from locoprop_kernels import LocalProblem, rules
 from locoprop_kernels.problem import accumulation_dtype
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
-from locoprop_torch.layouts import laid_out, state_views, write_back
+from locoprop_torch.layouts import Layout, laid_out
 from locoprop_torch.targets import Target, starting_gradients
 
-__all__ = ["LayerWork", "layer_work", "rule_state_of"]
+__all__ = ["LayerWork", "RuleState", "give_parameter", "layer_work"]
+
+
+@dataclass(eq=False)
+class RuleState:
+    """The rule's state of one parameter.
+
+    Attributes:
+        slots: in the parameter's shape, as an optimiser stores it.
+        views: the same tensors in the shape of the local problem.
+    """
+
+    slots: dict[str, Tensor]
+    views: dict[str, Tensor]
+
+    def write_back(self, state: Mapping[str, Tensor]) -> None:
+        """Bring the problem's ``state`` after a committed step into the tensors here, where it is not already."""
+        for slot, view in self.views.items():
+            if state[slot] is not view:
+                view.copy_(state[slot])
+
+
+def give_parameter(
+    problem: LocalProblem,
+    layout: Layout,
+    kind: str,
+    parameter: nn.Parameter,
+    gradient: Tensor,
+    rule: rules.Rule,
+    stored: Mapping[str, Tensor],
+) -> RuleState:
+    """Give a trained parameter's gradient and state to its local problem.
+
+    Args:
+        problem: the problem.
+        layout: of the module.
+        kind: ``"weight"`` or ``"bias"``.
+        parameter: the parameter.
+        gradient: ``G_0`` in the shape of the problem.
+        rule: the update rule.
+        stored: the rule's state so far, in the parameter's shape; empty at the first step.
+    """
+    slots = _slots(parameter, rule, stored)
+    views = {
+        slot: layout.view(kind, value) if value.dim() and value.shape == parameter.shape else value
+        for slot, value in slots.items()
+    }
+    setattr(problem, f"grad_{kind}", gradient)
+    problem.state[kind] = dict(views)
+    return RuleState(slots, views)
 
 
 @dataclass(eq=False)
@@ -28,16 +77,14 @@ class LayerWork:
         trained: its parameters that have a gradient, by kind.
         problem: the local problem.
         rows: how many rows it has; 0 where there is a gradient alone.
-        states: the rule's state of each trained parameter, in the parameter's shape.
-        views: the same tensors in the shapes of the problem.
+        states: the rule's state of each trained parameter.
     """
 
     layer: CapturedLayer
     trained: dict[str, nn.Parameter]
     problem: LocalProblem
     rows: int
-    states: dict[str, dict[str, Tensor]]
-    views: dict[str, dict[str, Tensor]]
+    states: dict[str, RuleState]
 
     def release(self) -> None:
         """Let go of everything that only the local loop needed."""
@@ -48,9 +95,9 @@ class LayerWork:
     def keep_state(self, state: dict[Any, Any]) -> None:
         """Put the state of a committed step into the optimiser's."""
         for kind, parameter in self.trained.items():
-            if self.states[kind]:
-                write_back(self.views[kind], self.problem.state[kind])
-                state[parameter] = self.states[kind]
+            if self.states[kind].slots:
+                self.states[kind].write_back(self.problem.state[kind])
+                state[parameter] = self.states[kind].slots
 
 
 def layer_work(
@@ -103,17 +150,14 @@ def layer_work(
         name=name,
         examples=examples,
     )
-    states: dict[str, dict[str, Tensor]] = {}
-    views: dict[str, dict[str, Tensor]] = {}
+    states = {}
     for kind, parameter in trained.items():
-        setattr(problem, f"grad_{kind}", gradients[kind])
+        stored = state.get(parameter) or {}
+        states[kind] = give_parameter(problem, layout, kind, parameter, gradients[kind], rule, stored)
         setattr(problem, f"rate_{kind}", rates[kind])
         if masks.get(kind):
             setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(_mask(parameter, masks[kind]), parameter)))
-        states[kind] = rule_state_of(parameter, rule, state.get(parameter) or {})
-        views[kind] = state_views(layout, kind, parameter, states[kind])
-        problem.state[kind] = dict(views[kind])
-    return LayerWork(layer, trained, problem, 0 if found is None else problem.shape[0], states, views)
+    return LayerWork(layer, trained, problem, 0 if found is None else problem.shape[0], states)
 
 
 def _mask(parameter: nn.Parameter, masks: Sequence[Tensor]) -> Tensor:
@@ -124,7 +168,7 @@ def _mask(parameter: nn.Parameter, masks: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def rule_state_of(parameter: nn.Parameter, rule: rules.Rule, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _slots(parameter: nn.Parameter, rule: rules.Rule, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The rule's state in the parameter's shape, strides and device and the dtype of sums; new where there is none."""
     dtype = accumulation_dtype(parameter.dtype)
     if not stored:
