@@ -11,15 +11,12 @@ from torch import Tensor
 from locoprop_kernels.patches import row_chunks
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype
 from locoprop_kernels.products import gram, product, rounded
-from locoprop_kernels.transfers import Transfer
 
 __all__ = ["GramForm", "gram_is_cheaper"]
 
 
 class GramForm:
     """Identity transfer: one product with ``XᵀX``, whatever the batch."""
-
-    driver = "gram"
 
     def __init__(self, problem: LocalProblem, operands: torch.dtype) -> None:
         self.operands = operands
@@ -54,14 +51,8 @@ def _add_outer_(matrix: Tensor, column: Tensor, row: Tensor) -> Tensor:
     return matrix.addcmul_(column.unsqueeze(-1), row.unsqueeze(-2))
 
 
-def gram_is_cheaper(problem: LocalProblem, iterations: int) -> bool:
-    """Whether a problem has this form, and needs fewer operations in it for ``iterations`` local steps."""
-    transfer = problem.transfer
-    assert isinstance(transfer, Transfer)
-    b, k, n = problem.shape
+def gram_is_cheaper(shape: tuple[int, int, int], iterations: int) -> bool:
+    """Whether an identity layer of ``(B, K, N)`` needs fewer operations in this form for ``iterations`` local steps."""
+    b, k, n = shape
     products = iterations - 1  # the first local step needs none
-    return (
-        transfer.name == "identity"
-        and problem.grad_weight is not None
-        and k * k * (b + n * products) < 2 * b * k * n * products
-    )
+    return k * k * (b + n * products) < 2 * b * k * n * products

@@ -14,8 +14,7 @@ With ``reduction="mean"`` everything but the proximal term is divided by ``B``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -26,35 +25,17 @@ from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Rows, Stacked, row
 from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
 from locoprop_kernels.products import Operand, product, rounded
 from locoprop_kernels.settings import Settings
+from locoprop_kernels.solution import Decision, Increment
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["Increment", "local_loop"]
+__all__ = ["Solved", "decide", "local_loop", "solve"]
 
 _LARGE_GROUP = 2**22  # multiply-accumulates of a group's product, from which on groups are solved one by one on CPUs
 _CACHED_BYTES = 4 * 2**20  # of E at a time on CPUs: among 1 to 16 MiB the best, or close to it, at all measured shapes
 
 
-@dataclass(eq=False)
-class Increment:
-    """What the local loop of one problem found; nothing of it is applied yet.
-
-    Attributes:
-        delta: ``{"weight": Δ, "bias": δ}``, without what is frozen; float32 (float64 for float64 parameters).
-        state: the rule's state after the loop, in the form of ``LocalProblem.state``.
-        driver: which form ran, ``"product"`` or ``"gram"`` (kernels have their own).
-        trace: local objective before every local step and at the end, ``[T + 1]``, float64; or ``None``.
-    """
-
-    delta: dict[str, Tensor]
-    state: dict[str, dict[str, Tensor]]
-    driver: str
-    trace: Tensor | None
-
-
 class _Form(Protocol):
     """Evaluates the part of the local gradient that changes with the increment."""
-
-    driver: str
 
     def change(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
         """``EᵀX`` ``[N, K]`` and ``Σ_batch E`` ``[N]`` at ``delta``: new tensors, none for what is frozen."""
@@ -70,11 +51,10 @@ class _ProductForm:
     are not held as one tensor are formed once if they fit in ``KEPT_BYTES``, else in every local step.
     """
 
-    driver = "product"
-
-    def __init__(self, problem: LocalProblem, transfer: Transfer, operands: torch.dtype) -> None:
+    def __init__(self, problem: LocalProblem, operands: torch.dtype) -> None:
+        assert isinstance(problem.transfer, Transfer)
         self.operands = operands
-        self.transfer = transfer
+        self.transfer = problem.transfer
         self.preactivation = _transposed(problem.preactivation, accumulation_dtype(problem.weight.dtype))
         self.activation = self._f_(self.preactivation.clone())
         self.x = problem.x
@@ -154,81 +134,118 @@ def _transposed(preactivation: Tensor | Rows, dtype: torch.dtype) -> Tensor:
     return whole
 
 
-def local_loop(problem: LocalProblem, settings: Settings, old: State) -> Increment:
+def decide(problem: LocalProblem, settings: Settings) -> Decision:
+    """Which form a problem is solved in; a function of its sizes and the settings."""
+    assert isinstance(problem.transfer, Transfer)
+    identity = problem.transfer.name == "identity" and problem.grad_weight is not None
+    form = "gram" if identity and gram_is_cheaper(problem.shape, settings.iterations) else "product"
+    return Decision(form, form)
+
+
+class _Loop:
+    """The local loop of one problem: its increment, the state of the rule, and where both are evaluated.
+
+    Args:
+        problem: a validated problem; it is read, and nothing that belongs to it is written.
+        old: the rule's state before the loop.
+        settings: the settings of the call.
+        form: of the local gradient; ``None`` where a single local step needs none.
+    """
+
+    def __init__(self, problem: LocalProblem, old: State, settings: Settings, form: _Form | None) -> None:
+        self.problem, self.settings, self.form = problem, settings, form
+        self.trained = problem.trained()
+        self.scale = problem.scale(settings.reduction)
+        accumulate = accumulation_dtype(problem.weight.dtype)
+        self.frozen = {name: ~mask for name in self.trained if (mask := problem.mask(name)) is not None}
+        start = {name: grad.to(accumulate) * self.scale for name, (_, grad) in self.trained.items()}
+        self.start = _masked(start, self.frozen)
+        self.delta = {name: torch.zeros_like(grad) for name, grad in self.start.items()}
+        self.state = {name: {slot: value.clone() for slot, value in slots.items()} for name, slots in old.items()}
+        counts = settings.rule.counts_steps
+        self.steps = {name: int(self.state[name]["step"]) if counts else 0 for name in self.trained}
+
+    def run(self) -> tuple[Increment, Tensor | None]:
+        """All local iterations; the increment and, if it is asked for, the trace."""
+        rule, problem, delta = self.settings.rule, self.problem, self.delta
+        values: list[Tensor] = []
+        for t, lr in enumerate(self.settings.rates):
+            if self.settings.trace:
+                values.append(self._objective())
+            for name, grad in _masked(self._gradient(t), self.frozen).items():
+                rule.update_(delta[name], grad, self.state[name], lr * problem.rate(name), self.steps[name] + t + 1)
+            _masked(delta, self.frozen)  # momentum of earlier steps may move what has no gradient
+        if self.settings.trace:
+            values.append(self._objective())
+        if rule.counts_steps:
+            for slots in self.state.values():
+                slots["step"] += self.settings.iterations
+        return Increment(delta, self.state), torch.stack(values) if values else None
+
+    def _gradient(self, t: int) -> dict[str, Tensor]:
+        """The gradient of the local objective in local step ``t``."""
+        grads, prox, regulariser = self.start, self.settings.prox, self.settings.regulariser
+        if t > 0:
+            assert self.form is not None
+            grads = self.form.change(self.delta)
+            for name, grad in grads.items():
+                torch.add(self.start[name], grad, alpha=self.scale, out=grad)
+                if prox:
+                    grad.add_(self.delta[name], alpha=prox)
+        if regulariser is None:
+            return grads
+        return {
+            name: grad + regulariser.gradient(self.trained[name][0], self.delta[name]) for name, grad in grads.items()
+        }
+
+    def _objective(self) -> Tensor:
+        """The local objective now, relative to its value at the start."""
+        assert self.form is not None
+        value = self.form.divergence(self.delta) * self.scale
+        for name, d in self.delta.items():
+            half_prox = self.settings.prox / 2
+            value = value + (d.double() * self.start[name]).sum() + d.double().square().sum() * half_prox
+            if self.settings.regulariser is not None:
+                value = value + self.settings.regulariser.increase(self.trained[name][0], d)
+        return value
+
+
+def local_loop(
+    problem: LocalProblem, old: State, settings: Settings, decision: Decision
+) -> tuple[Increment, Tensor | None]:
     """Run all local iterations of one problem; reads it, and writes nothing that belongs to it.
 
     Args:
         problem: a validated problem.
-        settings: the settings of the call.
         old: the rule's state before the loop.
+        settings: the settings of the call.
+        decision: which form to take.
+
+    Returns:
+        the increment, and the trace if it is asked for.
     """
     if problem.groups is not None and problem.weight.device.type == "cpu" and math.prod(problem.shape) >= _LARGE_GROUP:
-        return _group_by_group(problem, settings, old)
-    rule, prox, regulariser = settings.rule, settings.prox, settings.regulariser
-    transfer = problem.transfer
-    assert isinstance(transfer, Transfer)
-    trained = problem.trained()
-    accumulate = accumulation_dtype(problem.weight.dtype)
-    operands = settings.operands(problem)
-    scale = problem.scale(settings.reduction)
-
-    frozen = {name: ~mask for name in trained if (mask := problem.mask(name)) is not None}
-    start = _masked({name: grad.to(accumulate) * scale for name, (_, grad) in trained.items()}, frozen)
-    delta = {name: torch.zeros_like(grad) for name, grad in start.items()}
-    state = {name: {slot: value.clone() for slot, value in slots.items()} for name, slots in old.items()}
-    steps = {name: int(state[name]["step"]) if rule.counts_steps else 0 for name in trained}
-
+        return _group_by_group(problem, old, settings, decision)
     form: _Form | None = None
     if settings.iterations > 1 or settings.trace:
-        if gram_is_cheaper(problem, settings.iterations):
-            form = GramForm(problem, operands)
-        else:
-            form = _ProductForm(problem, transfer, operands)
-
-    def objective() -> Tensor:
-        assert form is not None
-        value = form.divergence(delta) * scale
-        for name, d in delta.items():
-            value = value + (d.double() * start[name]).sum() + d.double().square().sum() * (prox / 2)
-            if regulariser is not None:
-                value = value + regulariser.increase(trained[name][0], d)
-        return value
-
-    values: list[Tensor] = []
-    for t, lr in enumerate(settings.rates):
-        if settings.trace:
-            values.append(objective())
-        grads = start
-        if t > 0:
-            assert form is not None
-            grads = form.change(delta)
-            for name, grad in grads.items():
-                torch.add(start[name], grad, alpha=scale, out=grad)
-                if prox:
-                    grad.add_(delta[name], alpha=prox)
-        if regulariser is not None:
-            grads = {name: grad + regulariser.gradient(trained[name][0], delta[name]) for name, grad in grads.items()}
-        for name, grad in _masked(grads, frozen).items():
-            rule.update_(delta[name], grad, state[name], lr * problem.rate(name), steps[name] + t + 1)
-        _masked(delta, frozen)  # momentum of earlier steps may move what has no gradient
-    if settings.trace:
-        values.append(objective())
-
-    if rule.counts_steps:
-        for slots in state.values():
-            slots["step"] += settings.iterations
-    return Increment(delta, state, form.driver if form else "product", torch.stack(values) if values else None)
+        kind = GramForm if decision.form == "gram" else _ProductForm
+        form = kind(problem, settings.operands(problem))
+    return _Loop(problem, old, settings, form).run()
 
 
-def _group_by_group(problem: LocalProblem, settings: Settings, old: State) -> Increment:
+def _group_by_group(
+    problem: LocalProblem, old: State, settings: Settings, decision: Decision
+) -> tuple[Increment, Tensor | None]:
     """One group after the other: its rows stay in the caches, and plain products are faster than batched ones."""
-    parts = []
+    parts, traces = [], []
     for g in range(problem.groups or 0):
         state = {name: {slot: v[g] if v.dim() else v for slot, v in slots.items()} for name, slots in old.items()}
-        parts.append(local_loop(problem.group(g), settings, state))
+        part, trace = local_loop(problem.group(g), state, settings, decision)
+        parts.append(part)
+        if trace is not None:
+            traces.append(trace)
     first = parts[0]
-    traces = [part.trace for part in parts if part.trace is not None]
-    return Increment(
+    together = Increment(
         {name: torch.stack([part.delta[name] for part in parts]) for name in first.delta},
         {
             name: {
@@ -237,9 +254,76 @@ def _group_by_group(problem: LocalProblem, settings: Settings, old: State) -> In
             }
             for name, slots in first.state.items()
         },
-        first.driver,
-        torch.stack(traces).sum(0) if traces else None,
     )
+    return together, torch.stack(traces).sum(0) if traces else None
+
+
+class Solved:
+    """The solution of the reference backend, see :class:`locoprop_kernels.solution.Solution`."""
+
+    def __init__(self, problems: list[LocalProblem], states: list[State]) -> None:
+        self.problems, self.states = problems, states
+        self.decisions: list[Decision] = []
+        self.traces: list[Tensor | None] = []
+        self.increments: list[Increment] = []
+
+    def increment(self, index: int) -> Increment:
+        """The increment of a problem."""
+        return self.increments[index]
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether a commit would write finite numbers only; on the device, without waiting for it."""
+        extremes: list[Tensor] = []
+        for problem, increment in zip(self.problems, self.increments, strict=True):
+            for name, delta in increment.delta.items():
+                parameter = getattr(problem, name)
+                written = [(parameter + delta).to(parameter.dtype), *increment.state[name].values()]
+                for value in written:
+                    if value.is_floating_point():
+                        extremes += torch.aminmax(value)  # far faster on a CPU than isfinite or an infinity norm
+        return torch.isfinite(torch.stack([extreme.double() for extreme in extremes])).all()
+
+    def commit(self, ok: Tensor) -> None:
+        """Apply increments and new state where ``ok`` is true; on a GPU the decision stays on the device."""
+        on_host = ok.device.type == "cpu"
+        for problem, before, increment in zip(self.problems, self.states, self.increments, strict=True):
+            for name, delta in increment.delta.items():
+                parameter = getattr(problem, name)
+                if on_host:
+                    parameter.add_(delta)
+                else:
+                    parameter.copy_(torch.where(ok, parameter + delta, parameter))
+                stored, old = problem.state.setdefault(name, {}), before[name]
+                for slot, new in increment.state[name].items():
+                    value = new if on_host else torch.where(ok, new, old[slot])
+                    if old[slot] is stored.get(slot):
+                        old[slot].copy_(value)
+                    else:
+                        stored[slot] = value
+
+
+def solve(
+    problems: list[LocalProblem], states: list[State], settings: Settings, done: Callable[[int], None] | None = None
+) -> Solved:
+    """Run all local iterations of all problems, one after the other; writes nothing that belongs to them.
+
+    Args:
+        problems: validated problems.
+        states: the rule's state in each of them.
+        settings: the settings of the call.
+        done: called with the index of each problem that is solved.
+    """
+    solved = Solved(problems, states)
+    for i, (problem, state) in enumerate(zip(problems, states, strict=True)):
+        decision = decide(problem, settings)
+        increment, trace = local_loop(problem, state, settings, decision)
+        solved.decisions.append(decision)
+        solved.traces.append(trace)
+        solved.increments.append(increment)
+        if done is not None:
+            done(i)
+    return solved
 
 
 def _masked(values: dict[str, Tensor], frozen: dict[str, Tensor]) -> dict[str, Tensor]:

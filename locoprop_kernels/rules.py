@@ -39,11 +39,11 @@ def _check_flavor(rule: Rule, flavor: str) -> None:
 class Rule(ABC):
     """An update rule: what :func:`locoprop_kernels.local_steps_` asks of it.
 
-    A rule of your own runs on the reference backend as it is. The Triton backend asks for two attributes more:
-    ``triton_function``, a ``@triton.jit`` function of blocks, ``(delta, grad, s0, s1, s2, lr, step, HYPER)`` to
-    ``(delta, s0, s1, s2)``, where ``s0`` ... are up to three slots in order and unused ones are passed through; and
-    ``triton_hyper``, a tuple of Python numbers that it gets as ``HYPER``. Make it a frozen dataclass: checkpoints
-    compare rules by ``repr``.
+    A rule of your own runs on the reference backend as it is. The Triton backend asks for an attribute more:
+    ``triton_fn``, a ``@triton.jit`` function of blocks, ``(delta, grad, s0, s1, s2, lr, step, HYPER)`` to
+    ``(delta, s0, s1, s2)``, where ``s0`` ... are up to three slots in order and unused ones are passed through.
+    ``HYPER`` is the rule itself, at compile time: ``HYPER.alpha`` is its hyper-parameter ``alpha``. Make the rule a
+    frozen dataclass: kernels are kept, and checkpoints compared, by its ``repr``.
     """
 
     @property
@@ -174,6 +174,12 @@ class Adam(Rule):
     @property
     def counts_steps(self) -> bool:
         return True
+
+    @property
+    def log_betas(self) -> tuple[float, float]:
+        """Logarithms of the decays, -1e4 for a decay of zero: ``exp(-1e4 * step)`` is zero, as ``0**step`` is."""
+        beta1, beta2 = (math.log(beta) if beta > 0 else -1e4 for beta in self.betas)
+        return beta1, beta2
 
     def update_(self, delta: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
         beta1, beta2 = self.betas

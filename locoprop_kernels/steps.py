@@ -5,150 +5,22 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from locoprop_kernels import reference, rules
 from locoprop_kernels.problem import LocalProblem, State, rule_state, shown
-from locoprop_kernels.reference import Increment
 from locoprop_kernels.regularisers import Regulariser
+from locoprop_kernels.reports import ProblemReport, StepReport
 from locoprop_kernels.settings import Settings
+from locoprop_kernels.solution import Solution
 
-__all__ = ["BACKENDS", "ProblemReport", "StepReport", "local_steps_"]
+__all__ = ["BACKENDS", "ProblemReport", "StepReport", "local_steps_", "solve", "triton_unavailable"]
 
 BACKENDS = ("auto", "triton", "reference")
 _log = logging.getLogger("locoprop_kernels")
 _logged_reasons: set[str] = set()
-
-
-@dataclass(eq=False)
-class ProblemReport:
-    """One layer's part of a :class:`StepReport`.
-
-    Attributes:
-        name: the problem's name.
-        delta_weight: increment ``Δ`` ``[N, K]`` of the weight; ``None`` after a commit, and for a frozen weight.
-        delta_bias: increment ``δ`` ``[N]`` of the bias; likewise.
-        driver: the form or kernel driver that ran.
-        trace: with ``trace=True`` the local objective (matching loss plus proximal term, relative to its value at the
-            start) before every local step and at the end: ``[T + 1]``, float64.
-        rows: ``B``, how many rows the problem has.
-    """
-
-    delta_weight: Tensor | None
-    delta_bias: Tensor | None
-    driver: str
-    trace: Tensor | None
-    name: str = ""
-    rows: int = 0
-
-
-@dataclass(eq=False)
-class StepReport:
-    """What :func:`local_steps_` did.
-
-    Attributes:
-        backend: ``"reference"`` or ``"triton"``.
-        reason: why that backend.
-        problems: one :class:`ProblemReport` per problem, in order.
-        finite: whether all new weights and states are finite: a bool tensor ``[]`` on the problems' device.
-    """
-
-    backend: str
-    reason: str
-    problems: list[ProblemReport]
-    finite: Tensor
-    _apply: Callable[[Tensor], None] = field(repr=False)
-    _committed: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def driver(self) -> str:
-        """The drivers that ran, joined with ``+`` where layers differ."""
-        return "+".join(sorted({problem.driver for problem in self.problems}))
-
-    @property
-    def committed(self) -> bool:
-        """Whether weights and states were updated (waits for the device)."""
-        return self._committed is not None and bool(self._committed)
-
-    @property
-    def delta_weight(self) -> list[Tensor | None]:
-        """The weights' increments, one per problem."""
-        return [problem.delta_weight for problem in self.problems]
-
-    @property
-    def delta_bias(self) -> list[Tensor | None]:
-        """The biases' increments, one per problem."""
-        return [problem.delta_bias for problem in self.problems]
-
-    @property
-    def trace(self) -> list[Tensor | None]:
-        """The local objectives, one ``[T + 1]`` tensor per problem; ``None`` unless asked for."""
-        return [problem.trace for problem in self.problems]
-
-    @torch.no_grad()
-    def commit_(self, condition: Tensor | None = None) -> None:
-        """Apply the increments and the new state, unless something in them is not finite, and drop them.
-
-        A second call does nothing.
-
-        Args:
-            condition: a further bool tensor ``[]`` that must hold, on the problems' device.
-        """
-        if self._committed is not None:
-            return
-        self._committed = ok = self.finite if condition is None else self.finite & condition
-        apply, self._apply = self._apply, _nothing
-        if ok.device.type != "cpu" or ok:
-            apply(ok)
-        for problem in self.problems:  # a report may be kept, and should not keep the increments' memory with it
-            problem.delta_weight = problem.delta_bias = None
-
-
-def _nothing(ok: Tensor) -> None:
-    """What is left to apply after a commit."""
-
-
-def nothing_done(names: Sequence[str], reason: str) -> StepReport:
-    """A report for problems that a step had nothing to do for."""
-    problems = [ProblemReport(None, None, "none", None, name) for name in names]
-    return StepReport("none", reason, problems, torch.tensor(True), _nothing, _committed=torch.tensor(True))
-
-
-def _apply(pending: list[tuple[LocalProblem, State, Increment]], ok: Tensor) -> None:
-    """Apply increments and new state where the bool ``ok`` is true; on a GPU the decision stays on the device."""
-    on_host = ok.device.type == "cpu"
-    for problem, before, increment in pending:
-        for name, delta in increment.delta.items():
-            parameter = getattr(problem, name)
-            if on_host:
-                parameter.add_(delta)
-            else:
-                parameter.copy_(torch.where(ok, parameter + delta, parameter))
-            stored = problem.state.setdefault(name, {})
-            old = before[name]
-            for slot, new in increment.state[name].items():
-                value = new if on_host else torch.where(ok, new, old[slot])
-                if old[slot] is stored.get(slot):
-                    old[slot].copy_(value)
-                else:
-                    stored[slot] = value
-
-
-def _all_finite(pending: list[tuple[LocalProblem, State, Increment]]) -> Tensor:
-    """Whether a commit would write finite numbers only; on the device, without waiting for it."""
-    extremes: list[Tensor] = []
-    for problem, _, increment in pending:
-        for name, delta in increment.delta.items():
-            parameter = getattr(problem, name)
-            written = [(parameter + delta).to(parameter.dtype), *increment.state[name].values()]
-            for value in written:
-                if value.is_floating_point():
-                    extremes += torch.aminmax(value)  # far faster on a CPU than isfinite or an infinity norm
-    return torch.isfinite(torch.stack([extreme.double() for extreme in extremes])).all()
 
 
 def triton_unavailable() -> str | None:
@@ -217,24 +89,24 @@ def local_steps_(
         TypeError, ValueError: before anything is changed; naming the argument, what was expected and what came.
     """
     settings = Settings.checked(rule, lr, prox, reduction, compute_dtype, trace, regulariser)
-    report = pending_steps(problems, settings, backend, increments=not commit)
+    report = solve(problems, settings, backend)
     if commit:
         report.commit_()
     return report
 
 
 @torch.no_grad()
-def pending_steps(
-    problems: Sequence[LocalProblem],
-    settings: Settings,
-    backend: str,
-    increments: bool,
-    done: Callable[[int], None] | None = None,
+def solve(
+    problems: Sequence[LocalProblem], settings: Settings, backend: str, done: Callable[[int], None] | None = None
 ) -> StepReport:
-    """:func:`local_steps_` up to the commit, ``report.commit_()``; increments are in the report only if asked for.
+    """:func:`local_steps_` up to the commit, which ``report.commit_()`` is.
 
-    The reference solves one problem after the other, and calls ``done`` with the index of each that is solved: the
-    caller may then let go of its rows and gradients.
+    Args:
+        problems: the layers' local problems, all on one device.
+        settings: the settings of the call.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        done: called with the index of each problem that is solved, where they are solved one after the other (by the
+            reference backend): the caller may then let go of its rows and gradients.
     """
     problems = list(problems)
     if not problems:
@@ -245,35 +117,14 @@ def pending_steps(
     names = [problem.name or f"problem {i}" for i, problem in enumerate(problems)]
     rows = [problem.shape[0] for problem in problems]
     chosen, reason = _choose_backend(backend, problems, settings)
+    solution: Solution
     if chosen == "triton":
         from locoprop_kernels import kernels
 
-        found, finite, apply = kernels.local_loops(problems, settings, states, views=increments)
+        solution = kernels.solve(problems, states, settings)
     else:
-        found = []
-        for i, (problem, state) in enumerate(zip(problems, states, strict=True)):
-            found.append(reference.local_loop(problem, settings, state))
-            if done is not None:
-                done(i)
-        pending = list(zip(problems, states, found, strict=True))
-        finite, apply = _all_finite(pending), partial(_apply, pending)
-    return StepReport(
-        backend=chosen,
-        reason=reason,
-        problems=[
-            ProblemReport(
-                increment.delta.get("weight") if increments else None,
-                increment.delta.get("bias") if increments else None,
-                increment.driver,
-                increment.trace,
-                name,
-                count,
-            )
-            for increment, name, count in zip(found, names, rows, strict=True)
-        ],
-        finite=finite,
-        _apply=apply,
-    )
+        solution = reference.solve(problems, states, settings, done)
+    return StepReport.of(solution, chosen, reason, names, rows)
 
 
 def _checked(problems: list[LocalProblem], rule: rules.Rule) -> list[State]:

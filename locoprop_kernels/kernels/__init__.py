@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from locoprop_kernels.problem import LocalProblem, State
-from locoprop_kernels.reference import Increment
 from locoprop_kernels.settings import Settings
+from locoprop_kernels.solution import Solution
 
-__all__ = ["local_loops", "unsupported"]
+__all__ = ["solve", "unsupported"]
 
 
 def unsupported(problems: Sequence[LocalProblem], settings: Settings) -> str | None:
     """Why the Triton backend cannot run these problems, or ``None`` when it can."""
-    from locoprop_kernels.kernels import drivers
+    from locoprop_kernels.kernels import target
 
-    return drivers.unsupported(problems, settings)
+    return target.unsupported(problems, settings)
 
 
-def local_loops(
-    problems: list[LocalProblem], settings: Settings, states: list[State], views: bool
-) -> tuple[list[Increment], Tensor, Callable[[Tensor], None]]:
+def solve(problems: list[LocalProblem], states: list[State], settings: Settings) -> Solution:
     """Run all local iterations of all problems; reads them, and writes nothing that belongs to them.
 
     Args:
         problems: validated problems.
-        settings: the settings of the call.
         states: the rule's state in each of them.
-        views: whether the increments are looked at.
-
-    Returns:
-        one increment per problem (without tensors unless ``views``), a bool ``[]`` on the device that says whether a
-        commit would write finite numbers only, and a function that commits where such a bool is true.
+        settings: the settings of the call.
     """
-    from locoprop_kernels.kernels import drivers
+    from locoprop_kernels.kernels import run
 
-    placed, bad = drivers.run(problems, settings, states)
-    groups = list({id(group): group for group, _ in placed}.values())
-
-    def commit(ok: Tensor) -> None:
-        for group in groups:
-            drivers.commit_group(group, ok)
-
-    return [group.increment(index, views) for group, index in placed], bad[0] == 0, commit
+    return run.solve(problems, states, settings)

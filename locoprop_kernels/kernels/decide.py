@@ -1,0 +1,239 @@
+"""The one decision of how to solve the problems of a step: forms, configurations and launches.
+
+:func:`decide` is a pure function of sizes, settings and machine. Nothing that follows asks again; reports show what it
+said. The costs that it compares are in :mod:`locoprop_kernels.kernels.choose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from locoprop_kernels.gram import gram_is_cheaper
+from locoprop_kernels.kernels import configs, target
+from locoprop_kernels.kernels.device import functions
+from locoprop_kernels.problem import LocalProblem
+from locoprop_kernels.rules import Rule
+from locoprop_kernels.settings import Settings
+from locoprop_kernels.solution import Decision
+from locoprop_kernels.transfers import Transfer
+
+__all__ = ["LayerShape", "Machine", "Task", "decide", "machine_of", "shape_of", "task_of"]
+
+
+class LayerShape(NamedTuple):
+    """What a decision and a plan need to know about a problem.
+
+    Attributes:
+        batch: ``B``.
+        inputs: ``K``.
+        outputs: ``N``, of a group.
+        groups: 1 where there are none.
+        transfer: the transfer function.
+        functions: it and its divergence as Triton functions; ``None`` for softmax.
+        weight: whether the weight is trained.
+        bias: whether the bias is trained.
+        masked: whether either has a mask.
+        scale: factor of the matching loss.
+        parameter: dtype of the parameters.
+        x: dtype of ``X``.
+        preactivation: dtype of ``A0``.
+        x_aligned: whether kernels may read ``X`` where it is, if its tiles are whole.
+        x_chunks: whether ``X`` comes in chunks, which are copied to where kernels read it.
+        a0_chunks: the same of ``A0``.
+    """
+
+    batch: int
+    inputs: int
+    outputs: int
+    groups: int
+    transfer: Transfer
+    functions: tuple[Any, Any] | None
+    weight: bool
+    bias: bool
+    masked: bool
+    scale: float
+    parameter: torch.dtype
+    x: torch.dtype
+    preactivation: torch.dtype
+    x_aligned: bool
+    x_chunks: bool
+    a0_chunks: bool
+
+    def operand(self, compute_dtype: torch.dtype | None) -> torch.dtype:
+        """Dtype of the products' operands."""
+        return compute_dtype or self.parameter
+
+
+class Task(NamedTuple):
+    """What a decision and a plan need to know about the settings.
+
+    Attributes:
+        iterations: ``T``.
+        rule: the update rule.
+        compute_dtype: dtype of the products' operands; ``None`` for the parameters'.
+        trace: whether to evaluate the local objectives.
+        regulariser: its gradient as a Triton function, or ``None``.
+    """
+
+    iterations: int
+    rule: Rule
+    compute_dtype: torch.dtype | None
+    trace: bool
+    regulariser: Any
+
+
+class Machine(NamedTuple):
+    """What a decision needs to know about the machine.
+
+    Attributes:
+        target: backend and architecture: ``"sm_90"``, ``"gfx942"``, or ``"interpreter"``.
+        multiprocessors: how many to use; one in the interpreter, whose programs run one after another.
+        available: how many the device has; the interpreter's caller answers for their number.
+        float32: precision of float32 products, ``"tf32"`` or ``"ieee"``.
+        config: the only configuration to take; ``None`` for those of the table.
+        driver: the only driver to take where there are two; ``None`` for the cheaper.
+    """
+
+    target: str
+    multiprocessors: int
+    available: int
+    float32: str
+    config: configs.Config | None = None
+    driver: str | None = None
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs the kernels."""
+        return self.target == "interpreter"
+
+    def precision(self, operand: torch.dtype) -> str:
+        """Precision of products, as the table of configurations calls it, by the dtype of their operands."""
+        return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(operand) or self.float32
+
+    def candidates(self, operand: torch.dtype, masked: bool = False) -> tuple[configs.Config, ...]:
+        """The configurations to choose from."""
+        if self.config is not None:
+            return (self.config,)
+        return configs.candidates(self.target, self.precision(operand), masked)
+
+
+def shape_of(problem: LocalProblem, settings: Settings) -> LayerShape:
+    """The shape of a validated problem."""
+    b, k, n = problem.shape
+    x, transfer = problem.x, problem.transfer
+    assert isinstance(transfer, Transfer)
+    held = isinstance(x, Tensor)
+    weight, bias = problem.grad_weight is not None, problem.grad_bias is not None
+    return LayerShape(
+        batch=b,
+        inputs=k,
+        outputs=n,
+        groups=problem.groups or 1,
+        transfer=transfer,
+        functions=functions.lookup(transfer),
+        weight=weight,
+        bias=bias,
+        masked=(weight and problem.mask_weight is not None) or (bias and problem.mask_bias is not None),
+        scale=problem.scale(settings.reduction),
+        parameter=problem.weight.dtype,
+        x=x.dtype,
+        preactivation=problem.preactivation.dtype,
+        x_aligned=held and x.is_contiguous() and x.data_ptr() % 16 == 0,
+        x_chunks=weight and not held,
+        a0_chunks=not isinstance(problem.preactivation, Tensor),
+    )
+
+
+def task_of(settings: Settings) -> Task:
+    """The task that settings set."""
+    regulariser = None if settings.regulariser is None else settings.regulariser.triton_fn
+    return Task(settings.iterations, settings.rule, settings.compute_dtype, settings.trace, regulariser)
+
+
+def machine_of(device: torch.device) -> Machine:
+    """The machine as it is now: torch's setting of float32 products and :func:`configs.use` may change it."""
+    asked, name = configs.asked(), target.target_of(device)
+    own = 1 if name == "interpreter" else target.multiprocessors(device)
+    count = asked.programs or own
+    return Machine(
+        target=name,
+        multiprocessors=count,
+        available=count if name == "interpreter" else own,
+        float32=target.float32_precision(),
+        config=asked.config,
+        driver=asked.driver,
+    )
+
+
+def decide(shapes: tuple[LayerShape, ...], task: Task, machine: Machine) -> tuple[Decision, ...]:
+    """How to solve each of the problems of a step; a pure function.
+
+    Problems of one form and of the same dtypes are launched together, and have the same number ``together``.
+    """
+    forms = _forms(shapes, task, machine)
+    kinds: dict[Any, list[int]] = {}
+    for index, (shape, form) in enumerate(zip(shapes, forms, strict=True)):
+        kinds.setdefault((form, shape.parameter, shape.x, shape.preactivation), []).append(index)
+    decisions: dict[int, Decision] = {}
+    for together, ((form, *_), members) in enumerate(kinds.items()):
+        own = [shapes[index] for index in members]
+        for index, decision in zip(members, _launches(own, form, together, task, machine), strict=True):
+            decisions[index] = decision
+    return tuple(decisions[index] for index in range(len(shapes)))
+
+
+def _forms(shapes: Sequence[LayerShape], task: Task, machine: Machine) -> list[str]:
+    """Which formula each problem takes."""
+    forms = [_form(shape, task) for shape in shapes]
+    grams = tuple(
+        (shape.batch, shape.inputs, shape.outputs)
+        for shape, form in zip(shapes, forms, strict=True)
+        if form == "gram"
+        for _ in range(shape.groups)
+    )
+    if grams and not machine.interpreted:
+        found = machine.candidates(shapes[0].operand(task.compute_dtype))
+        slots = len(task.rule.slots)
+        if not configs.gram_pays(found, grams, task.iterations, slots, machine.multiprocessors):
+            return ["product" if form == "gram" else form for form in forms]
+    return forms
+
+
+def _form(shape: LayerShape, task: Task) -> str:
+    if shape.transfer.name == "softmax":
+        return "softmax"
+    sizes = (shape.batch, shape.inputs, shape.outputs)
+    identity = shape.transfer.name == "identity"
+    # XᵀX grows with the batch, which float16 has no range for.
+    in_range = shape.operand(task.compute_dtype) != torch.float16
+    return "gram" if identity and shape.weight and in_range and gram_is_cheaper(sizes, task.iterations) else "product"
+
+
+def _launches(
+    shapes: Sequence[LayerShape], form: str, together: int, task: Task, machine: Machine
+) -> list[Decision]:
+    """Decisions for problems that are launched together."""
+    operand = shapes[0].operand(task.compute_dtype)
+    masked = any(shape.masked for shape in shapes)
+    sizes: list[tuple[int, int, int]] = []
+    first_rows = []
+    for shape in shapes:
+        first_rows.append(len(sizes))
+        batch = shape.inputs if form == "gram" else shape.batch
+        sizes += [(batch, shape.inputs if shape.weight else 1, shape.outputs)] * shape.groups
+    driver = machine.driver
+    if masked and operand == torch.float16:  # the single launch would spill registers
+        driver = "grouped"
+    found = machine.candidates(operand, masked)
+    slots = len(task.rule.slots)
+    config, programs, splits = configs.choose(found, tuple(sizes), form, slots, machine.multiprocessors, driver)
+    name = "single" if programs else {"product": "grouped"}.get(form, form)
+    return [
+        Decision(form, name, config, programs, splits[row] if shape.weight else 1, together)
+        for shape, row in zip(shapes, first_rows, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""Device code: Triton functions that kernels are made of."""

@@ -1,0 +1,90 @@
+"""The activation tile: ``E = f(A0 + Δ Xᵀ + δ) - f(A0)`` on a block of outputs and a block of examples."""
+
+import triton
+import triton.language as tl
+
+from locoprop_kernels.kernels.device import columns as c
+from locoprop_kernels.kernels.device.memory import address, as_operand, bits_to_float, stride
+from locoprop_kernels.kernels.device.products import increment_scale, product, sliced
+
+
+@triton.jit
+def _transfer_difference(a0, change, code, parameter, P: tl.constexpr):
+    """``f(a0 + change) - f(a0)`` for the layer's own ``f``; the identity has no code."""
+    difference = change
+    for i in tl.static_range(len(P.transfers)):
+        if code == i:
+            f: tl.constexpr = P.transfers[i]
+            difference = f(a0 + change, parameter) - f(a0, parameter)
+    return difference
+
+
+@triton.jit
+def _divergence(a0, change, code, parameter, P: tl.constexpr):
+    """Matching loss of each element, in float64."""
+    a0, change = a0.to(tl.float64), change.to(tl.float64)
+    a = a0 + change
+    loss = 0.5 * change * change
+    for i in tl.static_range(len(P.divergences)):
+        if code == i:
+            divergence: tl.constexpr = P.divergences[i]
+            f: tl.constexpr = P.transfers[i]
+            loss = divergence(a, a0, parameter.to(tl.float64), f)
+    return loss
+
+
+@triton.jit
+def _epilogue(row_ptr, multiplied, rows, start, trace_ptr, scale, P: tl.constexpr):
+    """``E`` of a slice of a tile; returns its sums over the batch."""
+    columns = start + tl.arange(0, multiplied.shape[1])
+    code = tl.load(row_ptr + c.TRANSFER)
+    parameter = bits_to_float(tl.load(row_ptr + c.PARAMETER))
+    offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
+    valid = (rows < tl.load(row_ptr + c.OUTPUTS))[:, None] & (columns < tl.load(row_ptr + c.BATCH))[None, :]
+
+    change = multiplied * (1.0 / scale)
+    if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
+        change += tl.load(address(row_ptr, c.BIAS + c.DELTA, tl.float32) + rows)[:, None]
+    difference = change
+    if P.form == "softmax":  # another kernel goes over whole rows
+        tl.store(address(row_ptr, c.CHANGE, tl.float32) + offsets, change)
+    else:
+        a0 = tl.load(address(row_ptr, c.A0, P.preactivation) + offsets).to(tl.float32)
+        difference = _transfer_difference(a0, change, code, parameter, P)
+        difference = tl.where(valid, difference, 0.0)
+        tl.store(address(row_ptr, c.E, P.operand) + offsets, as_operand(difference * scale, P))
+        if P.trace:
+            loss = tl.where(valid, _divergence(a0, change, code, parameter, P), 0.0)
+            tl.store(trace_ptr, tl.sum(tl.sum(loss, 1), 0))
+    return tl.sum(difference, 1)
+
+
+@triton.jit
+def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, P: tl.constexpr):
+    """``E`` on rows of block ``n_block`` and examples of block ``b_block``, and its sums over these examples."""
+    SLICES: tl.constexpr = P.slices
+    rows = n_block * P.block_n + tl.arange(0, P.block_n)
+    examples = b_block * P.block_b + tl.arange(0, P.block_b)
+    inner = tl.arange(0, P.block_r)
+    delta_ptrs = address(row_ptr, c.WEIGHT + c.COPY, P.operand)
+    delta_ptrs += rows.to(tl.int64)[:, None] * stride(row_ptr, c.WEIGHT + c.STRIDE) + inner[None, :]
+    x_ptrs = address(row_ptr, c.X, P.operand)
+    x_ptrs += examples.to(tl.int64)[None, :] * stride(row_ptr, c.X_STRIDE) + inner[:, None]
+    accumulator = tl.zeros((rows.shape[0], examples.shape[0]), tl.float32)
+    length = tl.load(row_ptr + c.REDUCED)
+    multiplied = product(delta_ptrs, x_ptrs, P.block_r, P.block_r, length, accumulator, P)
+
+    scale = 1.0
+    if P.operand == tl.float16:
+        if length > 0:  # a frozen weight has no scales
+            scale = increment_scale(row_ptr, n_block, t - 1, P)
+    b_blocks = tl.load(row_ptr + c.B_BLOCKS)
+    trace_ptr += t * trace_stride + tl.load(row_ptr + c.TRACE_ACTIVATION) + n_block * b_blocks * SLICES
+    sums = tl.zeros_like(rows).to(tl.float32)
+    slices = sliced(multiplied, SLICES)
+    for i in tl.static_range(SLICES):
+        start = b_block * P.block_b + i * (P.block_b // SLICES)
+        sums += _epilogue(row_ptr, slices[i], rows, start, trace_ptr + b_block * SLICES + i, scale, P)
+    if P.form != "softmax":
+        sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + b_block * stride(row_ptr, c.ROW_SUMS_STRIDE)
+        tl.store(sums_ptr + rows, sums)

@@ -1,0 +1,61 @@
+"""Reading and writing: addresses and strides from the layer table, and conversions between dtypes."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def address(row_ptr, column, dtype: tl.constexpr):
+    """An address of ours, aligned for vector loads."""
+    # The hint is lost if it is put before the cast.
+    return tl.multiple_of(tl.load(row_ptr + column).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def callers_address(row_ptr, column, dtype: tl.constexpr):
+    """An address of the caller's, aligned to its elements alone."""
+    return tl.load(row_ptr + column).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def stride(row_ptr, column):
+    """A stride of ours: a multiple of a tile."""
+    return tl.multiple_of(tl.load(row_ptr + column), 16)
+
+
+@triton.jit
+def bits_to_float(bits):
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_finite(value):
+    return tl.abs(value) < float("inf")
+
+
+@triton.jit
+def _round_bits(value, BITS: tl.constexpr):
+    """Round float32 to nearest even in all but its last ``BITS`` bits."""
+    bits = value.to(tl.int32, bitcast=True)
+    rounded = (bits + (1 << (BITS - 1)) - 1 + ((bits >> BITS) & 1)) & -(1 << BITS)
+    return tl.where(is_finite(value), rounded.to(tl.float32, bitcast=True), value)
+
+
+@triton.jit
+def to_dtype(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Round float32 to ``DTYPE``, to nearest; the interpreter would truncate to bfloat16."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        value = _round_bits(value, 16)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def as_operand(value, P: tl.constexpr):
+    """Round float32 to the operands' dtype; to nearest for TF32 too, which the matrix unit would truncate."""
+    if P.precision == "tf32":
+        value = _round_bits(value, 13)
+    elif P.operand == tl.float16:
+        # It is scaled by a guess: what outgrew that saturates, and what is not finite stays so.
+        bounded = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+        value = tl.where(is_finite(value), bounded, value)
+    return to_dtype(value, P.operand, P.interpreted)

@@ -1,0 +1,108 @@
+"""What belongs to the caller: its addresses and strides for the layer table, and copies of what comes in chunks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from locoprop_kernels.gram import GramForm
+from locoprop_kernels.kernels.device import columns as c
+from locoprop_kernels.kernels.layout import Cells, LayerPlan, Layout, float_bits
+from locoprop_kernels.patches import Rows, row_chunks
+from locoprop_kernels.problem import LocalProblem, State
+
+__all__ = ["Inputs", "place_chunks"]
+
+_FLOAT16_MAX = 65504
+_BASES = {"weight": c.WEIGHT.value, "bias": c.BIAS.value}
+_GRAD, _GRAD_ROW, _VALUE = c.GRAD.value, c.GRAD_ROW.value, c.VALUE.value
+_OLD, _STEP, _MASK, _RATE = c.OLD.value, c.STEP.value, c.MASK.value, c.RATE.value
+
+
+class Inputs:
+    """The cells of a problem in the layer table, and the tensors whose addresses they hold.
+
+    Args:
+        problem: the problem.
+        layer: what the layout knows of it.
+        state: the rule's state, contiguous.
+        slots: names of its tensors, in order.
+        gram: its Gram form, which has the matrix that is multiplied; ``None`` for other forms.
+    """
+
+    def __init__(
+        self, problem: LocalProblem, layer: LayerPlan, state: State, slots: tuple[str, ...], gram: GramForm | None
+    ) -> None:
+        self.cells = Cells()
+        self.alive: list[Tensor] = []
+        self._grouped = problem.groups is not None
+        if isinstance(problem.preactivation, Tensor):
+            self._put_matrix(c.A0_SOURCE.value, problem.preactivation)
+        x = problem.x if gram is None else gram.gram.tensor
+        if layer.weight and isinstance(x, Tensor):
+            if layer.x_in_place:
+                self._put(c.X.value, x)
+            else:
+                self._put_matrix(c.X_SOURCE.value, x)
+        if gram is not None:
+            self._put(c.ROW_SUMS.value, gram.sum_x)
+        for name, (value, grad) in problem.trained().items():
+            self._put_parameter(problem, name, value, grad)
+            self._put_state(_BASES[name], state[name], slots)
+
+    def _put(self, column: int, tensor: Tensor) -> tuple[int, ...]:
+        """The address of ``tensor``; returns its strides within a group."""
+        self.cells.values[column] = tensor.data_ptr()
+        self.alive.append(tensor)
+        strides = tensor.stride()
+        if not self._grouped:
+            return strides
+        self.cells.steps[column] = strides[0] * tensor.element_size()
+        return strides[1:]
+
+    def _put_matrix(self, column: int, matrix: Tensor) -> None:
+        """The address and the two strides of ``matrix``, in columns side by side."""
+        self.cells.values[column + 1], self.cells.values[column + 2] = self._put(column, matrix)
+
+    def _put_parameter(self, problem: LocalProblem, name: str, value: Tensor, grad: Tensor) -> None:
+        """A parameter, its gradient, its mask and its factor of the learning rates."""
+        base, values = _BASES[name], self.cells.values
+        if name == "weight" and grad.stride(-1) != 1:
+            grad = grad.contiguous()
+        values[base + _GRAD_ROW] = self._put(base + _GRAD, grad)[0]
+        row, *column = self._put(base + _VALUE, value)
+        values[base + c.VALUE_ROW.value], values[base + c.VALUE_COLUMN.value] = row, column[0] if column else 0
+        mask = problem.mask(name)
+        if mask is not None:
+            self._put(base + _MASK, mask.contiguous())
+        values[base + _RATE] = float_bits(problem.rate(name))
+
+    def _put_state(self, base: int, state: dict[str, Tensor], slots: tuple[str, ...]) -> None:
+        for i, slot in enumerate(slots):
+            self._put(base + _OLD + i, state[slot])
+        if "step" in state:
+            self.cells.values[base + _STEP] = state["step"].data_ptr()
+
+
+def place_chunks(problem: LocalProblem, index: int, layout: Layout, scratch: Tensor) -> None:
+    """Copy what comes in chunks to where kernels will round it, pad it and read it."""
+    layer, chunks, kind = layout.layers[index], layout.chunks[index], layout.kind
+    if "x" in chunks:
+        assert isinstance(problem.x, Rows)
+        target = chunks["x"].view(scratch, kind.operand, layer.groups, layer.batch, layer.inputs)
+        _copy_rows(problem.x, target)
+    if "a0" in chunks:
+        assert isinstance(problem.preactivation, Rows)
+        target = chunks["a0"].view(scratch, kind.preactivation, layer.groups, layer.outputs, layer.batch)
+        _copy_rows(problem.preactivation, target.mT)
+
+
+def _copy_rows(rows: Rows, target: Tensor) -> None:
+    """Copy ``rows`` to ``target``, ``[G, B, columns]`` of the scratch, so that they are never held as a tensor too."""
+    start = 0
+    for chunk in row_chunks(rows):
+        stop = start + chunk.shape[-2]
+        if target.dtype == torch.float16 and chunk.dtype != torch.float16:  # what has outgrown it saturates
+            chunk = torch.where(chunk.isfinite(), chunk.clamp(-_FLOAT16_MAX, _FLOAT16_MAX), chunk)
+        target[..., start:stop, :] = chunk
+        start = stop

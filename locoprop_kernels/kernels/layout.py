@@ -1,0 +1,356 @@
+"""Where everything lies that a step works on: offsets in its two buffers, the layer table, the lists of tiles.
+
+All of it follows from the sizes of the layers, so it is worked out once and kept with the plan.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from locoprop_kernels.kernels.configs import Config
+from locoprop_kernels.kernels.device import columns as c
+
+__all__ = ["ALIGNMENT", "COPY_BLOCK", "Cells", "Kind", "LayerPlan", "Layout", "Piece", "Place", "float_bits"]
+
+ALIGNMENT = 256
+"""Bytes that every piece of a buffer is aligned to."""
+COPY_BLOCK = 64
+"""Tile size of the copies into the scratch."""
+_NO_CODE = -1
+# Lists of tiles beside those of the schedule, and how many numbers a tile has.
+_TILE_LISTS = {"prepare_x": 3, "chunked_x": 3, "prepare_a0": 3, "softmax": 2, "partial": 4}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a layout needs to know about a layer; sizes are those of a group.
+
+    Attributes:
+        batch: ``B``; ``K`` in the Gram form, whose ``X`` is ``XᵀX``.
+        inputs: ``K``.
+        outputs: ``N``.
+        rows: ``B`` in every form.
+        function: the transfer function in Triton; ``None`` for the identity, and for softmax.
+        divergence: its matching loss in Triton.
+        parameter: the transfer function's parameter.
+        weight: whether the weight is trained.
+        bias: whether the bias is trained.
+        x_in_place: whether kernels read ``X`` where it is.
+        scale: factor of the matching loss.
+        splits: splits of the batch in the products of update tiles.
+        groups: how many layers of these sizes lie side by side.
+        x_chunks: whether ``X`` comes in chunks, which are copied to where kernels read it.
+        a0_chunks: the same of ``A0``.
+    """
+
+    batch: int
+    inputs: int
+    outputs: int
+    rows: int
+    function: Any
+    divergence: Any
+    parameter: float
+    weight: bool
+    bias: bool
+    x_in_place: bool
+    scale: float
+    splits: int = 1
+    groups: int = 1
+    x_chunks: bool = False
+    a0_chunks: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the layers of a layout have in common.
+
+    Attributes:
+        form: ``"product"``, ``"gram"`` or ``"softmax"``.
+        config: tile sizes and launch options.
+        operand: dtype of the products' operands.
+        preactivation: dtype of ``A0``.
+        slots: names of the tensors of the rule's state.
+        transposed: whether the update tile reads a transposed copy of ``X``.
+    """
+
+    form: str
+    config: Config
+    operand: torch.dtype
+    preactivation: torch.dtype
+    slots: tuple[str, ...]
+    transposed: bool
+
+
+class _Arena:
+    """Hands out offsets in a buffer that is allocated later."""
+
+    def __init__(self, table: tuple[int, ...]) -> None:
+        self.size = 0
+        self.offsets: NDArray[np.bool_] = np.zeros(table, bool)  # where the layer table holds offsets into it
+
+    def take(self, elements: int, itemsize: int) -> int:
+        offset = self.size
+        self.size += -(-elements * itemsize // ALIGNMENT) * ALIGNMENT
+        return offset
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def float_bits(value: float) -> int:
+    """``value`` as float32, for a column of the table."""
+    bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return bits
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the matrices of a layer's groups lie in a buffer.
+
+    Attributes:
+        offset: of the first, in bytes.
+        step: from one group to the next, in bytes.
+        stride: from one row to the next, in elements.
+    """
+
+    offset: int
+    step: int
+    stride: int
+
+    def view(self, buffer: Tensor, dtype: torch.dtype, groups: int, rows: int, columns: int) -> Tensor:
+        """``[groups, rows, columns]`` of ``buffer``."""
+        strides = (self.step // dtype.itemsize, self.stride, 1)
+        return buffer[self.offset :].view(dtype).as_strided((groups, rows, columns), strides)
+
+
+@dataclass(eq=False)
+class Piece:
+    """Where a parameter's results lie, Δ and the slots, and the shape of a group's."""
+
+    delta: Place
+    slots: list[Place]
+    rows: int
+    columns: int
+
+
+@dataclass(eq=False)
+class Cells:
+    """What one step fills into the rows of a layer.
+
+    Attributes:
+        values: ``{column: address or number}``, of the first group.
+        steps: ``{column: bytes to the next group}``, for addresses.
+    """
+
+    values: dict[int, int] = field(default_factory=dict)
+    steps: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def content(self) -> tuple[int, ...]:
+        """All of it, to tell two steps apart by."""
+        return (*self.values, *self.values.values(), *self.steps.values())
+
+
+class Layout:
+    """The layout of a plan.
+
+    Attributes:
+        template: the layer table, with offsets in place of addresses; int64 ``[rows, columns]``, a row for each group.
+        rows: which rows of the table are a layer's.
+        results_bytes: size of the buffer for increments and new state, which outlives the step.
+        scratch_bytes: size of the buffer for everything else.
+        pieces: per layer ``{"weight" | "bias": where its results lie}``.
+        chunks: per layer ``{"x" | "a0": where to copy what comes in chunks}``, in the scratch.
+        trace_slots: partial sums of one local step.
+        trace_ranges: per layer, ``[(first, last), ...]`` of its own among them.
+        functions: the different pairs of transfer function and divergence; their place is the code in the table.
+        tiles: lists of tiles beside those of the schedule, by name.
+    """
+
+    def __init__(self, layers: tuple[LayerPlan, ...], kind: Kind) -> None:
+        self.layers, self.kind = layers, kind
+        groups = [layer.groups for layer in layers]
+        self.template: NDArray[np.int64] = np.zeros((sum(groups), c.WIDTH.value), np.int64)
+        self.rows = [slice(end - count, end) for count, end in zip(groups, np.cumsum(groups).tolist(), strict=True)]
+        self.pieces: list[dict[str, Piece]] = [{} for _ in layers]
+        self.chunks: list[dict[str, Place]] = [{} for _ in layers]
+        self.trace_ranges: list[list[tuple[int, int]]] = []
+        self.trace_slots = 0
+        self.functions: list[tuple[Any, Any]] = []
+        self._results, self._scratch = _Arena(self.template.shape), _Arena(self.template.shape)
+        self._blocks = 0
+        tiles: dict[str, list[NDArray[np.int32]]] = {name: [] for name in _TILE_LISTS}
+        self._lists = tiles
+        for index, layer in enumerate(layers):
+            self._lay_out(index, layer)
+        self.tiles = {
+            name: np.concatenate([np.zeros((0, width), np.int32), *tiles[name]]) for name, width in _TILE_LISTS.items()
+        }
+        self.results_bytes, self.scratch_bytes = self._results.size, self._scratch.size
+        self._relative = (np.nonzero(self._results.offsets), np.nonzero(self._scratch.offsets))
+
+    def table(self, results: Tensor, scratch: Tensor, inputs: Iterable[Cells]) -> NDArray[np.int64]:
+        """The layer table with all addresses.
+
+        Args:
+            results: the buffer for increments and state.
+            scratch: the other buffer.
+            inputs: per layer, addresses and strides of the caller's.
+        """
+        table = self.template.copy()
+        for buffer, cells in zip((results, scratch), self._relative, strict=True):
+            table[cells] += buffer.data_ptr()
+        for place, own in zip(self.rows, inputs, strict=True):
+            rows = table[place]
+            rows[:, list(own.values)] = list(own.values.values())
+            if own.steps:
+                rows[:, list(own.steps)] += np.arange(len(rows))[:, None] * list(own.steps.values())
+        return table
+
+    def _lay_out(self, index: int, layer: LayerPlan) -> None:
+        """Reserve what a layer needs in the two buffers, and fill its rows of the template."""
+        form, config = self.kind.form, self.kind.config
+        n, b, k = (
+            _round_up(size, tile)
+            for size, tile in ((layer.outputs, config.n), (layer.batch, config.b), (layer.inputs, config.k))
+        )
+        n_blocks, b_blocks = n // config.n, -(-layer.batch // config.b)
+        k_blocks = -(-layer.inputs // config.k) if layer.weight else 1
+        group = np.arange(layer.groups)
+        cells: dict[Any, Any] = {
+            c.GROUP: group,
+            c.BATCH: layer.batch,
+            c.INPUTS: layer.inputs,
+            c.OUTPUTS: layer.outputs,
+            c.ROWS: layer.rows,
+            c.N_BLOCKS: n_blocks,
+            c.B_BLOCKS: b_blocks,
+            c.K_BLOCKS: k_blocks,
+            c.FIRST_BLOCK: self._blocks + n_blocks * group,
+            c.TRANSFER: self._code(layer),
+            c.PARAMETER: float_bits(layer.parameter),
+            c.SCALE: float_bits(layer.scale),
+            c.E_STRIDE: b,
+            c.ROW_SUMS_STRIDE: n,
+        }
+        for column, value in cells.items():
+            self._set(index, column, value)
+        self._blocks += n_blocks * layer.groups
+        if layer.weight:
+            self._lay_out_x(index, layer, b, k)
+            self._lay_out_products(index, layer, n, k, n_blocks, k_blocks)
+            self._lay_out_results(index, "weight", c.WEIGHT.value, n, k, layer.outputs, layer.inputs)
+        if layer.bias:
+            self._lay_out_results(index, "bias", c.BIAS.value, n, 1, layer.outputs, 1)
+            if form == "gram":
+                self._set(index, c.BIAS_COPY_SIZE, n)
+                self._scratch_place(index, c.BIAS_COPY, 2 * n, 4)
+        if form != "gram":
+            self._lay_out_activations(index, layer, n, b, b_blocks)
+        self.trace_ranges.append(
+            [
+                self._lay_out_trace(index, c.TRACE_ACTIVATION, n_blocks * b_blocks * config.parts),
+                self._lay_out_trace(index, c.TRACE_UPDATE, n_blocks * (k_blocks * config.parts + 1)),
+            ]
+        )
+
+    def _lay_out_x(self, index: int, layer: LayerPlan, b: int, k: int) -> None:
+        self._set(index, c.REDUCED, layer.inputs)
+        self._set(index, c.X_STRIDE, k)
+        if not layer.x_in_place:
+            x = self._scratch_place(index, c.X, b * k, self.kind.operand.itemsize, k)
+            name = "chunked_x" if layer.x_chunks else "prepare_x"
+            self._add_tiles(name, index, -(-b // COPY_BLOCK), -(-k // COPY_BLOCK))
+            if layer.x_chunks:
+                self._prepare_in_place(index, "x", c.X_SOURCE, x, (k, 1))
+        if self.kind.transposed:
+            self._scratch_place(index, c.XT, b * k, self.kind.operand.itemsize)
+            self._set(index, c.XT_STRIDE, b)
+
+    def _lay_out_products(self, index: int, layer: LayerPlan, n: int, k: int, n_blocks: int, k_blocks: int) -> None:
+        """The copy of Δ that is multiplied, its scales, and partial products."""
+        copies = 2 if self.kind.form == "gram" else 1
+        self._set(index, c.WEIGHT_STRIDE, k)
+        self._set(index, c.WEIGHT_COPY_SIZE, n * k)
+        self._scratch_place(index, c.WEIGHT_COPY, copies * n * k, self.kind.operand.itemsize)
+        self._scratch_place(index, c.AMAX, 3 * n_blocks * k_blocks, 4)
+        rows = _round_up(-(-layer.batch // layer.splits), self.kind.config.r)
+        splits = -(-layer.batch // rows)
+        if splits > 1:
+            self._set(index, c.SPLIT_ROWS, rows)
+            self._set(index, c.SPLITS, splits)
+            self._scratch_place(index, c.PARTIALS, splits * n * k, 4)
+            self._add_tiles("partial", index, n_blocks, k_blocks, splits)
+
+    def _lay_out_activations(self, index: int, layer: LayerPlan, n: int, b: int, b_blocks: int) -> None:
+        a0 = self._scratch_place(index, c.A0, n * b, self.kind.preactivation.itemsize, b)
+        self._add_tiles("prepare_a0", index, -(-b // COPY_BLOCK), -(-n // COPY_BLOCK))
+        if layer.a0_chunks:
+            self._prepare_in_place(index, "a0", c.A0_SOURCE, a0, (1, b))
+        self._scratch_place(index, c.E, n * b, self.kind.operand.itemsize)
+        self._scratch_place(index, c.ROW_SUMS, b_blocks * n, 4)
+        self._set(index, c.ROW_SUM_COUNT, b_blocks)
+        if self.kind.form == "softmax":
+            self._scratch_place(index, c.CHANGE, n * b, 4)
+            self._add_tiles("softmax", index, b_blocks)
+
+    def _lay_out_results(self, index: int, name: str, base: int, rows: int, stride: int, n: int, k: int) -> None:
+        columns = [base + c.DELTA.value, *(base + c.NEW.value + i for i in range(len(self.kind.slots)))]
+        delta, *slots = (
+            self._take(self._results, index, column, rows * stride, 4, stride) for column in columns
+        )
+        self.pieces[index][name] = Piece(delta, slots, n, k)
+
+    def _lay_out_trace(self, index: int, column: Any, count: int) -> tuple[int, int]:
+        """Slots for partial sums; returns the layer's first, and the first after it."""
+        first, groups = self.trace_slots, self.layers[index].groups
+        self._set(index, column, first + count * np.arange(groups))
+        self.trace_slots += count * groups
+        return first, self.trace_slots
+
+    def _set(self, index: int, column: Any, value: int | NDArray[np.int64]) -> None:
+        self.template[self.rows[index], column.value] = value
+
+    def _prepare_in_place(self, index: int, name: str, column: Any, place: Place, strides: tuple[int, int]) -> None:
+        """Chunks are copied to their place, and rounded and padded there."""
+        rows, first = self.rows[index], column.value
+        self.chunks[index][name] = place
+        self.template[rows, first] = place.offset + place.step * np.arange(rows.stop - rows.start)
+        self._scratch.offsets[rows, first] = True
+        self.template[rows, first + 1 : first + 3] = strides
+
+    def _scratch_place(self, index: int, column: Any, elements: int, itemsize: int, stride: int = 1) -> Place:
+        return self._take(self._scratch, index, column.value, elements, itemsize, stride)
+
+    def _take(self, arena: _Arena, index: int, column: int, elements: int, itemsize: int, stride: int) -> Place:
+        """A piece of a buffer for each group of a layer, whose offsets go into the template."""
+        groups, step = self.layers[index].groups, _round_up(elements * itemsize, ALIGNMENT)
+        offset = arena.take((groups - 1) * step // itemsize + elements, itemsize)
+        self.template[self.rows[index], column] = offset + step * np.arange(groups)
+        arena.offsets[self.rows[index], column] = True
+        return Place(offset, step, stride)
+
+    def _code(self, layer: LayerPlan) -> int:
+        """The place of the layer's transfer function among all."""
+        if layer.function is None:
+            return _NO_CODE
+        pair = (layer.function, layer.divergence)
+        if pair not in self.functions:
+            self.functions.append(pair)
+        return self.functions.index(pair)
+
+    def _add_tiles(self, name: str, index: int, *counts: int) -> None:
+        """One tile for each place of a grid, in every group of a layer."""
+        rows = self.rows[index]
+        grid = np.indices((rows.stop - rows.start, *counts), np.int32).reshape(1 + len(counts), -1).T
+        grid[:, 0] += rows.start
+        self._lists[name].append(grid)

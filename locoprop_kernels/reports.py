@@ -1,0 +1,134 @@
+"""What a step reports about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from locoprop_kernels.solution import Decision, Solution
+
+__all__ = ["ProblemReport", "StepReport", "nothing_done"]
+
+
+@dataclass(eq=False)
+class ProblemReport:
+    """One layer's part of a :class:`StepReport`.
+
+    Attributes:
+        name: the problem's name.
+        rows: ``B``, how many rows the problem has.
+        decision: how it was solved: form, driver, configuration; print it.
+        trace: with ``trace=True`` the local objective (matching loss plus proximal term, relative to its value at the
+            start) before every local step and at the end: ``[T + 1]``, float64.
+    """
+
+    name: str
+    rows: int
+    decision: Decision
+    trace: Tensor | None = None
+    _solution: Solution | None = field(default=None, repr=False)
+    _index: int = field(default=0, repr=False)
+
+    @property
+    def driver(self) -> str:
+        """The driver that ran, by name; see :class:`locoprop_kernels.solution.Decision`."""
+        return self.decision.driver
+
+    @property
+    def delta_weight(self) -> Tensor | None:
+        """Increment ``Δ`` ``[N, K]`` of the weight; ``None`` after a commit, and for a frozen weight."""
+        return self._delta("weight")
+
+    @property
+    def delta_bias(self) -> Tensor | None:
+        """Increment ``δ`` ``[N]`` of the bias; ``None`` after a commit, and for a frozen bias."""
+        return self._delta("bias")
+
+    def _delta(self, name: str) -> Tensor | None:
+        return None if self._solution is None else self._solution.increment(self._index).delta.get(name)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.rows} rows, {self.decision}"
+
+
+@dataclass(eq=False)
+class StepReport:
+    """What :func:`locoprop_kernels.local_steps_` did; printed, it has a line for each problem.
+
+    Attributes:
+        backend: ``"reference"`` or ``"triton"``.
+        reason: why that backend.
+        problems: one :class:`ProblemReport` per problem, in order.
+        finite: whether all new weights and states are finite: a bool tensor ``[]`` on the problems' device.
+    """
+
+    backend: str
+    reason: str
+    problems: list[ProblemReport]
+    finite: Tensor
+    _solution: Solution | None = field(default=None, repr=False)
+    _committed: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, solution: Solution, backend: str, reason: str, names: Sequence[str], rows: Sequence[int]) -> StepReport:
+        """The report of problems that are solved and not committed yet."""
+        problems = [
+            ProblemReport(name, count, solution.decisions[i], solution.traces[i], solution, i)
+            for i, (name, count) in enumerate(zip(names, rows, strict=True))
+        ]
+        return cls(backend, reason, problems, solution.finite, solution)
+
+    @property
+    def driver(self) -> str:
+        """The drivers that ran, joined with ``+`` where layers differ."""
+        return "+".join(sorted({problem.driver for problem in self.problems}))
+
+    @property
+    def committed(self) -> bool:
+        """Whether weights and states were updated (waits for the device)."""
+        return self._committed is not None and bool(self._committed)
+
+    @property
+    def delta_weight(self) -> list[Tensor | None]:
+        """The weights' increments, one per problem."""
+        return [problem.delta_weight for problem in self.problems]
+
+    @property
+    def delta_bias(self) -> list[Tensor | None]:
+        """The biases' increments, one per problem."""
+        return [problem.delta_bias for problem in self.problems]
+
+    @property
+    def trace(self) -> list[Tensor | None]:
+        """The local objectives, one ``[T + 1]`` tensor per problem; ``None`` unless asked for."""
+        return [problem.trace for problem in self.problems]
+
+    @torch.no_grad()
+    def commit_(self, condition: Tensor | None = None) -> None:
+        """Apply the increments and the new state, unless something in them is not finite, and drop them.
+
+        A second call does nothing.
+
+        Args:
+            condition: a further bool tensor ``[]`` that must hold, on the problems' device.
+        """
+        solution, self._solution = self._solution, None
+        if solution is None:
+            return
+        self._committed = ok = self.finite if condition is None else self.finite & condition
+        if ok.device.type != "cpu" or ok:
+            solution.commit(ok)
+        for problem in self.problems:  # a report may be kept, and should not keep the increments' memory with it
+            problem._solution = None
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.backend} backend ({self.reason})", *(f"  {problem}" for problem in self.problems)])
+
+
+def nothing_done(names: Sequence[str], reason: str) -> StepReport:
+    """A report for problems that a step had nothing to do for."""
+    problems = [ProblemReport(name, 0, Decision("none", "none")) for name in names]
+    return StepReport("none", reason, problems, torch.tensor(True), _committed=torch.tensor(True))

@@ -1,0 +1,82 @@
+"""What solving the local problems of a step gives, whichever backend did it; nothing of it is applied yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+__all__ = ["Decision", "Increment", "Solution"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a problem is solved: decided once, from sizes, settings and device, and shown in reports.
+
+    Attributes:
+        form: which formula: ``"product"`` (any transfer function), ``"gram"`` (the identity, through ``XᵀX``),
+            ``"softmax"``; ``"rule"`` where there is a gradient alone, and ``"none"`` where there is nothing to do.
+        driver: how it is launched: ``"single"`` (one launch for all local steps), ``"grouped"`` (one for each phase of
+            a local step); the form's name where there is no choice of launches, as in the reference backend.
+        config: tile sizes and launch options, for kernels.
+        programs: programs of the single launch; 0 for other drivers.
+        splits: into how many splits the batch is cut in the products of update tiles.
+        together: number of the set of problems of the step that are launched together.
+    """
+
+    form: str
+    driver: str
+    config: Any = None
+    programs: int = 0
+    splits: int = 1
+    together: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.form} form" if self.form in ("product", "gram", "softmax") else self.form]
+        if self.programs:
+            parts.append(f"single launch of {self.programs} program{'s' if self.programs > 1 else ''}")
+        elif self.config is not None:
+            parts.append("a launch for each phase")
+        if self.config is not None:
+            parts.append(str(self.config))
+        if self.splits > 1:
+            parts.append(f"products in {self.splits} splits of the batch")
+        return ", ".join(parts)
+
+
+@dataclass(eq=False)
+class Increment:
+    """What the local loop of one problem found.
+
+    Attributes:
+        delta: ``{"weight": Δ, "bias": δ}``, without what is frozen; float32 (float64 for float64 parameters).
+        state: the rule's state after the loop, in the form of ``LocalProblem.state``.
+    """
+
+    delta: dict[str, Tensor]
+    state: dict[str, dict[str, Tensor]]
+
+
+class Solution(Protocol):
+    """Solved local problems. Each backend has its own, and commits it itself."""
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether a commit would write finite numbers only: a bool tensor ``[]`` on the problems' device."""
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """How each problem was solved."""
+
+    @property
+    def traces(self) -> Sequence[Tensor | None]:
+        """Local objective of each problem before every local step and at the end, ``[T + 1]``; ``None`` unless asked
+        for."""
+
+    def increment(self, index: int) -> Increment:
+        """What was found for a problem; formed when it is asked for."""
+
+    def commit(self, ok: Tensor) -> None:
+        """Apply increments and new state where the bool tensor ``ok`` ``[]`` is true."""
