@@ -65,7 +65,7 @@ def options(shape: Config, precision: str, shared: int) -> Iterator[Config]:
 
 def _try(config: Config, target: str, precision: str) -> dict[str, Any]:
     """Compile reports of a configuration: of what the launches per phase need, then of all other kernels."""
-    from locoprop_kernels.kernels.inspection import compile_variant
+    from locoprop_kernels.compile_report.inspection import compile_variant
     from locoprop_kernels.kernels.variants import of_config
 
     least = [*of_config(replace(config, general=False), precision)]
@@ -92,7 +92,7 @@ def search(
     target: str, precision: str, chosen: Sequence[Case], within: float, tries: int, jobs: int
 ) -> list[dict[str, Any]]:
     """Clean configurations, the best launch options of each shape that the model puts near the best for some case."""
-    from locoprop_kernels.kernels.inspection import SHARED_LIMITS
+    from locoprop_kernels.compile_report.inspection import SHARED_LIMITS
 
     times = {
         shape: {

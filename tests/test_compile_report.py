@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 from locoprop_kernels import compile_report
-from locoprop_kernels.kernels.inspection import Record, gpu_target
+from locoprop_kernels.compile_report.inspection import Record, gpu_target
 from locoprop_kernels.kernels.variants import variants
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -36,7 +36,7 @@ COMPILE_TOYS = """
 import json, sys
 sys.path.insert(0, "tests")
 from toy_kernels import copy_kernel, product_kernel
-from locoprop_kernels.kernels.inspection import Variant, compile_variant
+from locoprop_kernels.compile_report.inspection import Variant, compile_variant
 from locoprop_kernels.kernels.variants import variants
 
 def product(precision, dtype, size=64, **options):

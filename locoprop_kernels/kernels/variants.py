@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from locoprop_kernels import rules
+from locoprop_kernels.compile_report.inspection import Variant
 from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels import commit, configs, functions, grouped, prepare, rowwise, single, updates
-from locoprop_kernels.kernels.inspection import Variant
 from locoprop_kernels.kernels.plan import Key, Layer, Plan
 
 __all__ = ["of_config", "variants"]

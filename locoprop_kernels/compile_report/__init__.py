@@ -18,7 +18,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from locoprop_kernels.kernels.inspection import Record, Variant
+    from locoprop_kernels.compile_report.inspection import Record, Variant
 
 __all__ = ["TARGETS", "compile_all", "main"]
 
@@ -34,7 +34,7 @@ def _variants(target: str, brief: bool, kernels: tuple[str, ...]) -> list[Varian
 
 def _compile(target: str, brief: bool, kernels: tuple[str, ...], index: int) -> Record:
     # Compiled functions do not travel between processes; a worker lists the variants again, once, and takes one.
-    from locoprop_kernels.kernels.inspection import compile_variant
+    from locoprop_kernels.compile_report.inspection import compile_variant
 
     return compile_variant(_variants(target, brief, kernels)[index], target)
 
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import rich  # noqa: F401
 
-        from locoprop_kernels.kernels.inspection import gpu_target
+        from locoprop_kernels.compile_report.inspection import gpu_target
     except ModuleNotFoundError as error:
         parser.error(f"{error}; the report needs Triton's pip wheel and rich (pip install triton rich, on Linux)")
     targets = list(dict.fromkeys(options.target or TARGETS))
@@ -173,7 +173,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"VIOLATION: {violation}", file=sys.stderr)
     print(f"{len(records)} kernels compiled, {len(violations)} violations")
     return 1 if violations else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
