@@ -329,15 +329,15 @@ def test_order_within_a_phase_cannot_hang():
 
 def test_a_hang_is_found_by_running_the_lists():
     """The check behind the argument: with the count checks out of the way, an unmeetable wait is still found."""
-    from locoprop_kernels.schedule import _check_progress
+    from locoprop_kernels.schedule.validation import check_progress
 
     schedule = build(AUTOENCODER, Tiles(128, 64, 64), 132)
-    _check_progress(schedule)
+    check_progress(schedule)
     for name in ("activations_per_block", "updates_per_block"):
         counts = getattr(schedule, name).copy()
         counts[3] += 1
         with pytest.raises(ValueError, match="wait for each other in a cycle"):
-            _check_progress(dataclasses.replace(schedule, **{name: counts}))
+            check_progress(dataclasses.replace(schedule, **{name: counts}))
 
 
 @pytest.mark.parametrize(
