@@ -19,21 +19,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["SHARED_LIMITS", "Record", "Variant", "compile_variant", "gpu_target"]
+from locoprop_kernels.devices import DEVICES, lookup
 
-# Shared memory of one program in bytes: the CUDA programming guide's opt-in maximum per block, AMD's LDS per workgroup.
-SHARED_LIMITS = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_103": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx90a": 64 * 1024,
-    "gfx942": 64 * 1024,
-    "gfx950": 160 * 1024,
-}
+__all__ = ["Record", "Variant", "compile_variant", "gpu_target"]
 
 _MATRIX = re.compile(r"[A-Z0-9]*MMA$|v_(s?mfmac?|wmma)_\w+")
 # Matrix instructions that keep all bits of fp32 exist on AMD alone.
@@ -136,8 +124,9 @@ def gpu_target(name: str) -> GPUTarget:
     Raises:
         ValueError: it is none of those whose limits are known.
     """
-    if name not in SHARED_LIMITS:
-        raise ValueError(f"target must be one of {', '.join(SHARED_LIMITS)}; got {name!r}")
+    known = dict.fromkeys(device.target for device in DEVICES)
+    if name not in known:
+        raise ValueError(f"target must be one of {', '.join(known)}; got {name!r}")
     if name.startswith("sm_"):
         return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
     return GPUTarget("hip", name, 64)
@@ -173,7 +162,7 @@ def compile_variant(variant: Variant, target: str) -> Record:
         target=target,
         precision=variant.precision,
         shared_bytes=compiled.metadata.shared,
-        shared_limit=SHARED_LIMITS[target],
+        shared_limit=lookup(target).shared_bytes,
         scalar_products=len(_SCALAR_DOT.findall(compiled.asm["ttgir"])),
         seconds=round(seconds, 3),
         **code,
