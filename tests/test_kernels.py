@@ -16,8 +16,8 @@ from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules
+from locoprop_kernels.kernels import choose, configs, drivers, grouped
 from locoprop_kernels.kernels import columns as c
-from locoprop_kernels.kernels import configs, drivers, grouped
 from locoprop_kernels.kernels.functions import FUNCTIONS
 
 pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_INTERPRET=1")
@@ -74,12 +74,12 @@ def compare(ours, theirs, limit, config=SMALL, driver=None, **arguments):
 
 def cut_batches(monkeypatch, parts=3):
     """Have update tiles multiply their batch in parts, as on a GPU with more programs than tiles."""
-    choose = configs.choose
+    original = choose.choose
 
     def cut(*arguments):
-        return choose(*arguments)._replace(splits=(parts,) * len(arguments[1]))
+        return original(*arguments)._replace(splits=(parts,) * len(arguments[1]))
 
-    monkeypatch.setattr(configs, "choose", cut)
+    monkeypatch.setattr(choose, "choose", cut)
 
 
 def steps(seed, iterations):

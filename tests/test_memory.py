@@ -20,7 +20,7 @@ from triton.runtime.errors import InterpreterError
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules
-from locoprop_kernels.kernels import configs, drivers, plan
+from locoprop_kernels.kernels import choose, configs, drivers, plan
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 
@@ -84,13 +84,13 @@ def problems():
 def step(config=CONFIG, driver="grouped", rule=None, parts=1, iterations=3, **options):
     """One step from a fixed start; returns all that it has changed."""
 
-    def cut(choose):
-        return lambda *arguments: choose(*arguments)._replace(splits=(parts,) * len(arguments[1]))
+    def cut(original):
+        return lambda *arguments: original(*arguments)._replace(splits=(parts,) * len(arguments[1]))
 
     torch.manual_seed(0)
     layers = problems()
     rule = rules.RMSprop() if rule is None else rule
-    with configs.use(config, driver, programs=1), replaced(configs, "choose", cut):
+    with configs.use(config, driver, programs=1), replaced(choose, "choose", cut):
         report = lk.local_steps_(layers, rule=rule, lr=[1e-3] * iterations, prox=0.1, backend="triton", **options)
     assert report.committed
     assert driver in report.driver

@@ -1,31 +1,20 @@
-"""Tile sizes per architecture and operand precision, and the choice among them and between drivers."""
+"""Tile sizes per architecture and operand precision, and how to run with others for a while."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
 
 from locoprop_kernels import schedule
 
 __all__ = [
-    "Choice",
     "Config",
     "candidates",
-    "choose",
     "driver",
-    "gram_pays",
-    "predicted",
     "programs",
     "use",
 ]
-
-Layers = tuple[tuple[int, int, int], ...]
-
-# Beyond this a local step takes so long that two launches cost nothing, and the hardware's own queue balances better.
-_MOST_TILES_PER_PROGRAM = 64
 
 
 @dataclass(frozen=True)
@@ -140,99 +129,6 @@ def candidates(target: str, precision: str, masked: bool = False) -> tuple[Confi
     if masked:
         return _MASKED.get((target, precision), tuple(config for config in found if config.general))
     return found
-
-
-def predicted(config: Config, driver: str, layers: Layers, form: str, multiprocessors: int) -> float:
-    """Cost of a local step in multiply-accumulates of one program, waits included; a pure function.
-
-    Args:
-        config: tile sizes.
-        driver: ``"single"`` or ``"grouped"``.
-        layers: ``(B, K, N)`` of each layer.
-        form: ``"gram"`` has no activation phase.
-        multiprocessors: of the device.
-    """
-    if driver == "single":
-        plan = schedule.build(layers, config.tiles, multiprocessors * config.occupancy)
-        queues = plan.activation_queues + plan.update_queues
-        together = queues.reshape(config.occupancy, multiprocessors).sum(0)  # those of a multiprocessor share its rates
-        return float(together.max() / queues.max()) * plan.makespan(3) / 3 + 2 * schedule.WAIT
-    activation, update = schedule.phase_bounds(layers, config.tiles, multiprocessors)
-    if form == "gram":
-        return max(update + schedule.LAUNCH, schedule.HOST_LAUNCH)
-    return max(activation + update + 2 * schedule.LAUNCH, 2 * schedule.HOST_LAUNCH)
-
-
-class Choice(NamedTuple):
-    """How to run a group of layers.
-
-    Attributes:
-        config: tile sizes.
-        programs: of the single launch; 0 for launches per phase.
-        splits: parts of the batch in the products of each layer's update tiles.
-    """
-
-    config: Config
-    programs: int
-    splits: tuple[int, ...]
-
-
-def _best(
-    found: tuple[Config, ...], layers: Layers, form: str, slots: int, multiprocessors: int, driver: str | None
-) -> tuple[float, str, Config]:
-    """The lowest predicted cost of a local step, and the driver and configuration that have it."""
-    if form != "product":
-        driver = "grouped"
-    options = []
-    for config in found:
-        if not config.general and (form != "product" or slots > 2 or driver == "single"):
-            continue
-        few = sum(schedule.count_tiles(layers, config.tiles)) <= _MOST_TILES_PER_PROGRAM * multiprocessors
-        if driver == "single" or (driver is None and config.general and few):
-            options.append(("single", config))
-        if driver != "single":
-            options.append(("grouped", config))
-    if not options:
-        raise ValueError(f"found must hold a configuration that every kernel may use (general=True), got {found}")
-    costs = [predicted(config, name, layers, form, multiprocessors) for name, config in options]
-    best = costs.index(min(costs))
-    return costs[best], *options[best]
-
-
-@lru_cache(maxsize=1024)
-def choose(
-    found: tuple[Config, ...], layers: Layers, form: str, slots: int, multiprocessors: int, driver: str | None = None
-) -> Choice:
-    """The configuration and driver with the lowest predicted cost; a pure function.
-
-    Args:
-        found: the configurations to choose from; the first of equals is taken.
-        layers: ``(B, K, N)`` of each layer.
-        form: ``"product"``, which has a single launch, or another.
-        slots: tensors of the rule's state.
-        multiprocessors: of the device.
-        driver: ``"single"`` or ``"grouped"`` to have only that, where the form has both.
-    """
-    _, best, config = _best(found, layers, form, slots, multiprocessors, driver)
-    if best == "single":
-        return Choice(config, multiprocessors * config.occupancy, (1,) * len(layers))
-    return Choice(
-        config, 0, (1,) * len(layers) if form == "gram" else schedule.splits(layers, config.tiles, multiprocessors)
-    )
-
-
-@lru_cache(maxsize=1024)
-def gram_pays(found: tuple[Config, ...], layers: Layers, iterations: int, slots: int, multiprocessors: int) -> bool:
-    """Whether the Gram form of these layers is predicted to take less time, launches included; a pure function.
-
-    A small layer with an identity transfer is better off in the launches of the others. Arguments as of
-    :func:`choose`; ``iterations`` is ``T``.
-    """
-    grams = tuple((k, k, n) for _, k, n in layers)
-    products = sum(b * k * k for b, k, _ in layers) / multiprocessors
-    gram, *_ = _best(found, grams, "gram", slots, multiprocessors, None)
-    product, *_ = _best(found, layers, "product", slots, multiprocessors, None)
-    return products + iterations * gram < (iterations - 1) * product
 
 
 def driver() -> str | None:

@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules
-from locoprop_kernels.kernels import configs, drivers, plan
+from locoprop_kernels.devices import INTERPRETER
+from locoprop_kernels.kernels import choose, configs, drivers, plan
 from locoprop_kernels.patches import Patches, Rows, Stacked
 
 pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_INTERPRET=1")
@@ -294,7 +295,7 @@ def test_masks_take_configurations_whose_kernels_do_not_spill_with_them(monkeypa
             lk.local_steps_([random_problem(15, 64, 32, 16, masks=masks)], lr=[0.01], backend="triton")
         assert next(reversed(drivers._plans)).config == config
     with pytest.raises(ValueError, match="found must hold a configuration that every kernel may use"):
-        configs.choose((wide,), ((64, 32, 16),), "softmax", 2, 1)
+        choose.choose((wide,), ((64, 32, 16),), "softmax", 2, INTERPRETER)
 
 
 def test_a_plan_of_launches_per_phase_has_no_schedule():
