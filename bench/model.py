@@ -1,44 +1,28 @@
-"""A performance model of the Triton drivers on an H100, to be held against ``bench.gpu``. All of it is estimates."""
+"""A performance model of the Triton drivers, to be held against ``bench.gpu``. All of it is estimates.
+
+What is assumed of the devices is in ``locoprop_kernels/devices.py``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.cases import Case, select
+from locoprop_kernels.devices import DEVICES, H100, DeviceModel
 from locoprop_kernels.kernels import configs
+from locoprop_kernels.kernels.choose import choose, predicted
+from locoprop_kernels.schedule.costs import ACTIVATION_BYTES, OPERAND_BYTES, UPDATE_BYTES
 
-__all__ = ["H100", "Device", "Prediction", "main", "predict", "predict_with"]
+__all__ = ["Prediction", "main", "predict", "predict_with"]
 
-
-@dataclass(frozen=True)
-class Device:
-    """Rates of a device, in units per second.
-
-    Attributes:
-        flops: products with bf16 operands.
-        memory: bytes of HBM.
-        cache: bytes out of L2.
-        cache_bytes: size of L2.
-        programs: multiprocessors; one program each.
-        tile_efficiency: share of ``flops`` that a kernel reaches inside its tiles.
-        start: seconds of a step before and after the loop: tables, copies, launches from Python.
-    """
-
-    flops: float
-    memory: float
-    cache: float
-    cache_bytes: float
-    programs: int
-    tile_efficiency: float
-    start: float
-
-
-#: Measured on such machines: 798 TFLOP/s and 3.0 TB/s. Published: 50 MB of L2, 5.5 TB/s from it. Guessed: the rest.
-H100 = Device(798e12, 3.0e12, 5.5e12, 50e6, 132, 0.65, 60e-6)
+# Of a weight's UPDATE_BYTES, what the epilogues write: Δ, its 16-bit copy and two slots.
+_WRITTEN_BYTES = 14
 
 
 @dataclass(frozen=True)
@@ -66,37 +50,40 @@ class Prediction:
     balance: float
 
 
-def predict(case: Case, found: tuple[configs.Config, ...] | None = None, device: Device = H100) -> Prediction:
+def predict(case: Case, found: tuple[configs.Config, ...] | None = None, device: DeviceModel = H100) -> Prediction:
     """Predicted local loops of ``case`` with bf16 operands in product form, as the Triton backend would run them."""
-    found = found or configs.candidates("sm_90", "bf16")
-    choice = configs.choose(found, _sizes(case), "product", 2, device.programs)
+    found = found or configs.candidates(device.target, "bf16")
+    choice = choose(found, _sizes(case), "product", 2, device)
     return predict_with(case, choice.config, "single" if choice.programs else "grouped", device)
 
 
-def predict_with(case: Case, config: configs.Config, driver: str, device: Device = H100) -> Prediction:
+def predict_with(case: Case, config: configs.Config, driver: str, device: DeviceModel = H100) -> Prediction:
     """The same for one configuration and driver."""
     sizes = _sizes(case)
     steps = case.iterations - 1
-    rate = device.flops * device.tile_efficiency / device.programs / 2  # multiply-accumulates of a program
-    even = configs.predicted(config, "grouped", sizes, "product", 1) / device.programs
-    queue = configs.predicted(config, driver, sizes, "product", device.programs)
+    even = predicted(config, "grouped", sizes, "product", device.with_multiprocessors(1)) / device.multiprocessors
+    queue = predicted(config, driver, sizes, "product", device)
     weights = sum(layer.inputs * layer.outputs for layer in case.layers)
     activations = sum(layer.batch * layer.outputs for layer in case.layers)
     inputs = sum(layer.batch * layer.inputs for layer in case.layers)
-    read = 2 * inputs + 6 * activations + 18 * weights  # X, A0, E; G_0, Δ, two slots and the copy of Δ
-    written = 2 * activations + 14 * weights
+    # X; A0 and E; G_0, Δ, two slots and the copy of Δ.
+    read = OPERAND_BYTES * inputs + ACTIVATION_BYTES * activations
+    read += (UPDATE_BYTES - _WRITTEN_BYTES + OPERAND_BYTES) * weights
+    written = OPERAND_BYTES * activations + _WRITTEN_BYTES * weights
     missed = max(0.0, 1 - device.cache_bytes / read)
-    memory = missed * (read + written) / device.memory
-    step = max(queue / rate, memory)
-    first = 30 * weights / device.cache  # no product
+    memory = missed * (read + written) / device.memory_bandwidth
+    queued = queue / device.macs_per_second
+    step = max(queued, memory)
+    # The first step has no product.
+    first = UPDATE_BYTES * weights / device.cache_bandwidth
     return Prediction(
         config=config,
         driver=driver,
-        seconds=device.start + case.bytes(2) / device.memory + first + steps * step,
+        seconds=device.start + case.bytes(OPERAND_BYTES) / device.memory_bandwidth + first + steps * step,
         step=step,
-        queue=queue / rate,
+        queue=queued,
         memory=memory,
-        floor=2 * 2 * steps * sum(layer.macs for layer in case.layers) / device.flops,
+        floor=2 * 2 * steps * sum(layer.macs for layer in case.layers) / device.flops_bf16,
         balance=even / queue,
     )
 
@@ -105,15 +92,20 @@ def _sizes(case: Case) -> tuple[tuple[int, int, int], ...]:
     return tuple((layer.batch, layer.inputs, layer.outputs) for layer in case.layers)
 
 
-def main(patterns: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of ``bench/MODEL.md`` for cases in product form."""
+    devices = {device.name: device for device in DEVICES}
+    parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
+    parser.add_argument("case", nargs="*", help="names, families or prefixes of cases, as of the benchmark")
+    parser.add_argument("--device", choices=[*devices], default=H100.name, help="default: %(default)s")
+    options = parser.parse_args(arguments)
     table = Table(
         "case", "GFLOP", "tiles", "driver", "balance", "a step", "from L2", "from HBM", "floor", "loop", "share"
     )
-    for case in select(patterns, quick=False):
+    for case in select(options.case, quick=False):
         if case.loss == "squared":
             continue
-        found = predict(case)
+        found = predict(case, device=devices[options.device])
         config = found.config
         table.add_row(
             case.name,
@@ -130,4 +122,4 @@ def main(patterns: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -25,7 +25,8 @@ from rich.table import Table
 
 from bench import report
 from bench.cases import Case, select
-from bench.model import H100, predict_with
+from bench.model import predict_with
+from locoprop_kernels import devices
 from locoprop_kernels.kernels.configs import Config
 
 __all__ = ["main", "options", "shapes"]
@@ -92,11 +93,10 @@ def search(
     target: str, precision: str, chosen: Sequence[Case], within: float, tries: int, jobs: int
 ) -> list[dict[str, Any]]:
     """Clean configurations, the best launch options of each shape that the model puts near the best for some case."""
-    from locoprop_kernels.compile_report.inspection import SHARED_LIMITS
-
+    device = devices.lookup(target)
     times = {
         shape: {
-            (case.name, driver): predict_with(case, shape, driver).seconds
+            (case.name, driver): predict_with(case, shape, driver, device).seconds
             for case in chosen
             for driver in ("single", "grouped")
         }
@@ -112,7 +112,7 @@ def search(
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     with pool, Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task(f"{target} {precision}", total=len(near))
-        left = {shape: itertools.islice(options(shape, precision, SHARED_LIMITS[target]), tries) for shape in near}
+        left = {shape: itertools.islice(options(shape, precision, device.shared_bytes), tries) for shape in near}
         kept: dict[Config, dict[str, Any]] = {}
         while left:
             tried = {shape: next(rest, None) for shape, rest in left.items()}
@@ -160,7 +160,8 @@ def pick(found: Sequence[dict[str, Any]], most: int = 3) -> list[dict[str, Any]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m bench.tune``."""
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
-    parser.add_argument("--target", default="sm_90", help="default: sm_90")
+    targets = list(dict.fromkeys(device.target for device in devices.DEVICES))
+    parser.add_argument("--target", choices=targets, default="sm_90", help="default: sm_90")
     parser.add_argument("--precision", nargs="+", choices=[*_OPERAND_BYTES], default=["bf16"])
     parser.add_argument("--case", nargs="+", default=[*CASES], help="cases of the benchmark to predict")
     parser.add_argument(
@@ -170,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes that compile")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a JSON file")
     given = parser.parse_args(arguments)
+    device = devices.lookup(given.target)
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
 
@@ -179,11 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "schema": 1,
         "command": "python -m bench.tune " + " ".join(["--target", given.target, "--precision", *given.precision]),
         "versions": {"python": platform.python_version(), "triton": triton.__version__},
-        "model": asdict(H100),
+        "model": asdict(device),
         "estimates": "times are predictions of bench.model, not measurements",
         "precisions": {},
     }
-    console.print(f"Triton {triton.__version__}, {given.target}; times are predictions for an H100 in bf16, in ms")
+    console.print(f"Triton {triton.__version__}, {given.target}; predictions for {device.name} in bf16, in ms")
     for precision in given.precision:
         found = search(given.target, precision, chosen, given.within, given.tries, given.jobs)
         picked = pick(found) if found else []
