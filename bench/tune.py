@@ -67,7 +67,7 @@ def options(shape: Config, precision: str, shared: int) -> Iterator[Config]:
 def _try(config: Config, target: str, precision: str) -> dict[str, Any]:
     """Compile reports of a configuration: of what the launches per phase need, then of all other kernels."""
     from locoprop_kernels.compile_report.inspection import compile_variant
-    from locoprop_kernels.kernels.variants import of_config
+    from locoprop_kernels.compile_report.variants import of_config
 
     least = [*of_config(replace(config, general=False), precision)]
     rest = [variant for variant in of_config(config, precision) if variant not in least]

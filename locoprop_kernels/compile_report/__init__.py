@@ -27,7 +27,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 
 @cache
 def _variants(target: str, brief: bool, kernels: tuple[str, ...]) -> list[Variant]:
-    from locoprop_kernels.kernels.variants import variants
+    from locoprop_kernels.compile_report.variants import variants
 
     return [variant for variant in variants(target, brief) if not kernels or variant.kernel in kernels]
 

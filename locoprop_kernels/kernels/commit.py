@@ -74,5 +74,5 @@ def strip(spec: Spec) -> int:
 def launch(step: StepArguments, tiles: Tensor, ok: Tensor, spec: Spec) -> None:
     """Commit all layers where the bool ``ok`` is true; ``tiles`` are the update tiles."""
     _commit_kernel[(len(tiles),)](
-        step.table, tiles, ok, step.iterations, STRIP=strip(spec), P=spec.tiles, U=spec.U, **spec.wide
+        step.table, tiles, ok, step.iterations, STRIP=strip(spec), P=spec.tiles, U=spec.stored, **spec.wide
     )

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from locoprop_kernels import schedule
 
 __all__ = [
+    "Asked",
     "Config",
+    "asked",
     "candidates",
-    "driver",
-    "programs",
     "use",
 ]
 
@@ -53,6 +53,13 @@ class Config:
     def tiles(self) -> schedule.Tiles:
         """For the schedule."""
         return schedule.Tiles(self.n, self.b, self.k)
+
+    def __str__(self) -> str:
+        slices = f", epilogues in {self.parts} slices" if self.parts > 1 else ""
+        return (
+            f"tiles of {self.n} x {self.b} x {self.k} in steps of {self.r}, "
+            f"{self.warps} warps, {self.stages} stages{slices}"
+        )
 
     @property
     def options(self) -> dict[str, int]:
@@ -104,14 +111,16 @@ _MASKED: dict[tuple[str, str], tuple[Config, ...]] = {
 _OTHERS = {"bf16": (_SMALL,), "fp16": (_SMALL,), "tf32": (_SMALL,), "ieee": (_EXACT,)}
 
 
-@dataclass
-class _Override:
+@dataclass(frozen=True)
+class Asked:
+    """What to take instead of the defaults, see :func:`use`; ``None`` for the default."""
+
     config: Config | None = None
     driver: str | None = None
     programs: int | None = None
 
 
-_override = _Override()
+_asked = Asked()
 
 
 def candidates(target: str, precision: str, masked: bool = False) -> tuple[Config, ...]:
@@ -122,8 +131,6 @@ def candidates(target: str, precision: str, masked: bool = False) -> tuple[Confi
         precision: ``"bf16"``, ``"fp16"``, ``"tf32"`` or ``"ieee"`` (float32).
         masked: those that do not spill registers where a parameter has a mask.
     """
-    if _override.config is not None:
-        return (_override.config,)
     others = (_INTERPRETER,) if target == "interpreter" else _OTHERS[precision]
     found = _TABLE.get((target, precision), others)
     if masked:
@@ -131,14 +138,9 @@ def candidates(target: str, precision: str, masked: bool = False) -> tuple[Confi
     return found
 
 
-def driver() -> str | None:
-    """The driver asked for by :func:`use`, or ``None``."""
-    return _override.driver
-
-
-def programs() -> int | None:
-    """The number of programs of the single launch asked for by :func:`use`, or ``None``."""
-    return _override.programs
+def asked() -> Asked:
+    """What :func:`use` asks for at present."""
+    return _asked
 
 
 @contextmanager
@@ -151,9 +153,9 @@ def use(config: Config | None = None, driver: str | None = None, programs: int |
         programs: multiprocessors to assume, so of the single launch's programs; no more than the device has. In the
             interpreter the caller answers for their running at once.
     """
-    global _override
-    before, _override = _override, _Override(config, driver, programs)
+    global _asked
+    before, _asked = _asked, Asked(config, driver, programs)
     try:
         yield
     finally:
-        _override = before
+        _asked = before

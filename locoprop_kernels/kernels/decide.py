@@ -7,14 +7,16 @@ said. The costs that it compares are in :mod:`locoprop_kernels.kernels.choose`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from locoprop_kernels import devices
+from locoprop_kernels.devices import DeviceModel
 from locoprop_kernels.gram import gram_is_cheaper
 from locoprop_kernels.kernels import configs, target
+from locoprop_kernels.kernels.choose import choose, gram_pays
 from locoprop_kernels.kernels.device import functions
 from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.rules import Rule
@@ -92,19 +94,17 @@ class Machine(NamedTuple):
 
     Attributes:
         target: backend and architecture: ``"sm_90"``, ``"gfx942"``, or ``"interpreter"``.
-        multiprocessors: how many to use; one in the interpreter, whose programs run one after another.
-        available: how many the device has; the interpreter's caller answers for their number.
+        model: what is assumed of the device, with as many multiprocessors as are to be used.
+        available: how many multiprocessors the device has; the interpreter's caller answers for their number.
         float32: precision of float32 products, ``"tf32"`` or ``"ieee"``.
-        config: the only configuration to take; ``None`` for those of the table.
-        driver: the only driver to take where there are two; ``None`` for the cheaper.
+        asked: what to take instead of the defaults.
     """
 
     target: str
-    multiprocessors: int
+    model: DeviceModel
     available: int
     float32: str
-    config: configs.Config | None = None
-    driver: str | None = None
+    asked: configs.Asked = configs.Asked()
 
     @property
     def interpreted(self) -> bool:
@@ -117,8 +117,8 @@ class Machine(NamedTuple):
 
     def candidates(self, operand: torch.dtype, masked: bool = False) -> tuple[configs.Config, ...]:
         """The configurations to choose from."""
-        if self.config is not None:
-            return (self.config,)
+        if self.asked.config is not None:
+            return (self.asked.config,)
         return configs.candidates(self.target, self.precision(operand), masked)
 
 
@@ -160,14 +160,8 @@ def machine_of(device: torch.device) -> Machine:
     asked, name = configs.asked(), target.target_of(device)
     own = 1 if name == "interpreter" else target.multiprocessors(device)
     count = asked.programs or own
-    return Machine(
-        target=name,
-        multiprocessors=count,
-        available=count if name == "interpreter" else own,
-        float32=target.float32_precision(),
-        config=asked.config,
-        driver=asked.driver,
-    )
+    available = count if name == "interpreter" else own
+    return Machine(name, devices.lookup(name, count), available, target.float32_precision(), asked)
 
 
 def decide(shapes: tuple[LayerShape, ...], task: Task, machine: Machine) -> tuple[Decision, ...]:
@@ -199,7 +193,7 @@ def _forms(shapes: Sequence[LayerShape], task: Task, machine: Machine) -> list[s
     if grams and not machine.interpreted:
         found = machine.candidates(shapes[0].operand(task.compute_dtype))
         slots = len(task.rule.slots)
-        if not configs.gram_pays(found, grams, task.iterations, slots, machine.multiprocessors):
+        if not gram_pays(found, grams, task.iterations, slots, machine.model):
             return ["product" if form == "gram" else form for form in forms]
     return forms
 
@@ -214,9 +208,7 @@ def _form(shape: LayerShape, task: Task) -> str:
     return "gram" if identity and shape.weight and in_range and gram_is_cheaper(sizes, task.iterations) else "product"
 
 
-def _launches(
-    shapes: Sequence[LayerShape], form: str, together: int, task: Task, machine: Machine
-) -> list[Decision]:
+def _launches(shapes: Sequence[LayerShape], form: str, together: int, task: Task, machine: Machine) -> list[Decision]:
     """Decisions for problems that are launched together."""
     operand = shapes[0].operand(task.compute_dtype)
     masked = any(shape.masked for shape in shapes)
@@ -226,12 +218,12 @@ def _launches(
         first_rows.append(len(sizes))
         batch = shape.inputs if form == "gram" else shape.batch
         sizes += [(batch, shape.inputs if shape.weight else 1, shape.outputs)] * shape.groups
-    driver = machine.driver
+    driver = machine.asked.driver
     if masked and operand == torch.float16:  # the single launch would spill registers
         driver = "grouped"
     found = machine.candidates(operand, masked)
     slots = len(task.rule.slots)
-    config, programs, splits = configs.choose(found, tuple(sizes), form, slots, machine.multiprocessors, driver)
+    config, programs, splits = choose(found, tuple(sizes), form, slots, machine.model, driver)
     name = "single" if programs else {"product": "grouped"}.get(form, form)
     return [
         Decision(form, name, config, programs, splits[row] if shape.weight else 1, together)

@@ -305,9 +305,7 @@ class Layout:
 
     def _lay_out_results(self, index: int, name: str, base: int, rows: int, stride: int, n: int, k: int) -> None:
         columns = [base + c.DELTA.value, *(base + c.NEW.value + i for i in range(len(self.kind.slots)))]
-        delta, *slots = (
-            self._take(self._results, index, column, rows * stride, 4, stride) for column in columns
-        )
+        delta, *slots = (self._take(self._results, index, column, rows * stride, 4, stride) for column in columns)
         self.pieces[index][name] = Piece(delta, slots, n, k)
 
     def _lay_out_trace(self, index: int, column: Any, count: int) -> tuple[int, int]:

@@ -44,8 +44,8 @@ def _update_kernel(
 ):
     tile_ptr = tiles_ptr + tl.program_id(0) * 3
     row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
-    when = (t, t == iterations - 1, tl.load(rates_ptr + t), prox)
     n_block, k_block = tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
+    when = (t, t == iterations - 1, tl.load(rates_ptr + t), prox)
     update_tile(row_ptr, n_block, k_block, when, bad_ptr, trace_ptr, trace_stride, P, U)
 
 

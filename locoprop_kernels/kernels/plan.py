@@ -19,7 +19,6 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from locoprop_kernels import rules
 from locoprop_kernels.kernels.decide import LayerShape, Machine, Task
 from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device import rules as device_rules
@@ -182,32 +181,15 @@ def _layer(shape: LayerShape, decision: Decision, operand: torch.dtype, transpos
     )
 
 
-def update_of(rule: rules.Rule, parameter: torch.dtype, regulariser: Any, masked: bool) -> Update:
-    """How kernels update a parameter."""
-    return Update(
-        parameter=_TRITON_DTYPES[parameter],
-        rule=device_rules.lookup(rule),
-        hyper=rule,
-        slots=len(rule.slots),
-        counts_steps=rule.counts_steps,
-        regulariser=regulariser,
-        masked=masked,
-    )
-
-
 def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: str, interpreted: bool) -> Spec:
     """Compile-time arguments of the kernels."""
     kind, shape = layout.kind, shapes[0]
     config, operand = kind.config, _TRITON_DTYPES[kind.operand]
     preactivation = _TRITON_DTYPES[kind.preactivation]
     exact = precision if kind.operand == torch.float32 else "ieee"
-    tiles = Products(config.n, config.b, config.k, config.r, interpreted)
+    tiles = (config.n, config.b, config.k, config.r, interpreted)
     products = Products(
-        config.n,
-        config.b,
-        config.k,
-        config.r,
-        interpreted,
+        *tiles,
         slices=config.parts,
         operand=operand,
         precision=exact,
@@ -219,7 +201,7 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
         transfers=tuple(function for function, _ in layout.functions),
         divergences=tuple(divergence for _, divergence in layout.functions) if task.trace else (),
     )
-    masked = any(shape.masked for shape in shapes)
+    stored = (_TRITON_DTYPES[shape.parameter], len(task.rule.slots), task.rule.counts_steps)
     xt = c.XT.value if kind.transposed else NOWHERE
     x_columns = (c.X_SOURCE.value, c.INPUTS.value, c.WEIGHT_STRIDE.value, c.X.value, xt, c.XT_STRIDE.value)
     a0_columns = (c.A0_SOURCE.value, c.OUTPUTS.value, c.ROW_SUMS_STRIDE.value, NOWHERE, c.A0.value, c.E_STRIDE.value)
@@ -227,8 +209,11 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
     x = operand if kind.form == "gram" else _TRITON_DTYPES[shape.x]
     return Spec(
         P=products,
-        U=update_of(task.rule, shape.parameter, task.regulariser, masked),
-        tiles=tiles,
+        U=Update(
+            *stored, device_rules.lookup(task.rule), task.rule, task.regulariser, any(one.masked for one in shapes)
+        ),
+        tiles=Products(*tiles),
+        stored=Update(*stored),
         copy_x=Copy(*x_columns, x, operand, exact, interpreted, COPY_BLOCK),
         copy_chunks=Copy(*x_columns, operand, operand, exact, interpreted, COPY_BLOCK),
         copy_a0=Copy(*a0_columns, preactivation, preactivation, "ieee", interpreted, COPY_BLOCK),

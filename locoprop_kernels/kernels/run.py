@@ -219,9 +219,7 @@ class Solved:
     def __init__(self, decisions: tuple[Decision, ...], launched: list[_Launched], bad: Tensor) -> None:
         self.decisions, self._launched = decisions, launched
         self.finite = bad[0] == 0
-        self._places = {
-            member: (one, place) for one in launched for place, member in enumerate(one.plan.members)
-        }
+        self._places = {member: (one, place) for one in launched for place, member in enumerate(one.plan.members)}
         self.traces = [one.trace(place) for one, place in map(self._places.get, range(len(decisions)))]
 
     def increment(self, index: int) -> Increment:

@@ -13,6 +13,9 @@ from locoprop_kernels.kernels.device.activation import activation_tile
 from locoprop_kernels.kernels.device.update import update_tile
 from locoprop_kernels.kernels.spec import Spec, StepArguments
 
+COOPERATIVE = {"launch_cooperative_grid": True}
+"""Option of the launch: refuse rather than start programs that cannot all be resident."""
+
 
 @triton.jit
 def _wait(counter_ptr, level):
@@ -91,7 +94,7 @@ def launch(step: StepArguments, lists: tuple[Tensor, ...], counters: Tensor, spe
         spec: compile-time arguments and options.
     """
     programs = len(lists[1]) - 1
-    cooperative = {} if spec.P.interpreted else {"launch_cooperative_grid": True}
+    cooperative = {} if spec.P.interpreted else COOPERATIVE
     _local_steps_kernel[(programs,)](
         step.table,
         *lists,

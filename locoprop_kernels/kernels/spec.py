@@ -94,21 +94,21 @@ class Update(_Constants):
 
     Attributes:
         parameter: dtype of parameters and their gradients.
+        slots: how many tensors the rule's state has.
+        counts_steps: whether the state has a counter of steps.
         rule: the update rule as a Triton function.
         hyper: the rule itself, a frozen dataclass: its hyper-parameters by name.
-        slots: tensors of the rule's state.
-        counts_steps: whether the state has a counter of steps.
         regulariser: gradient of the regulariser as a Triton function, or ``None``.
         masked: whether any parameter has a mask.
     """
 
     parameter: Any
-    rule: Any
-    hyper: Any
     slots: int
     counts_steps: bool
-    regulariser: Any
-    masked: bool
+    rule: Any = None
+    hyper: Any = None
+    regulariser: Any = None
+    masked: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -150,6 +150,7 @@ class Spec:
         P: for all kernels that know about products.
         U: for those that update or commit.
         tiles: ``P`` as far as the commit depends on it: the tile sizes.
+        stored: ``U`` as far as the commit depends on it: what is stored.
         copy_x: the copy of ``X``.
         copy_chunks: the copy of ``X`` where it was put into its place in chunks.
         copy_a0: the copy of ``A0``.
@@ -160,6 +161,7 @@ class Spec:
     P: Products
     U: Update
     tiles: Products
+    stored: Update
     copy_x: Copy
     copy_chunks: Copy
     copy_a0: Copy

@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from locoprop_kernels import StepReport, rules, transfers
 from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, shown
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
+from locoprop_kernels.reports import nothing_done
 from locoprop_kernels.settings import Settings
-from locoprop_kernels.steps import BACKENDS, nothing_done, pending_steps, triton_unavailable
+from locoprop_kernels.solution import Decision
+from locoprop_kernels.steps import BACKENDS, solve, triton_unavailable
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch import checkpoints
 from locoprop_torch.capture import ActivationHook, CapturedLayer
@@ -471,11 +473,11 @@ class LocoProp(Optimizer):
             regulariser=self.regulariser,
         )
         problems = [work.problem for work in call.work]
-        report = pending_steps(problems, settings, self.backend, False, done=lambda index: call.work[index].release())
+        report = solve(problems, settings, self.backend, done=lambda index: call.work[index].release())
         for work, problem in zip(call.work, report.problems, strict=True):
             problem.name, problem.rows = work.layer.name, work.rows
             if not call.with_rows:
-                problem.driver = "rule"
+                problem.decision = Decision("rule", "rule")
         return report
 
     def _decay(self, calls: Iterable[_Call], finite: Tensor) -> None:

@@ -66,10 +66,10 @@ def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, P: tl
     rows = n_block * P.block_n + tl.arange(0, P.block_n)
     examples = b_block * P.block_b + tl.arange(0, P.block_b)
     inner = tl.arange(0, P.block_r)
-    delta_ptrs = address(row_ptr, c.WEIGHT + c.COPY, P.operand)
-    delta_ptrs += rows.to(tl.int64)[:, None] * stride(row_ptr, c.WEIGHT + c.STRIDE) + inner[None, :]
-    x_ptrs = address(row_ptr, c.X, P.operand)
-    x_ptrs += examples.to(tl.int64)[None, :] * stride(row_ptr, c.X_STRIDE) + inner[:, None]
+    delta_ptr = address(row_ptr, c.WEIGHT + c.COPY, P.operand)
+    delta_ptrs = delta_ptr + rows.to(tl.int64)[:, None] * stride(row_ptr, c.WEIGHT + c.STRIDE) + inner[None, :]
+    x_ptr = address(row_ptr, c.X, P.operand)
+    x_ptrs = x_ptr + examples.to(tl.int64)[None, :] * stride(row_ptr, c.X_STRIDE) + inner[:, None]
     accumulator = tl.zeros((rows.shape[0], examples.shape[0]), tl.float32)
     length = tl.load(row_ptr + c.REDUCED)
     multiplied = product(delta_ptrs, x_ptrs, P.block_r, P.block_r, length, accumulator, P)

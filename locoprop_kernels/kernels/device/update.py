@@ -193,12 +193,12 @@ def _gradient_product(row_ptr, rows, columns, start, length, t, P: tl.constexpr)
         e_ptr, e_stride = address(row_ptr, c.E, P.operand), stride(row_ptr, c.E_STRIDE)
     e_ptrs = e_ptr + rows.to(tl.int64)[:, None] * e_stride + inner[None, :]
     if P.transposed:
-        x_ptrs = address(row_ptr, c.XT, P.operand)
-        x_ptrs += columns.to(tl.int64)[None, :] * stride(row_ptr, c.XT_STRIDE) + inner[:, None]
+        x_ptrs = address(row_ptr, c.XT, P.operand) + columns.to(tl.int64)[None, :] * stride(row_ptr, c.XT_STRIDE)
+        x_ptrs += inner[:, None]
         x_step = tl.full((), P.block_r, tl.int64)
     else:
-        x_ptrs = address(row_ptr, c.X, P.operand)
-        x_ptrs += inner.to(tl.int64)[:, None] * stride(row_ptr, c.X_STRIDE) + columns[None, :]
+        x_ptrs = address(row_ptr, c.X, P.operand) + inner.to(tl.int64)[:, None] * stride(row_ptr, c.X_STRIDE)
+        x_ptrs += columns[None, :]
         x_step = stride(row_ptr, c.X_STRIDE) * P.block_r
     accumulator = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     return product(e_ptrs, x_ptrs, P.block_r, x_step, length, accumulator, P)
@@ -224,13 +224,16 @@ def partial_tile(row_ptr, n_block, k_block, split, t, P: tl.constexpr):
 
 
 @triton.jit
-def _weight_tile(row_ptr, n_block, k_block, when, loss_scale, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
-    """Update of the weight; writes the partial sums of the objective from ``trace_ptr`` on."""
+def _weight_tile(row_ptr, block, sizes, when, loss_scale, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
+    """Update of the weight; writes the partial sums of the objective from ``trace_ptr`` on.
+
+    ``block`` is ``(n_block, k_block, rows, columns)``, ``sizes`` is ``(batch, k_blocks)``.
+    """
     SLICES: tl.constexpr = P.slices
     t, _, _, _ = when
-    rows = n_block * P.block_n + tl.arange(0, P.block_n)
-    columns = k_block * P.block_k + tl.arange(0, P.block_k)
-    length = tl.where(t > 0, tl.load(row_ptr + c.BATCH), 0)  # E_0 = 0
+    n_block, k_block, rows, columns = block
+    batch, k_blocks = sizes
+    length = tl.where(t > 0, batch, 0)  # E_0 = 0
     splits = 1
     if P.split:
         splits = tl.where(t > 0, tl.load(row_ptr + c.SPLITS), 1)
@@ -246,12 +249,12 @@ def _weight_tile(row_ptr, n_block, k_block, when, loss_scale, bad_ptr, trace_ptr
     slices = sliced(multiplied, SLICES)
     for i in tl.static_range(SLICES):
         start = k_block * P.block_k + i * (P.block_k // SLICES)
-        slice_ptr = trace_ptr + k_block * SLICES + i
+        slice_ptr = trace_ptr + (k_block * SLICES + i)
         amax = tl.maximum(amax, _weight_slice(row_ptr, slices[i], rows, start, when, scales, bad_ptr, slice_ptr, P, U))
     if P.operand == tl.float16:
-        n_blocks, k_blocks = tl.load(row_ptr + c.N_BLOCKS), tl.load(row_ptr + c.K_BLOCKS)
-        block = (((t + 1) % 3) * n_blocks + n_block) * k_blocks + k_block
-        tl.store(address(row_ptr, c.AMAX, tl.float32) + block, amax)
+        n_blocks = tl.load(row_ptr + c.N_BLOCKS)
+        place = (((t + 1) % 3) * n_blocks + n_block) * k_blocks + k_block
+        tl.store(address(row_ptr, c.AMAX, tl.float32) + place, amax)
 
 
 @triton.jit
@@ -259,11 +262,14 @@ def update_tile(row_ptr, n_block, k_block, when, bad_ptr, trace_ptr, trace_strid
     """A step of the rule on rows of ``n_block`` and columns of ``k_block``, and with the first columns on the bias."""
     SLICES: tl.constexpr = P.slices
     t, _, _, _ = when
+    rows = n_block * P.block_n + tl.arange(0, P.block_n)
+    columns = k_block * P.block_k + tl.arange(0, P.block_k)
+    batch = tl.load(row_ptr + c.BATCH)
     loss_scale = bits_to_float(tl.load(row_ptr + c.SCALE))
     k_blocks = tl.load(row_ptr + c.K_BLOCKS)
     trace_ptr += (t + 1) * trace_stride + tl.load(row_ptr + c.TRACE_UPDATE) + n_block * (k_blocks * SLICES + 1)
     if tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0:
-        _weight_tile(row_ptr, n_block, k_block, when, loss_scale, bad_ptr, trace_ptr, P, U)
+        block = (n_block, k_block, rows, columns)
+        _weight_tile(row_ptr, block, (batch, k_blocks), when, loss_scale, bad_ptr, trace_ptr, P, U)
     if (k_block == 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
-        rows = n_block * P.block_n + tl.arange(0, P.block_n)
         _bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr + k_blocks * SLICES, P, U)

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-from locoprop_kernels import rules
+from locoprop_kernels import devices, rules, transfers
 from locoprop_kernels.compile_report.inspection import Variant
-from locoprop_kernels.kernels import columns as c
-from locoprop_kernels.kernels import commit, configs, functions, grouped, prepare, rowwise, single, updates
-from locoprop_kernels.kernels.plan import Key, Layer, Plan
+from locoprop_kernels.kernels import commit, configs, phases, prepare, single, softmax
+from locoprop_kernels.kernels.decide import LayerShape, Machine, Task
+from locoprop_kernels.kernels.device import functions
+from locoprop_kernels.kernels.plan import Plan
+from locoprop_kernels.kernels.spec import Spec
+from locoprop_kernels.solution import Decision
 
 __all__ = ["of_config", "variants"]
 
@@ -19,6 +22,7 @@ _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float3
 _RULES: dict[str, rules.Rule] = {"rmsprop": rules.RMSprop(), "rmsprop centered": rules.RMSprop(centered=True)}
 _TRANSFERS = ("tanh", "relu", "sigmoid")
 _POINTERS = {"table_ptr": "*i64", "rates_ptr": "*fp32", "trace_ptr": "*fp64", "ok_ptr": "*u8"}
+_PROGRAMS = 100
 
 
 def variants(target: str, brief: bool = False) -> list[Variant]:
@@ -58,41 +62,36 @@ def of_config(config: configs.Config, precision: str, brief: bool = False) -> It
         if not config.general if len(rule.slots) > 2 else config.general and brief:
             continue
         plan = _plan(config, precision, rule)
-        constants = plan.constants
         if config.general:
-            yield _variant("local_steps", single._local_steps_kernel, constants["single"], plan, name)
-        yield _variant("update", grouped._update_kernel, constants["update"], plan, name)
-    yield _variant("activation", grouped._activation_kernel, constants["activation"], plan, ", ".join(_TRANSFERS))
-    yield _variant("commit", commit._commit_kernel, constants["commit"], plan, f"{len(plan.key.slots)} slots")
-    in_parts = _plan(config, precision, rules.RMSprop(), splits=2)
-    yield _variant("partial", grouped._partial_kernel, in_parts.constants["partial"], in_parts, "")
-    yield _variant("update in parts", grouped._update_kernel, in_parts.constants["update"], in_parts, "rmsprop")
+            yield _variant("local_steps", single._local_steps_kernel, plan, name)
+        yield _variant("update", phases._update_kernel, plan, name)
+    yield _variant("activation", phases._activation_kernel, plan, ", ".join(_TRANSFERS))
+    yield _variant("commit", commit._commit_kernel, plan, f"{plan.spec.U.slots} slots")
+    in_splits = _plan(config, precision, rules.RMSprop(), splits=2)
+    yield _variant("partial", phases._partial_kernel, in_splits, "")
+    yield _variant("update in parts", phases._update_kernel, in_splits, "rmsprop")
     if not config.general:
         return
     if precision != "fp16":
-        gram = _plan(config, precision, rules.RMSprop(), "gram")
-        yield _variant("gram update", grouped._update_kernel, gram.constants["update"], gram, "rmsprop")
-    softmax = _plan(config, precision, rules.RMSprop(), "softmax")
-    yield _variant("softmax", rowwise._softmax_kernel, softmax.constants["softmax"], softmax, "")
+        yield _variant(
+            "gram update", phases._update_kernel, _plan(config, precision, rules.RMSprop(), "gram"), "rmsprop"
+        )
+    yield _variant("softmax", softmax._softmax_kernel, _plan(config, precision, rules.RMSprop(), "softmax"), "")
 
 
 def _masked(config: configs.Config, precision: str) -> Iterator[Variant]:
     """The kernels of a step in which a parameter has a mask, as far as others do not have them."""
     plan = _plan(config, precision, rules.RMSprop(centered=True), masked=True)
     if precision != "fp16":  # which has no single launch then
-        yield _variant("local_steps", single._local_steps_kernel, plan.constants["single"], plan, "masked")
-    yield _variant("update", grouped._update_kernel, plan.constants["update"], plan, "masked")
-    yield _variant("activation", grouped._activation_kernel, plan.constants["activation"], plan, ", ".join(_TRANSFERS))
-    yield _variant("commit", commit._commit_kernel, plan.constants["commit"], plan, f"{len(plan.key.slots)} slots")
+        yield _variant("local_steps", single._local_steps_kernel, plan, "masked")
+    yield _variant("update", phases._update_kernel, plan, "masked")
+    yield _variant("activation", phases._activation_kernel, plan, ", ".join(_TRANSFERS))
+    yield _variant("commit", commit._commit_kernel, plan, f"{plan.spec.U.slots} slots")
 
 
 def _prepare(config: configs.Config, precision: str) -> Variant:
     plan = _plan(config, precision, rules.RMSprop())
-    columns = (c.X_SOURCE, c.INPUTS, c.WEIGHT_STRIDE, c.X, c.XT, c.XT_STRIDE)
-    names = [argument for argument in prepare._prepare_kernel.arg_names if argument.endswith("_COLUMN")]
-    at = {name: column.value for name, column in zip(names, columns, strict=True)}
-    constants = {**plan.constants["prepare_x"], **at}
-    return _variant("prepare", prepare._prepare_kernel, constants, plan, "with transpose")
+    return _variant("prepare", prepare._prepare_kernel, plan, "with transpose")
 
 
 def _plan(
@@ -103,70 +102,71 @@ def _plan(
     splits: int = 1,
     masked: bool = False,
 ) -> Plan:
-    found = updates.lookup(rule)
-    assert found is not None
-    layers = tuple(
-        Layer(
+    """A plan of a step with three layers, as a GPU would get it."""
+    operand = _OPERANDS[precision]
+    names = {"gram": ("identity",), "softmax": ("softmax",)}.get(form, _TRANSFERS)
+    shapes = [
+        LayerShape(
             batch=1000,
             inputs=784,
             outputs=500,
-            function=function,
-            divergence=divergence,
-            parameter=0.0,
+            groups=1,
+            transfer=transfers.get(name),
+            functions=functions.FUNCTIONS.get(name),
             weight=True,
             bias=True,
-            x_in_place=False,
+            masked=masked,
             scale=1.0,
-            rows=1000,
-            splits=splits,
-        )
-        for function, divergence in (functions.FUNCTIONS[name] for name in _TRANSFERS)
-    )
-    return Plan(
-        Key(
-            layers=layers,
-            device=torch.device("cpu"),
             parameter=torch.float32,
             x=torch.float32,
             preactivation=torch.float32,
-            operand=_OPERANDS[precision],
-            precision=precision,
-            rule=found[0],
-            hyper=found[1],
-            slots=tuple(rule.slots),
-            form=form,
-            counts_steps=rule.counts_steps,
-            regulariser=None,
-            masked=masked,
-            trace=False,
-            transposed=precision == "tf32",
-            interpreted=False,
-            config=config,
-            programs=100 if form == "product" and splits == 1 else 0,
-        ),
-        resident=100,
-    )
+            x_aligned=False,
+            x_chunks=False,
+            a0_chunks=False,
+        )
+        for name in names
+    ]
+    programs = _PROGRAMS if form == "product" and splits == 1 else 0
+    decision = Decision(form, form, config, programs, splits)
+    task = Task(iterations=10, rule=rule, compute_dtype=operand, trace=False, regulariser=None)
+    float32 = "ieee" if precision == "ieee" else "tf32"
+    machine = Machine("any", devices.UNKNOWN, available=_PROGRAMS, float32=float32)
+    return Plan(range(len(shapes)), shapes, [decision] * len(shapes), task, machine, torch.device("cpu"))
 
 
-def _variant(kernel: str, function: Any, constants: dict[str, Any], plan: Plan, note: str) -> Variant:
-    arguments = set(function.arg_names)
+def _constants(spec: Spec, function: Any) -> dict[str, Any]:
+    """The compile-time arguments of a kernel."""
+    P, U = (spec.tiles, spec.stored) if function is commit._commit_kernel else (spec.P, spec.U)
+    found = {"P": P, "U": U, "C": spec.copy_x, "STRIP": commit.strip(spec)}
+    return {name: value for name, value in found.items() if name in function.arg_names}
+
+
+def _variant(kernel: str, function: Any, plan: Plan, note: str) -> Variant:
+    spec, config = plan.spec, plan.layout.kind.config
+    constants = _constants(spec, function)
     signature = {}
     for name in function.arg_names:
         if name.endswith("_ptr"):
             signature[name] = _POINTERS.get(name, "*i32")
         elif name not in constants:
             signature[name] = "fp32" if name == "prox" else "i32"
-    config = plan.key.config
-    multiplies = "PARTS" in arguments
+    options: dict[str, Any] = spec.options
+    if kernel in ("commit", "softmax"):
+        options = spec.wide
+    elif kernel == "prepare":
+        options = {}
+    elif kernel == "local_steps":
+        options = {**spec.options, **single.COOPERATIVE}
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(plan.layout.kind.operand, spec.P.precision)
     shape = f"{config.n}x{config.b}x{config.k}x{config.r} {config.warps} warps {config.stages} stages, "
-    operands = "" if function is commit._commit_kernel else f"{plan.key.precision} "
+    operands = "" if kernel == "commit" else f"{precision} "
     return Variant(
         kernel=kernel,
-        configuration=f"{operands}{shape if 'BLOCK_N' in arguments else ''}{note}",
+        configuration=f"{operands}{'' if kernel == 'prepare' else shape}{note}",
         function=function,
         signature=signature,
-        constants={name: value for name, value in constants.items() if name in arguments},
+        constants=constants,
         divisible=tuple(name for name in signature if name.endswith("_ptr")),
-        precision=plan.key.precision if multiplies else "none",
-        options={name: value for name, value in constants.items() if name not in arguments},
+        precision="none" if kernel in ("commit", "prepare", "softmax") else precision,
+        options=options,
     )
