@@ -127,7 +127,6 @@ def shape_of(problem: LocalProblem, settings: Settings) -> LayerShape:
     b, k, n = problem.shape
     x, transfer = problem.x, problem.transfer
     assert isinstance(transfer, Transfer)
-    held = isinstance(x, Tensor)
     weight, bias = problem.grad_weight is not None, problem.grad_bias is not None
     return LayerShape(
         batch=b,
@@ -143,8 +142,8 @@ def shape_of(problem: LocalProblem, settings: Settings) -> LayerShape:
         parameter=problem.weight.dtype,
         x=x.dtype,
         preactivation=problem.preactivation.dtype,
-        x_aligned=held and x.is_contiguous() and x.data_ptr() % 16 == 0,
-        x_chunks=weight and not held,
+        x_aligned=isinstance(x, Tensor) and x.is_contiguous() and x.data_ptr() % 16 == 0,
+        x_chunks=weight and not isinstance(x, Tensor),
         a0_chunks=not isinstance(problem.preactivation, Tensor),
     )
 

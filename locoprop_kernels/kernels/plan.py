@@ -88,11 +88,11 @@ class Plan:
         ]
         self.schedule: Schedule | None = None
         if decision.programs:
-            self.schedule = build(sizes, config.tiles, decision.programs)
-            validate(self.schedule, sizes, config.tiles, machine.available * config.occupancy)
+            self.schedule = build(sizes, config.tiles, decision.programs, machine.model)
+            validate(self.schedule, sizes, config.tiles, machine.available * config.occupancy, machine.model)
             activation, update = self.schedule.activation_tiles, self.schedule.update_tiles
         else:
-            activation, update = most_expensive_first(sizes, config.tiles)
+            activation, update = most_expensive_first(sizes, config.tiles, machine.model)
         self.activation_tiles, self.update_tiles = self._upload(activation), self._upload(update)
         self.tiles = {name: self._upload(tiles) for name, tiles in self.layout.tiles.items()}
         self.spec = _spec(self.layout, shapes, task, precision, machine.interpreted)

@@ -30,7 +30,7 @@ class _Constants:
     @cached_property
     def digest(self) -> str:
         """A hash of all fields."""
-        content = [(one.name, _content(getattr(self, one.name))) for one in fields(self)]  # type: ignore[arg-type]
+        content = [(one.name, _content(getattr(self, one.name))) for one in fields(self)]
         return hashlib.sha256(repr(content).encode()).hexdigest()[:32]
 
     def __repr__(self) -> str:

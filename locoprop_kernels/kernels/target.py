@@ -81,7 +81,7 @@ def _unsupported_rule(rule: Rule) -> str | None:
     if device_rules.lookup(rule) is None:
         return f"{name} has no Triton function (give it an attribute triton_fn)"
     # Kernels are kept by the hyper-parameters that they were compiled with, so these must not change unnoticed.
-    if not (is_dataclass(rule) and type(rule).__dataclass_params__.frozen):  # type: ignore[attr-defined]
+    if not (is_dataclass(rule) and type(rule).__dataclass_params__.frozen):
         return f"{name} must be a frozen dataclass, whose fields its Triton function is compiled with"
     if any(not one.repr for one in fields(rule)):
         return f"{name} must show all its fields in its repr, by which compiled kernels are kept"

@@ -129,7 +129,7 @@ def _weight_slice(row_ptr, multiplied, rows, start, when, scales, bad_ptr, trace
 
     Returns the largest |Δ|, for float16 alone.
     """
-    t, _, _, prox = when
+    t, last, rate, prox = when
     loss_scale, old_scale, new_scale, splits = scales
     columns = start + tl.arange(0, multiplied.shape[1])
     n, k = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS)
@@ -162,7 +162,7 @@ def _weight_slice(row_ptr, multiplied, rows, start, when, scales, bad_ptr, trace
 @triton.jit
 def _bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
     """Update of the bias of a block of rows, a matrix of one column."""
-    t, _, _, prox = when
+    t, last, rate, prox = when
     change = tl.zeros_like(rows).to(tl.float32)
     if t > 0:
         if P.form == "gram":
@@ -230,7 +230,7 @@ def _weight_tile(row_ptr, block, sizes, when, loss_scale, bad_ptr, trace_ptr, P:
     ``block`` is ``(n_block, k_block, rows, columns)``, ``sizes`` is ``(batch, k_blocks)``.
     """
     SLICES: tl.constexpr = P.slices
-    t, _, _, _ = when
+    t = when[0]
     n_block, k_block, rows, columns = block
     batch, k_blocks = sizes
     length = tl.where(t > 0, batch, 0)  # E_0 = 0
@@ -261,7 +261,7 @@ def _weight_tile(row_ptr, block, sizes, when, loss_scale, bad_ptr, trace_ptr, P:
 def update_tile(row_ptr, n_block, k_block, when, bad_ptr, trace_ptr, trace_stride, P: tl.constexpr, U: tl.constexpr):
     """A step of the rule on rows of ``n_block`` and columns of ``k_block``, and with the first columns on the bias."""
     SLICES: tl.constexpr = P.slices
-    t, _, _, _ = when
+    t = when[0]
     rows = n_block * P.block_n + tl.arange(0, P.block_n)
     columns = k_block * P.block_k + tl.arange(0, P.block_k)
     batch = tl.load(row_ptr + c.BATCH)
