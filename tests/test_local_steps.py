@@ -1,8 +1,10 @@
 """The interface of ``local_steps_``: what it refuses, what it reports, and how accurate low precision is."""
 
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,8 +164,17 @@ def test_a_problem_takes_low_precision_activations():
 
 
 def test_import_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import locoprop_kernels, locoprop_kernels.kernels, locoprop_torch"
+    modules = ("compile_report", "devices", "kernels", "kernels.choose", "schedule")
+    imports = ", ".join(["locoprop_torch", *(f"locoprop_kernels.{module}" for module in modules)])
+    code = f"import sys; sys.modules['triton'] = None; import {imports}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_the_kernels_and_the_compile_report_import_triton():
+    root = Path(lk.__file__).parent
+    imports = re.compile(r"^\s*(import|from) triton\b", re.MULTILINE)
+    found = {path.relative_to(root).parts[0] for path in root.rglob("*.py") if imports.search(path.read_text())}
+    assert found == {"compile_report", "kernels"}
 
 
 def relative_error(actual, expected):
