@@ -1,4 +1,4 @@
-"""Triton kernels. This package is the only one that imports Triton, and only when something is asked of it."""
+"""Triton kernels. Only this package and the compile report import Triton, and only when something is asked of them."""
 
 from __future__ import annotations
 
