@@ -16,7 +16,7 @@ __all__ = ["DEVICES", "H100", "INTERPRETER", "UNKNOWN", "DeviceModel", "lookup"]
 class DeviceModel:
     """Rates, sizes and latencies of a GPU. All bytes, operations and seconds; rates are per second.
 
-    The defaults are guesses made for an H100, which nothing has replaced for any device.
+    The defaults are guesses made for an H100; an entry overrides them where something better is known of its device.
 
     Attributes:
         name: of the device, for people and for ``--device``.
