@@ -30,14 +30,14 @@ class _Constants:
     @cached_property
     def digest(self) -> str:
         """A hash of all fields."""
-        content = [(one.name, _content(getattr(self, one.name))) for one in fields(self)]
+        content = [(one.name, _content(getattr(self, one.name))) for one in fields(self)]  # type: ignore[arg-type]
         return hashlib.sha256(repr(content).encode()).hexdigest()[:32]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}_{self.digest}"
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.digest == self.digest  # type: ignore[attr-defined]
+        return type(other) is type(self) and other.digest == self.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)
