@@ -1,4 +1,4 @@
-"""What is published: every package with its type marker, nothing of the tests and benchmarks, and one version everywhere."""
+"""What is published: every package with its type marker, nothing of tests and benchmarks, one version everywhere."""
 
 from __future__ import annotations
 
