@@ -86,11 +86,18 @@ class Case:
         return sum(self._layer_flops(layer) for layer in self.layers)
 
     def _layer_flops(self, layer: Layer) -> int:
-        steps = self.iterations - 1
-        product = 4 * layer.macs * steps
-        if self.loss == "matching" and layer.transfer != "identity":
-            return product
-        return min(product, 2 * layer.inputs**2 * (layer.batch + layer.outputs * steps))
+        return self._gram_flops(layer) if self.takes_gram(layer) else self._product_flops(layer)
+
+    def takes_gram(self, layer: Layer) -> bool:
+        """Whether ``layer`` has a Gram form, which only the identity has, and that form needs fewer products."""
+        identity = self.loss == "squared" or layer.transfer == "identity"
+        return identity and self._gram_flops(layer) < self._product_flops(layer)
+
+    def _product_flops(self, layer: Layer) -> int:
+        return 4 * layer.macs * (self.iterations - 1)
+
+    def _gram_flops(self, layer: Layer) -> int:
+        return 2 * layer.inputs**2 * (layer.batch + layer.outputs * (self.iterations - 1))
 
     def training_flops(self) -> int:
         """Forward and backward pass: three products a layer, two in the first."""

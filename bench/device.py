@@ -15,7 +15,7 @@ import torch
 
 from locoprop_kernels.products import product, rounded
 
-__all__ = ["CLOCKS", "available_memory", "clock", "commit", "describe", "rates", "synchronize", "versions"]
+__all__ = ["CLOCKS", "available_memory", "clock", "commit", "describe", "multiply", "rates", "synchronize", "versions"]
 
 
 #: Host clocks: ``"cpu"`` is processor time of this process, which other processes hardly disturb; it means something
@@ -132,7 +132,7 @@ def rates(device: torch.device, by: str = "wall") -> dict[str, float]:
         if gpu:
             torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        found[name] = 2 * size**3 / _best(partial(_mm, left, right), device, by)
+        found[name] = 2 * size**3 / _best(partial(multiply, left, right), device, by)
     if gpu:
         torch.set_float32_matmul_precision("highest")
         torch.cuda.empty_cache()
@@ -142,7 +142,8 @@ def rates(device: torch.device, by: str = "wall") -> dict[str, float]:
     return found
 
 
-def _mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ right`` through the routine that the backend takes on this device; both operands have one dtype."""
     if left.is_cuda:
         return torch.mm(left, right)
     return product(rounded(left, left.dtype), rounded(right, right.dtype), left.dtype)

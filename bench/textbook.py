@@ -8,7 +8,7 @@ pre-activations are needed: this is faster than what a user would write with aut
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,11 @@ def _derivative(name: str, output: Tensor) -> Tensor | float:
     return 1 - output.square() if name == "tanh" else 1.0
 
 
-@dataclass
-class LayerState:
-    """Weight, bias and RMSprop's state of one layer; of a convolution also ``steps``: stride and padding."""
+class LayerState(NamedTuple):
+    """Weight, bias and RMSprop's state of one layer, all changed in place; ``steps``: stride and padding.
+
+    A named tuple, which ``torch.compile`` takes apart into its tensors.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -57,14 +59,7 @@ class LayerState:
         return cls(weight, bias, w, w.clone(), b, b.clone(), steps)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return (
-            self.weight,
-            self.bias,
-            self.weight_square,
-            self.weight_momentum,
-            self.bias_square,
-            self.bias_momentum,
-        )
+        return tuple(value for value in self if isinstance(value, Tensor))
 
 
 def _mm(left: Tensor, right: Tensor, operands: torch.dtype) -> Tensor:
@@ -96,29 +91,16 @@ def _rmsprop_(value: Tensor, grad: Tensor, square: Tensor, momentum: Tensor, lr:
     value.sub_(momentum * lr)
 
 
-def local_step(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    weight_square: Tensor,
-    weight_momentum: Tensor,
-    bias_square: Tensor,
-    bias_momentum: Tensor,
-    lr: Tensor,
-    name: str,
-    operands: torch.dtype,
-    steps: tuple[int, int] = (1, 0),
-) -> None:
-    """One local iteration of one layer, in place; ``lr`` is a tensor ``[]``, ``steps`` as in :class:`LayerState`."""
-    a = _activation(x, weight, bias, operands, steps)
+def local_step(x: Tensor, target: Tensor, state: LayerState, lr: Tensor, name: str, operands: torch.dtype) -> None:
+    """One local iteration of one layer, in place; ``lr`` is a tensor ``[]``."""
+    a = _activation(x, state.weight, state.bias, operands, state.steps)
     difference = (transfer(name, a) - target) / x.shape[0]
-    grad_weight, grad_bias = _gradients(x, difference, weight, operands, steps)
-    _rmsprop_(weight, grad_weight, weight_square, weight_momentum, lr)
-    _rmsprop_(bias, grad_bias, bias_square, bias_momentum, lr)
+    grad_weight, grad_bias = _gradients(x, difference, state.weight, operands, state.steps)
+    _rmsprop_(state.weight, grad_weight, state.weight_square, state.weight_momentum, lr)
+    _rmsprop_(state.bias, grad_bias, state.bias_square, state.bias_momentum, lr)
 
 
-LocalStep = Callable[..., None]
+LocalStep = Callable[[Tensor, Tensor, LayerState, Tensor, str, torch.dtype], None]
 
 
 def training_step(
@@ -163,5 +145,5 @@ def training_step(
         grads.insert(0, back * _derivative(names[i - 1], output))
     for state, name, h, a, grad in zip(states, targets_of, inputs, preactivations, grads, strict=True):
         target = transfer(name, a) - ACTIVATION_LR * grad
-        for t in range(len(rates)):
-            step(h, target, *state.tensors(), rates[t], name, operands, state.steps)
+        for rate in rates:
+            step(h, target, state, rate, name, operands)
