@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 __all__ = ["Case", "Convolution", "Layer", "all_cases", "select"]
 
@@ -122,22 +123,22 @@ class Case:
         kept = sum(layer.batch * (layer.inputs + layer.outputs) for layer in self.layers)
         return 8 * (max(activations) + kept) + 4 * 40 * weights
 
-    def sizes(self) -> list[list[int]]:
-        """``[B, K, N]`` of each layer."""
-        return [[layer.batch, layer.inputs, layer.outputs] for layer in self.layers]
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """``(B, K, N)`` of each layer."""
+        return [(layer.batch, layer.inputs, layer.outputs) for layer in self.layers]
 
 
-def network(name: str, widths: Sequence[int], batch: int, family: str, **options: object) -> Case:
+def network(name: str, widths: Sequence[int], batch: int, family: str, **options: Any) -> Case:
     """An autoencoder like the paper's: tanh, an identity code in the middle, sigmoid outputs."""
     count = len(widths) - 1
     transfers = ["tanh"] * count
     transfers[count // 2 - 1] = "identity"
     transfers[-1] = "sigmoid"
     layers = [Layer(batch, k, n, f) for (k, n), f in zip(pairwise(widths), transfers, strict=True)]
-    return Case(name, family, tuple(layers), **options)  # type: ignore[arg-type]
+    return Case(name, family, tuple(layers), **options)
 
 
-def convnet(name: str, examples: int, side: int, channels: Sequence[int], classes: int, **options: object) -> Case:
+def convnet(name: str, examples: int, side: int, channels: Sequence[int], classes: int, **options: Any) -> Case:
     """An image classifier: 3x3 convolutions, all but the first of stride 2, then a linear layer; tanh in between."""
     layers = []
     for i, (c, n) in enumerate(pairwise(channels)):
@@ -146,7 +147,7 @@ def convnet(name: str, examples: int, side: int, channels: Sequence[int], classe
         layers.append(Layer(examples * positions, c * convolution.kernel**2, n, "tanh", convolution))
         side = math.isqrt(positions)
     layers.append(Layer(examples, channels[-1] * side**2, classes, "sigmoid"))
-    return Case(name, "convnet", tuple(layers), **options)  # type: ignore[arg-type]
+    return Case(name, "convnet", tuple(layers), **options)
 
 
 def _wide(factor: int) -> tuple[int, ...]:

@@ -102,7 +102,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def clock(run: Callable[[], Any], device: torch.device, repeats: int = 1, by: str = "wall") -> float:
+def clock(run: Callable[[], object], device: torch.device, repeats: int = 1, by: str = "wall") -> float:
     """Seconds of one call, averaged over ``repeats`` back to back; by device events on a GPU, else by a host clock."""
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -149,6 +149,6 @@ def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return product(rounded(left, left.dtype), rounded(right, right.dtype), left.dtype)
 
 
-def _best(run: Callable[[], Any], device: torch.device, by: str, rounds: int = 8) -> float:
+def _best(run: Callable[[], object], device: torch.device, by: str, rounds: int = 8) -> float:
     run()
     return min(clock(run, device, by=by) for _ in range(rounds))

@@ -132,7 +132,7 @@ def _set_up(contestant: Contestant, work: Work, facts: dict[str, Any]) -> Entry 
     return entry
 
 
-def _interleave(runs: dict[str, Callable[[], Any]], device: torch.device, budget: Budget) -> dict[str, list[float]]:
+def _interleave(runs: dict[str, Callable[[], object]], device: torch.device, budget: Budget) -> dict[str, list[float]]:
     """Times of each run, one sample a round, the order turning from round to round."""
     once = {name: clock(run, device, by=budget.clock) for name, run in runs.items()}
     repeats = {name: max(1, min(50, int(0.005 / max(seconds, 1e-9)))) for name, seconds in once.items()}

@@ -28,7 +28,8 @@ def save(results: dict[str, Any], path: Path) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Results that :func:`save` wrote."""
-    return json.loads(path.read_text())
+    results: dict[str, Any] = json.loads(path.read_text())
+    return results
 
 
 def _rounded(value: Any) -> Any:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bench import device, report
 from bench.cases import Case, Layer
-from bench.contestants import all_contestants
+from bench.contestants import Contestant, all_contestants
 from bench.measure import quantiles
 from bench.work import Work
 from locoprop_kernels import schedule
@@ -97,23 +97,27 @@ def run(where: torch.device, names: list[str], rounds: int, by: str, console: Co
         points = [_point(make(value), field, where, rounds, by) for value in values]
         for point, value in zip(points, values, strict=True):
             case = make(value)
-            plan = schedule.build(case.sizes(), _TILES, programs)  # type: ignore[arg-type]
+            plan = schedule.build(case.sizes(), _TILES, programs)
             point["predicted"] = plan.total_makespan(case.iterations)
         fits = {one.name: exponent(values, [p["seconds"][one.name]["min"] for p in points]) for one in field}
         if "Gram" not in variable:
             fits["schedule"] = exponent(values, [point["predicted"] for point in points])
         results["sweeps"][variable] = {"values": values, "points": points, "exponents": fits}
-    table = Table("variable", "values", *(one.name for one in field), "schedule's prediction")
-    for variable, sweep in results["sweeps"].items():
-        found = [sweep["exponents"].get(name) for name in (*(one.name for one in field), "schedule")]
+    _print_exponents(results["sweeps"], [one.name for one in field], console)
+    return results
+
+
+def _print_exponents(sweeps: dict[str, Any], names: list[str], console: Console) -> None:
+    table = Table("variable", "values", *names, "schedule's prediction")
+    for variable, sweep in sweeps.items():
+        found = [sweep["exponents"].get(name) for name in (*names, "schedule")]
         cells = ["" if fit is None else f"{fit[0]:.2f} ± {fit[1]:.2f}" for fit in found]
         table.add_row(variable, ", ".join(map(str, sweep["values"])), *cells)
     console.print("exponents of time (fastest of the rounds) over the larger sizes of each sweep:")
     console.print(table)
-    return results
 
 
-def _point(case: Case, field: list[Any], where: torch.device, rounds: int, by: str) -> dict[str, Any]:
+def _point(case: Case, field: list[Contestant], where: torch.device, rounds: int, by: str) -> dict[str, Any]:
     work = Work(case, where)
     entries = {one.name: one.build(work) for one in field}
     for entry in entries.values():
