@@ -113,7 +113,7 @@ def numerics(limit: float, console: Console) -> dict[str, Any]:
     """Run the tests that are marked ``gpu``; which files could not be taken is part of the result."""
     files: list[str] = []
     without: list[str] = []
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text()
         if "mark.gpu" in text:
             missing = "hypothesis" in text and importlib.util.find_spec("hypothesis") is None

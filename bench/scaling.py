@@ -107,9 +107,9 @@ def run(where: torch.device, names: list[str], rounds: int, by: str, console: Co
     return results
 
 
-def _print_exponents(sweeps: dict[str, Any], names: list[str], console: Console) -> None:
+def _print_exponents(measured: dict[str, Any], names: list[str], console: Console) -> None:
     table = Table("variable", "values", *names, "schedule's prediction")
-    for variable, sweep in sweeps.items():
+    for variable, sweep in measured.items():
         found = [sweep["exponents"].get(name) for name in (*names, "schedule")]
         cells = ["" if fit is None else f"{fit[0]:.2f} ± {fit[1]:.2f}" for fit in found]
         table.add_row(variable, ", ".join(map(str, sweep["values"])), *cells)
