@@ -7,7 +7,7 @@ DOCS_READY := $(VENV)/.docs-ready
 # A process for each core (tests/conftest.py says how many), each with one thread; idle ones take tests from the others.
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help test test-sweeps test-all demo bench report lint docs gpu clean
+.PHONY: help test test-sweeps test-all demo bench report lint hooks docs gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,10 @@ lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+hooks: $(READY)  ## let git run the linters before each commit, with pre-commit
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hooks]"
+	$(RUN) -m pre_commit install
 
 docs: $(DOCS_READY)  ## build the guide; writes site/
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
