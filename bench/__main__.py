@@ -23,19 +23,47 @@ def _run_parser() -> argparse.ArgumentParser:
         description="Times contestants on the same work, interleaved, after checking their results. "
         "Other commands: `python -m bench compare BASELINE NEW`, `python -m bench scaling`.",
     )
-    parser.add_argument("--case", nargs="*", default=[], help="names, families, or prefixes ending in * (default: all)")
-    parser.add_argument("--contestant", nargs="*", default=[], help="names or prefixes ending in *")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="folder for bench.json, the table and the plots")
-    parser.add_argument("--json", type=Path, help="file for the JSON alone")
-    parser.add_argument("--quick", action="store_true", help="three cases, nothing that compiles first: half a minute")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own choice)")
     parser.add_argument(
-        "--clock", choices=[*device.CLOCKS], default="wall", help="cpu: processor time, for busy machines; one thread"
+        "--case",
+        nargs="*",
+        default=[],
+        help="Take the cases with these names or families; a final * stands for any ending (default: all).",
     )
-    parser.add_argument("--seconds", type=float, default=8.0, help="of timing for each case (default: 8)")
-    parser.add_argument("--longest", type=float, default=6.0, help="leave out cases with longer textbook steps, in s")
-    parser.add_argument("--list", action="store_true", help="list cases and contestants, and stop")
+    parser.add_argument(
+        "--contestant",
+        nargs="*",
+        default=[],
+        help="Take the contestants with these names; a final * stands for any ending (default: all).",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Run on this device (default: the GPU if there is one).",
+    )
+    parser.add_argument("--out", type=Path, help="Write bench.json, the table and the plots to this folder.")
+    parser.add_argument("--json", type=Path, help="Write the JSON alone, to this file.")
+    parser.add_argument(
+        "--quick", action="store_true", help="Time three cases in half a minute, without what has to be compiled first."
+    )
+    parser.add_argument(
+        "--threads", type=int, help="Give torch this many threads on the CPU (default: its own choice)."
+    )
+    parser.add_argument(
+        "--clock",
+        choices=[*device.CLOCKS],
+        default="wall",
+        help="Read this clock; cpu is the processor time of one thread, for busy machines (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, help="Time each case for this long (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--longest",
+        type=float,
+        default=6.0,
+        help="Leave out cases whose textbook step takes more seconds than this (default: %(default)s).",
+    )
+    parser.add_argument("--list", action="store_true", help="List the cases and contestants, and stop.")
     return parser
 
 

@@ -19,7 +19,8 @@ import locoprop_kernels as lk
 from locoprop_kernels import rules
 from locoprop_kernels.testing import TextbookLayer
 
-SHAPES = ((1000, 1000, 500), (1000, 784, 1000))  # (B, K, N)
+# (B, K, N) of each layer.
+SHAPES = ((1000, 1000, 500), (1000, 784, 1000))
 OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
 ITERATIONS = 10
 RATES = [2e-5] * ITERATIONS
@@ -71,8 +72,13 @@ def measure(b: int, k: int, n: int, seed: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
-    parser.add_argument("--json", type=Path, default=Path("bench/results/accuracy.json"), help="file to write")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("bench/results/accuracy.json"),
+        help="Write this file (default: %(default)s).",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Draw the matrices from this seed (default: %(default)s).")
     options = parser.parse_args(argv)
     console = Console()
     console.print(

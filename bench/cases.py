@@ -114,7 +114,8 @@ class Case:
         inputs = sum(math.prod(layer.input_shape) for layer in self.layers)
         outputs = sum(layer.batch * layer.outputs for layer in self.layers)
         activations = operand_bytes * inputs + 4 * outputs
-        return activations + weights * 4 * (1 + 2 + 2 * 2)  # gradient; weight and two slots of state, read and written
+        # Each weight's gradient is read; the weight and its two slots of state are read and written.
+        return activations + weights * 4 * (1 + 2 + 2 * 2)
 
     def memory(self) -> int:
         """Peak of the hungriest contestant (textbook form, or the check in float64), in bytes."""

@@ -30,7 +30,8 @@ def figures(results: dict[str, Any]) -> dict[str, float]:
             for key in ("fraction_of_floor", "error"):
                 if key in fact:
                     found[f"{case} / {name} / {key}"] = fact[key]
-    for record in results.get("records", []):  # a compile report, or a baseline with one
+    # A compile report has records, and so has a baseline that was made from one.
+    for record in results.get("records", []):
         for key in _COMPILED:
             found[f"{record['kernel']} [{record['configuration']}] {record['target']} / {key}"] = record[key]
     return found
@@ -81,11 +82,18 @@ def differences(
 def main(arguments: list[str]) -> int:
     """``python -m bench compare BASELINE NEW``: exit code 1 with ``--strict`` if something got worse."""
     parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
-    parser.add_argument("baseline", type=Path)
-    parser.add_argument("new", type=Path)
-    parser.add_argument("--tolerance", type=float, default=0.15, help="relative change that counts (default: 0.15)")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 if anything is worse")
-    parser.add_argument("--write", action="store_true", help="make NEW, without its times, the baseline")
+    parser.add_argument("baseline", type=Path, help="The results, or the compile report, to compare with.")
+    parser.add_argument("new", type=Path, help="The new ones.")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.15,
+        help="Report ratios that changed by more than this share (default: %(default)s).",
+    )
+    parser.add_argument("--strict", action="store_true", help="Exit with 1 if anything is worse.")
+    parser.add_argument(
+        "--write", action="store_true", help="Make NEW the baseline, without its times, instead of comparing."
+    )
     options = parser.parse_args(arguments)
     new = report.load(options.new)
     if options.write:

@@ -74,11 +74,22 @@ _TUNED_CASES = ("paper-local", "square-4096-B8192")
 def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit code is that of the numerics."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench_out/gpu.json"), help="default: bench_out/gpu.json")
-    parser.add_argument("--minutes", type=float, default=7.5, help="for everything (default: 7.5)")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of timing for each case (default: 1.5)")
-    parser.add_argument("--skip-numerics", action="store_true")
-    parser.add_argument("--case", nargs="*", default=list(CASES))
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench_out/gpu.json"), help="Write this file (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="Take no longer than this for everything (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1.5, help="Time each case for this long (default: %(default)s)."
+    )
+    parser.add_argument("--skip-numerics", action="store_true", help="Go straight to the timings.")
+    parser.add_argument(
+        "--case",
+        nargs="*",
+        default=list(CASES),
+        help="Time the cases with these names or families; a final * stands for any ending (default: CASES).",
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
@@ -88,7 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     end = time.monotonic() + 60 * options.minutes
     if hasattr(signal, "alarm"):
-        signal.alarm(int(60 * options.minutes) + 25)  # a kernel that hangs: stop; what was measured is in the file
+        # A kernel that hangs ends the run; what was measured before is in the file.
+        signal.alarm(int(60 * options.minutes) + 25)
     console = Console(width=150)
     results: dict[str, Any] = {
         "schema": 1,
@@ -130,7 +142,8 @@ def numerics(limit: float, console: Console) -> dict[str, Any]:
     except subprocess.TimeoutExpired as expired:
         raw = expired.stdout or b""
         code, output = 124, raw.decode() if isinstance(raw, bytes) else raw
-    code = 0 if code == 5 else code  # 5: nothing was collected
+    # pytest's code 5 says that nothing was collected.
+    code = 0 if code == 5 else code
     lines = output.strip().splitlines()
     if code:
         console.print("\n".join(lines[-60:]), markup=False)

@@ -31,9 +31,9 @@ def _nothing(*arguments: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m bench.host``."""
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--profile", action="store_true", help="also print where the time goes")
+    parser.add_argument("--layers", type=int, default=8, help="Stack this many layers (default: %(default)s).")
+    parser.add_argument("--steps", type=int, default=200, help="Time this many steps (default: %(default)s).")
+    parser.add_argument("--profile", action="store_true", help="Also print where the time goes.")
     options = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "1"  # so that the Triton backend takes tensors on the CPU
     from locoprop_kernels.kernels import commit, configs, grouped, prepare, single
@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             optimizer.step()
             seconds.append(time.perf_counter() - begin)
             profile.disable()
-            if step == 9:  # the first steps make plans and state
+            # The first steps make plans and state.
+            if step == 9:
                 seconds.clear()
                 profile.clear()
     times = quantiles(seconds)

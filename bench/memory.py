@@ -134,11 +134,27 @@ def peak(optimizer: str, loop: str, width: int, layers: int, batch: int, where: 
 def main(argv: list[str] | None = None) -> None:
     """``python -m bench.memory``."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
-    parser.add_argument("--width", type=int, default=256, help="inputs and outputs of each layer (%(default)s)")
-    parser.add_argument("--layers", type=int, default=12, help="linear layers, each followed by tanh (%(default)s)")
-    parser.add_argument("--batch", type=int, default=2048, help="examples (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda to ask torch's allocator (%(default)s)")
-    parser.add_argument("--json", type=Path, default=Path("bench/results/memory.json"), help="file to write")
+    parser.add_argument(
+        "--width", type=int, default=256, help="Give each layer this many inputs and outputs (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=12,
+        help="Stack this many linear layers, each followed by tanh (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=2048, help="Train on this many examples a step (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="Use cpu, or cuda to ask torch's allocator (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("bench/results/memory.json"),
+        help="Write this file (default: %(default)s).",
+    )
     options = parser.parse_args(argv)
     where = torch.device(options.device)
     console = Console()

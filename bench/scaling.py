@@ -58,11 +58,25 @@ def sweeps(gpu: bool) -> dict[str, tuple[list[int], Callable[[int], Case]]]:
 def main(arguments: list[str]) -> int:
     """``python -m bench scaling``."""
     parser = argparse.ArgumentParser(prog="python -m bench scaling", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--contestant", nargs="*", default=["ours-fp32", "ours-bf16", "textbook"])
-    parser.add_argument("--clock", choices=[*device.CLOCKS], default="wall", help="cpu: processor time, one thread")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder for scaling.json and scaling.png")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Run on this device (default: the GPU if there is one).",
+    )
+    parser.add_argument(
+        "--contestant",
+        nargs="*",
+        default=["ours-fp32", "ours-bf16", "textbook"],
+        help="Time the contestants with these names (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--clock",
+        choices=[*device.CLOCKS],
+        default="wall",
+        help="Read this clock; cpu is the processor time of one thread (default: %(default)s).",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="Time each point this often (default: %(default)s).")
+    parser.add_argument("--out", type=Path, help="Write scaling.json and scaling.png to this folder.")
     options = parser.parse_args(arguments)
     where = torch.device(options.device)
     if where.type == "cuda" and not torch.cuda.is_available():

@@ -24,6 +24,7 @@ SEED = 1
 
 
 def grid(**options: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values of each option."""
     for values in product(*options.values()):
         yield dict(zip(options, values, strict=True))
 
@@ -37,9 +38,13 @@ GRIDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune_demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="Write this JSON file.")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="Try these methods (default: all)."
+    )
     args = parser.parse_args()
     train_images, test_images = curves_tensors(SEED)
     trials: dict[str, list[dict[str, Any]]] = {}
