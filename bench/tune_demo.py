@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from locoprop_torch._demo_training import METHODS, train
 from locoprop_torch.demo import CURVES, curves_tensors
+from locoprop_torch.demo.experiments import METHODS
+from locoprop_torch.demo.training import train
 
 SEED = 1
 

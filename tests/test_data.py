@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from locoprop_torch.data import curves, load, load_idx, load_npz
+from locoprop_torch.demo.data import curves, load, load_idx, load_npz
 
 STEMS = ("train-images", "t10k-images")
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from locoprop_torch import _demo_training as training
 from locoprop_torch import demo
+from locoprop_torch.demo import command, experiments, training
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
 pytest.importorskip("rich")
@@ -101,7 +101,7 @@ def test_idx_data(tmp_path):
 
 
 def test_autoencoder_is_the_papers():
-    model = training.autoencoder((784, 400, 30), seed=3)
+    model = experiments.autoencoder((784, 400, 30), seed=3)
     names = [name for name, _ in model.named_children()]
     assert names == ["linear1", "tanh1", "code", "linear3", "tanh3", "logits"]
     assert [model.code.out_features, model.logits.out_features] == [30, 784]
@@ -114,7 +114,7 @@ def test_autoencoder_is_the_papers():
 
 def test_diverged_loss_is_null_and_drawn_around(tmp_path, monkeypatch):
     history = training.History([300.0, float("nan")], [310.0, float("inf")], [1.0, 2.0])
-    monkeypatch.setattr(demo, "train", lambda *args: history)
+    monkeypatch.setattr(command, "train", lambda *args: history)
     results = run_demo(tmp_path, "--images", "10", "--methods", "adam")
     assert results["methods"]["Adam"]["train_loss"] == [300.0, None]
     assert results["methods"]["Adam"]["final"]["test_loss"] is None

@@ -19,9 +19,8 @@ from torch.nn.utils import parametrize
 
 from locoprop_kernels import transfers
 from locoprop_kernels.transfers import Transfer
-from locoprop_torch.attention import MultiheadAttention
 from locoprop_torch.isolation import Copier, is_opaque, uncompiled, undisturbed
-from locoprop_torch.layouts import GroupedLinear
+from locoprop_torch.modules import GroupedLinear, MultiheadAttention
 
 __all__ = ["Found", "find_transfers", "transfer_of"]
 

@@ -1,4 +1,4 @@
-"""``python -m locoprop_torch.demo``: LocoProp against first-order optimisers on a deep autoencoder.
+"""The command line of the demo: what is trained, on what, and where the results go.
 
 Writes ``results.json`` and ``training_curves.png``. Needs no download: without ``--data`` it draws the CURVES problem.
 """
@@ -13,69 +13,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import locoprop_kernels
-from locoprop_kernels import rules
+from locoprop_kernels import StepReport
 from locoprop_kernels.problem import COMPUTE_DTYPES
 from locoprop_kernels.steps import BACKENDS
-from locoprop_torch import data
-from locoprop_torch._demo_training import METHODS, Experiment, History, entropy, train, warm_up
+from locoprop_torch.demo.data import TRAIN_CURVES, curves_tensors, file_tensors
+from locoprop_torch.demo.experiments import CURVES, FILES, METHODS, Experiment
+from locoprop_torch.demo.training import History, entropy, train, warm_up
 
-__all__ = ["CURVES", "FILES", "curves_tensors", "main"]
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = ["main"]
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTE_DTYPES}
-TRAIN_CURVES, TEST_CURVES = 4000, 1000
-
-# Best of nine trials for each method on another seed: bench/results/demo_tuning.json.
-CURVES = Experiment(
-    encoder=(784, 400, 200, 100, 12),
-    batch_size=200,
-    epochs=20,
-    baseline_epochs=20,
-    hyperparameters={
-        "locoprop-m": {"lr": 5e-5, "activation_lr": 5.0, "local_iterations": 5},
-        "locoprop-s": {"lr": 1e-4, "activation_lr": 20.0, "local_iterations": 5},
-        "rmsprop": {"lr": 1e-3, "alpha": 0.9, "momentum": 0.5},
-        "adam": {"lr": 3e-3, "betas": (0.5, 0.999)},
-    },
-    rule=rules.RMSprop(alpha=0.9, momentum=0.99, eps=1e-5, flavor="tensorflow"),
-)
-# The paper's network and its official notebook's hyper-parameters. Nothing is tuned on the files: RMSProp and Adam
-# have common values.
-FILES = Experiment(
-    encoder=(784, 1000, 500, 250, 30),
-    batch_size=1000,
-    epochs=2,
-    baseline_epochs=2,
-    hyperparameters={
-        "locoprop-m": {"lr": 1e-5, "activation_lr": 10.0},
-        "locoprop-s": {"lr": 1e-5, "activation_lr": 10.0},
-        "rmsprop": {"lr": 3e-4, "alpha": 0.9, "momentum": 0.9},
-        "adam": {"lr": 1e-3},
-    },
-    rule=rules.RMSprop(alpha=0.9, momentum=0.999, eps=1e-5, flavor="tensorflow"),
-)
-
-
-def curves_tensors(seed: int, count: int = TRAIN_CURVES) -> tuple[Tensor, Tensor]:
-    """``count`` train images and the test images of CURVES, ``[count, 784]`` in [0, 1], disjoint draws of one seed."""
-    images = torch.from_numpy(data.curves(count + TEST_CURVES, seed)).flatten(1)
-    return images[TEST_CURVES:], images[:TEST_CURVES]
-
-
-def _file_tensors(path: str, count: int | None) -> tuple[Tensor, Tensor]:
-    images = data.load(path)
-    if count is not None and count > len(images.train):
-        raise ValueError(f"--images must be at most {len(images.train)}, the train images in {path}; got {count}")
-    train_images, test_images = (
-        torch.from_numpy(part.astype(np.float32) / 255).flatten(1) for part in (images.train[:count], images.test)
-    )
-    return train_images, test_images
 
 
 def _number(minimum: int) -> Any:
@@ -97,27 +53,44 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("demo_out"), help="folder for results.json and training_curves.png")
+    add("--out", type=Path, default=Path("demo_out"), help="the folder that results.json and training_curves.png go to")
     add(
         "--data",
         default="curves",
-        help="curves: drawn here, a small network, about a minute on two cores; or an .npz file with x_train and "
-        "x_test, or a folder of IDX files as MNIST and Fashion-MNIST ship, for the paper's "
+        help="'curves' draws the images and trains a small network, in about a minute on two cores; an .npz file with "
+        "x_train and x_test, or a folder of IDX files as MNIST and Fashion-MNIST ship, trains the paper's "
         "784-1000-500-250-30-250-500-1000-784 network with batches of 1000",
     )
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
-    add("--epochs", type=_number(1), default=None, help="epochs of LocoProp; default 20 on curves, 2 on files")
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"which to train, of {', '.join(METHODS)}",
+    )
+    add(
+        "--epochs",
+        type=_number(1),
+        default=None,
+        help="how many epochs LocoProp trains; if not given, 20 on curves and 2 on files",
+    )
     add(
         "--baseline-epochs",
         type=_number(1),
         default=None,
-        help="epochs of RMSProp and Adam; default as many as LocoProp's",
+        help="how many epochs RMSProp and Adam train; if not given, as many as LocoProp",
     )
-    add("--images", type=_number(1), default=None, help="train images; default 4000 curves, all of a file")
-    add("--device", default="cpu", help="a torch device")
-    add("--dtype", choices=DTYPES, default="float32", help="operands of LocoProp's local products")
-    add("--backend", choices=BACKENDS, default="auto", help="of LocoProp")
-    add("--seed", type=_number(0), default=0, help="of the curves, the weights and the batches")
+    add(
+        "--images",
+        type=_number(1),
+        default=None,
+        help="how many train images to take; if not given, 4000 curves or all of a file",
+    )
+    add("--device", default="cpu", help="the torch device to train on")
+    add("--dtype", choices=DTYPES, default="float32", help="the dtype of the operands of LocoProp's local products")
+    add("--backend", choices=BACKENDS, default="auto", help="the backend of LocoProp")
+    add("--seed", type=_number(0), default=0, help="the seed of the curves, the weights and the batches")
     return parser
 
 
@@ -143,7 +116,27 @@ def _experiment(args: argparse.Namespace) -> Experiment:
     )
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def _setup(args: argparse.Namespace, experiment: Experiment, images: Tensor, test_images: Tensor) -> dict[str, Any]:
+    """What ``results.json`` says of the experiment, before anything has run."""
+    return {
+        "data": Path(args.data).name,
+        "train_images": len(images),
+        "test_images": len(test_images),
+        "layers": [*experiment.encoder, *reversed(experiment.encoder[:-1])],
+        "batch_size": experiment.batch_size,
+        "epochs": experiment.epochs,
+        "baseline_epochs": experiment.baseline_epochs,
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "backend": args.backend,
+        "locoprop": {"reduction": "sum", "rule": repr(experiment.rule)},
+        "loss": "cross entropy in nats, summed over pixels, averaged over the batches of the epoch",
+        "loss_lower_bound": entropy(images),
+    }
+
+
+def _environment(device: torch.device, step: StepReport | None) -> dict[str, Any]:
+    """On what it runs; ``step`` is one of LocoProp's, if it takes part."""
     return {
         "locoprop_kernels": locoprop_kernels.__version__,
         "torch": torch.__version__,
@@ -151,11 +144,12 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
+        "backend": {"ran": step.backend, "reason": step.reason} if step else None,
     }
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:
-    """JSON has no number for a loss that diverged."""
+    """``values``, but ``None`` for a loss that diverged: JSON has no number for it."""
     return [value if math.isfinite(value) else None for value in values]
 
 
@@ -188,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: error: {message}\n")
 
     try:
-        from locoprop_torch import _demo_report as report
+        from locoprop_torch.demo import report
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         give_up(f'{package} is not installed: pip install "locoprop-kernels[demo]"')
@@ -196,54 +190,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = _device(args.device)
         experiment = _experiment(args)
         tensors = curves_tensors(args.seed, args.images or TRAIN_CURVES) if args.data == "curves" else None
-        images, test_images = (part.to(device) for part in tensors or _file_tensors(args.data, args.images))
+        images, test_images = (part.to(device) for part in tensors or file_tensors(args.data, args.images))
         args.out.mkdir(parents=True, exist_ok=True)
         started = [warm_up(experiment, method, images) for method in experiment.hyperparameters]
     except (OSError, ValueError) as error:
         give_up(error)
     step = next((optimizer.last_reports[0] for optimizer in started if optimizer is not None), None)
-
-    results: dict[str, Any] = {
-        "config": {
-            "data": Path(args.data).name,
-            "train_images": len(images),
-            "test_images": len(test_images),
-            "layers": [*experiment.encoder, *reversed(experiment.encoder[:-1])],
-            "batch_size": experiment.batch_size,
-            "epochs": experiment.epochs,
-            "baseline_epochs": experiment.baseline_epochs,
-            "seed": args.seed,
-            "dtype": args.dtype,
-            "backend": args.backend,
-            "locoprop": {"reduction": "sum", "rule": repr(experiment.rule)},
-            "loss": "cross entropy in nats, summed over pixels, averaged over the batches of the epoch",
-            "loss_lower_bound": entropy(images),
-        },
-        "environment": {
-            **_environment(device),
-            "backend": {"ran": step.backend, "reason": step.reason} if step else None,
-        },
-        "methods": {},
-    }
+    results = {"config": _setup(args, experiment, images, test_images), "environment": _environment(device, step)}
     report.show_setup(results)
-    with report.progress() as bars:
-        tasks = {
-            method: bars.add_task(METHODS[method], total=experiment.epochs_of(method), start=False)
-            for method in experiment.hyperparameters
-        }
-        for method, options in experiment.hyperparameters.items():
-            bars.start_task(tasks[method])
-            advance = partial(bars.advance, tasks[method])
-            history = train(experiment, method, images, test_images, args.seed, advance)
-            bars.update(
-                tasks[method], completed=experiment.epochs_of(method)
-            )  # the shares may not add up to the last bit
-            results["methods"][METHODS[method]] = _method_results(history, options)
+    results["methods"] = _train_all(experiment, images, test_images, args.seed, report.progress())
     report.show_table(results)
     (args.out / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     report.draw_curves(results, args.out / "training_curves.png")
     report.show_files(args.out)
 
 
-if __name__ == "__main__":
-    main()
+def _train_all(
+    experiment: Experiment, images: Tensor, test_images: Tensor, seed: int, progress: Progress
+) -> dict[str, Any]:
+    """The results of every method, while ``progress`` shows how far it is."""
+    methods: dict[str, Any] = {}
+    with progress as bars:
+        tasks = {
+            method: bars.add_task(METHODS[method], total=experiment.epochs_of(method), start=False)
+            for method in experiment.hyperparameters
+        }
+        for method, options in experiment.hyperparameters.items():
+            bars.start_task(tasks[method])
+            history = train(experiment, method, images, test_images, seed, partial(bars.advance, tasks[method]))
+            # The batches' shares of an epoch may not add up to the last bit.
+            bars.update(tasks[method], completed=experiment.epochs_of(method))
+            methods[METHODS[method]] = _method_results(history, options)
+    return methods

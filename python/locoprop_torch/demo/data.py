@@ -13,11 +13,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-__all__ = ["SIDE", "ImageData", "curves", "load", "load_idx", "load_npz"]
+__all__ = [
+    "SIDE",
+    "TRAIN_CURVES",
+    "ImageData",
+    "curves",
+    "curves_tensors",
+    "file_tensors",
+    "load",
+    "load_idx",
+    "load_npz",
+]
 
 SIDE = 28
+# Images of CURVES unless the command line says otherwise.
+TRAIN_CURVES, TEST_CURVES = 4000, 1000
 _BLOCK = 1024  # curves are drawn block by block, so the first images of a seed do not depend on how many follow
 _PEN = 0.5  # standard deviation of the pen, in pixels
 _INK = 4.0  # ink on the middle of a stroke; it covers 1 - exp(-ink) of the paper
@@ -162,3 +176,24 @@ def _check_images(array: NDArray[np.uint8], label: str) -> None:
             f"{label}: expected uint8 images of shape [count >= 1, {SIDE}, {SIDE}], "
             f"got {array.dtype} {list(array.shape)}"
         )
+
+
+def curves_tensors(seed: int, count: int = TRAIN_CURVES) -> tuple[Tensor, Tensor]:
+    """``count`` train images and the test images of CURVES, ``[count, 784]`` in [0, 1], disjoint draws of one seed."""
+    images = torch.from_numpy(curves(count + TEST_CURVES, seed)).flatten(1)
+    return images[TEST_CURVES:], images[:TEST_CURVES]
+
+
+def file_tensors(path: str, count: int | None) -> tuple[Tensor, Tensor]:
+    """The train images of a file or folder, or the first ``count``, and its test images; ``[..., 784]`` in [0, 1].
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`load`; or there are fewer than ``count`` train images.
+    """
+    images = load(path)
+    if count is not None and count > len(images.train):
+        raise ValueError(f"--images must be at most {len(images.train)}, the train images in {path}; got {count}")
+    train_images, test_images = (
+        torch.from_numpy(part.astype(np.float32) / 255).flatten(1) for part in (images.train[:count], images.test)
+    )
+    return train_images, test_images

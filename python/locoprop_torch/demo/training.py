@@ -1,69 +1,19 @@
-"""The demo's experiment: a deep autoencoder that several optimisers train from one start on the same batches."""
+"""Training of the demo's models: every optimiser begins at the same weights and sees the same batches."""
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from locoprop_kernels import rules
+from locoprop_torch.demo.experiments import Experiment, autoencoder
 from locoprop_torch.optimizer import LocoProp
 
-__all__ = ["METHODS", "Experiment", "History", "autoencoder", "entropy", "train", "warm_up"]
-
-METHODS = {"locoprop-m": "LocoProp-M", "locoprop-s": "LocoProp-S", "rmsprop": "RMSProp", "adam": "Adam"}
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Everything but the data, the device and the seed.
-
-    Attributes:
-        encoder: widths from the image to the code; the decoder mirrors them.
-        batch_size: images a batch; the last batch of an epoch may be smaller.
-        epochs: passes of LocoProp over the train images.
-        baseline_epochs: passes of RMSProp and Adam.
-        hyperparameters: by method; keyword arguments of ``LocoProp`` (without the rule) or ``torch.optim``.
-        rule: LocoProp's local rule.
-        backend: of LocoProp.
-        compute_dtype: of LocoProp; the model itself is float32.
-    """
-
-    encoder: tuple[int, ...]
-    batch_size: int
-    epochs: int
-    baseline_epochs: int
-    hyperparameters: dict[str, dict[str, Any]]
-    rule: rules.Rule
-    backend: str = "auto"
-    compute_dtype: torch.dtype = torch.float32
-
-    def optimizer(self, method: str, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimiser called ``method`` (a key of :data:`METHODS`) for ``model``."""
-        options = self.hyperparameters[method]
-        if method == "adam":
-            return torch.optim.Adam(model.parameters(), **options)
-        if method == "rmsprop":
-            return torch.optim.RMSprop(model.parameters(), **options)
-        return LocoProp(
-            model,
-            rule=self.rule,
-            local_loss="matching" if method == "locoprop-m" else "squared",
-            transfers={"logits": "sigmoid"},  # the sigmoid itself is inside the loss
-            reduction="sum",
-            backend=self.backend,
-            compute_dtype=self.compute_dtype,
-            **options,
-        )
-
-    def epochs_of(self, method: str) -> int:
-        return self.epochs if method.startswith("locoprop") else self.baseline_epochs
+__all__ = ["History", "entropy", "train", "warm_up"]
 
 
 @dataclass
@@ -73,24 +23,6 @@ class History:
     train_loss: list[float] = field(default_factory=list)
     test_loss: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-
-
-def autoencoder(encoder: Sequence[int], seed: int) -> nn.Sequential:
-    """Tanh layers around an identity code, ending in logits; glorot uniform weights from ``seed``, zero biases."""
-    generator = torch.Generator().manual_seed(seed)
-    widths = [*encoder, *reversed(encoder[:-1])]
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
-        linear = nn.Linear(fan_in, fan_out)
-        nn.init.xavier_uniform_(linear.weight, generator=generator)
-        nn.init.zeros_(linear.bias)
-        if i == len(widths) - 1:
-            layers["logits"] = linear
-        elif i == len(encoder) - 1:
-            layers["code"] = linear
-        else:
-            layers[f"linear{i}"], layers[f"tanh{i}"] = linear, nn.Tanh()
-    return nn.Sequential(layers)
 
 
 def reconstruction_loss(model: nn.Module, images: Tensor) -> Tensor:
@@ -136,7 +68,7 @@ def train(
 
     Args:
         experiment: network, schedule and hyper-parameters.
-        method: key of :data:`METHODS`.
+        method: key of :data:`~locoprop_torch.demo.experiments.METHODS`.
         images: train images ``[count, pixels]`` in [0, 1] on the device to train on.
         test_images: likewise.
         seed: of the weights and of the batches: the same for every method.
