@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,72 +26,11 @@ from torch.utils.weak import TensorWeakRef
 from locoprop_kernels.patches import Rows, Stacked
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.hooks import ForwardHook, attach
-from locoprop_torch.layouts import Layout, layout_of
+from locoprop_torch.layouts import Layout, layout_class
 from locoprop_torch.masks import trained_parameters
+from locoprop_torch.passes import Gradients, Pass, SeenGradient
 
 __all__ = ["ActivationHook", "CapturedLayer"]
-
-
-@dataclass(eq=False)
-class _Gradients:
-    """``∂L/∂A`` of a pass, and ``∂L/∂f(A)`` where the activation is a module; both only where a target needs them."""
-
-    output: Tensor | None = None
-    activation: Tensor | None = None
-
-    def add(self, other: _Gradients) -> None:
-        """Add those of another backward pass."""
-        for name in ("output", "activation"):
-            old, new = getattr(self, name), getattr(other, name)
-            if new is not None:
-                setattr(self, name, new if old is None else old + new)
-
-
-@dataclass(eq=False)
-class _Pass:
-    """One call of a layer. Tensors are the forward pass's own, not copies; ``None`` once they were used."""
-
-    module: nn.Module
-    x: Tensor | None
-    preactivation: Tensor | None
-    versions: tuple[int, int]
-    counted: bool = False
-    gradients: _Gradients | None = None
-    arriving: dict[int, _Gradients] | None = None  # by backward pass, until it is known to count
-
-    def arrive(self, number: int, gradients: _Gradients) -> None:
-        """Gradients have come in a backward pass."""
-        if self.arriving is None:
-            self.arriving = {}
-        self.arriving.setdefault(number, _Gradients()).add(gradients)
-
-    def keep(self, number: int) -> None:
-        """The backward pass counts: what has come in it does too."""
-        if self.arriving is not None and number in self.arriving:
-            if self.gradients is None:
-                self.gradients = _Gradients()
-            self.gradients.add(self.arriving.pop(number))
-
-    def drop(self, number: int) -> None:
-        """The backward pass does not count."""
-        if self.arriving is not None:
-            self.arriving.pop(number, None)
-
-    def release(self) -> None:
-        """Let go of the tensors, which the graph behind the loss would keep until the next forward pass."""
-        self.x = self.preactivation = self.gradients = self.arriving = None
-
-
-class _Seen(NamedTuple):
-    """A parameter's gradient as a backward pass has left it."""
-
-    tensor: TensorWeakRef
-    version: int
-    copy: Tensor | None
-
-    def is_still(self, gradient: Tensor) -> bool:
-        """Whether ``gradient`` is that tensor, and nobody has written to it."""
-        return self.tensor() is gradient and gradient._version == self.version
 
 
 class _LayerHook(ForwardHook):
@@ -123,32 +62,33 @@ class ActivationHook(ForwardHook):
 
 
 class _ActivationGradient:
-    def __init__(self, captured: _Pass) -> None:
+    def __init__(self, captured: Pass) -> None:
         self._captured = captured
 
     def __call__(self, gradient: Tensor) -> None:
-        self._captured.arrive(_backward_pass(), _Gradients(activation=gradient.detach()))
+        self._captured.arrive(_backward_pass(), Gradients(activation=gradient.detach()))
 
 
 class _InputGradient:
-    """Hook on a layer's input. Where its gradient is differentiated again, as in gradient penalties, that reaches the
-    weight by a way that need not go through the layer's output."""
+    """Hook on a layer's input, for gradients that are differentiated again, as in gradient penalties.
 
-    def __init__(self, layer: weakref.ref[CapturedLayer], captured: _Pass) -> None:
+    Their own backward pass reaches the weight by a way that need not go through the layer's output.
+    """
+
+    def __init__(self, layer: weakref.ref[CapturedLayer], captured: Pass) -> None:
         self._layer, self._captured = layer, weakref.ref(captured)
 
     def __call__(self, gradient: Tensor) -> None:
         captured = self._captured()
-        if captured is None or not (torch.is_grad_enabled() and gradient.requires_grad):
-            return
-        layer = self._layer
+        if captured is not None and torch.is_grad_enabled() and gradient.requires_grad:
+            gradient.register_hook(partial(_while_alive, self._layer, CapturedLayer._reach_by_input, captured))
 
-        def reach(_: Tensor) -> None:
-            owner = layer()
-            if owner is not None:
-                owner._reach(captured)
 
-        gradient.register_hook(reach)
+def _while_alive(layer: weakref.ref[CapturedLayer], method: Callable[..., None], *arguments: Any) -> None:
+    """A hook that calls a method of a layer and does not keep the layer alive."""
+    owner = layer()
+    if owner is not None:
+        method(owner, *arguments)
 
 
 def _backward_pass() -> int:
@@ -175,18 +115,20 @@ class CapturedLayer:
         keep_gradients: bool = False,
         reason: str | None = None,
     ) -> None:
-        self.name, module = next(iter(modules.items()))
+        self.name, self.module = next(iter(modules.items()))
         self.modules, self.paths = dict(modules), {name: paths[name] for name in modules}
         self.transfer, self.reason = transfer, reason
         self.keep_gradients = keep_gradients
-        parameters = trained_parameters(module)
+        parameters, layout = trained_parameters(self.module), layout_class(self.module)
         assert parameters is not None
+        assert layout is not None
+        self._layout: Callable[[nn.Module], Layout] = layout  # of all modules: those that share parameters are alike
         self.parameters: dict[str, nn.Parameter] = {kind: found.parameter for kind, found in parameters.items()}
-        self.passes: list[_Pass] = []
+        self.passes: list[Pass] = []
         self.called = False
-        self._latest: tuple[weakref.ref[Tensor], weakref.ref[_Pass]] | None = None
-        self._reached: dict[int, list[_Pass]] = {}  # by backward pass
-        self._seen: dict[str, _Seen] = {}
+        self._latest: tuple[weakref.ref[Tensor], weakref.ref[Pass]] | None = None
+        self._reached: dict[int, list[Pass]] = {}  # by backward pass
+        self._seen: dict[str, SeenGradient] = {}
         self._checked = -1
         self._handles: dict[int, tuple[Any, ...]] = {  # by module or parameter
             id(module): (attach(module, _LayerHook(self)),) for module in modules.values()
@@ -206,14 +148,12 @@ class CapturedLayer:
 
     @property
     def layout(self) -> Layout:
-        """How the layer's parameters form a local problem."""
-        layout = layout_of(self.modules[self.name])
-        assert layout is not None
-        return layout
+        """How the layer's parameters form a local problem at present: a convolution's depends on its strides."""
+        return self._layout(self.module)
 
     # --- passes
 
-    def latest(self, output: Tensor) -> _Pass | None:
+    def latest(self, output: Tensor) -> Pass | None:
         """The pass whose output is ``output``, if that is the layer's last."""
         if self._latest is None or self._latest[0]() is not output:
             return None
@@ -228,57 +168,50 @@ class CapturedLayer:
         for kind, parameter in trainable.items():
             if id(parameter) not in self._handles:
                 self._watch_gradient(kind, parameter)
-        captured = _Pass(module, x.detach(), output.detach(), (x._version, output._version))
+        captured = Pass(module, x.detach(), output.detach(), (x._version, output._version))
         self._latest = weakref.ref(output), weakref.ref(captured)
-        layer = weakref.ref(self)
-
-        def reach(gradient: Tensor) -> None:
-            owner = layer()
-            if owner is not None:
-                owner._reach(captured, gradient)
-
-        output.register_hook(reach)
+        output.register_hook(self._hook(CapturedLayer._reach, captured))
         if x.requires_grad:
-            handle = x.register_hook(_InputGradient(layer, captured))
+            handle = x.register_hook(_InputGradient(weakref.ref(self), captured))
             if x.is_leaf:  # such an input may live on
                 weakref.finalize(captured, handle.remove).atexit = False
 
+    def _hook(self, method: Callable[..., None], *arguments: Any) -> Callable[..., None]:
+        """A hook that calls a method of this layer, with ``arguments`` first, as long as the layer is alive."""
+        return partial(_while_alive, weakref.ref(self), method, *arguments)
+
     def _watch_gradient(self, kind: str, parameter: nn.Parameter) -> None:
-        layer = weakref.ref(self)
+        self._handles[id(parameter)] = (
+            parameter.register_hook(self._hook(CapturedLayer._gradient_comes)),
+            parameter.register_post_accumulate_grad_hook(self._hook(CapturedLayer._gradient_came, kind)),
+        )
 
-        def before(gradient: Tensor) -> None:
-            owner = layer()
-            if owner is not None:
-                owner._gradient_comes()
+    def _reach(self, captured: Pass, gradient: Tensor) -> None:
+        """A backward pass has come to the output of ``captured``."""
+        number = self._note(captured)
+        if number is not None and self.keep_gradients:
+            captured.arrive(number, Gradients(output=gradient.detach()))
 
-        def after(parameter: Tensor) -> None:
-            owner = layer()
-            if owner is not None:
-                owner._gradient_came(kind, parameter)
+    def _reach_by_input(self, captured: Pass, gradient: Tensor) -> None:
+        """A backward pass has come to the gradient of the input of ``captured``."""
+        self._note(captured)
 
-        handles = (parameter.register_hook(before), parameter.register_post_accumulate_grad_hook(after))
-        self._handles[id(parameter)] = handles
+    def _note(self, captured: Pass) -> int | None:
+        """Note a pass as one that the running backward pass goes through.
 
-    def _reach(self, captured: _Pass, gradient: Tensor | None = None) -> None:
-        """A backward pass has come to the output of ``captured``, or to the gradient of its input."""
-        if captured.x is None:  # a step has used it
-            return
+        Returns:
+            The number of the backward pass; ``None`` where a step has used the pass already.
+        """
+        if captured.x is None:
+            return None
         number = _backward_pass()
         if number not in self._reached:
             self._reached[number] = []
-            layer = weakref.ref(self)
-
-            def end() -> None:
-                owner = layer()
-                if owner is not None:
-                    owner._backward_ends(number)
-
-            Variable._execution_engine.queue_callback(end)
+            Variable._execution_engine.queue_callback(self._hook(CapturedLayer._backward_ends, number))
         self._reached[number].append(captured)
-        if self.keep_gradients and gradient is not None:
-            captured.arrive(number, _Gradients(output=gradient.detach()))
+        return number
 
-    def _gradient_comes(self) -> None:
+    def _gradient_comes(self, gradient: Tensor) -> None:
         """A gradient is about to be added to a parameter's: once in each backward pass, look what is there."""
         number = _backward_pass()
         if number != self._checked:
@@ -290,13 +223,13 @@ class CapturedLayer:
         gradient = parameter.grad
         if gradient is not None:
             copy = gradient.detach().clone() if self.keep_gradients else None
-            self._seen[kind] = _Seen(TensorWeakRef(gradient), gradient._version, copy)
+            self._seen[kind] = SeenGradient(TensorWeakRef(gradient), gradient._version, copy)
         number = _backward_pass()
         for captured in self._reached.pop(number, ()):
             captured.keep(number)
             self._count(captured)
 
-    def _count(self, captured: _Pass) -> None:
+    def _count(self, captured: Pass) -> None:
         if not captured.counted and captured.x is not None:
             captured.counted = True
             self.passes.append(captured)
@@ -327,20 +260,18 @@ class CapturedLayer:
 
     def _is_discarded(self, kind: str, gradient: Tensor | None) -> bool:
         seen = self._seen.get(kind)
-        if gradient is None or seen is None:
-            return True
-        # Only what somebody has written to is looked at: that waits for the device.
-        return not seen.is_still(gradient) and gradient.layout == torch.strided and not bool(gradient.any())
+        return gradient is None or seen is None or seen.is_discarded(gradient)
 
     # --- what a step reads
 
-    def rows(self, layout: Layout) -> tuple[Tensor | Rows, Tensor | Rows] | None:
+    def rows(self, layout: Layout, weight: Tensor) -> tuple[Tensor | Rows, Tensor | Rows] | None:
         """Inputs ``[B, K]`` and pre-activations ``[B, N]`` of all captured passes, one row per example.
 
         With groups both begin with ``G``. ``None`` if there are no rows.
 
         Args:
             layout: of the layer.
+            weight: the layer's, in the shape of a local problem.
 
         Raises:
             ValueError: an input was overwritten since the forward pass, or does not fit the weight any more.
@@ -349,15 +280,13 @@ class CapturedLayer:
             return None
         inputs: list[Tensor | Rows] = []
         outputs: list[Tensor | Rows] = []
-        weight = layout.weight(self.weight)
         n, k = weight.shape[-2:]
-        restored = [self._restored(captured) for captured in self.passes]
-        xs, preactivations = (_of_one_dtype(list(tensors), weight.dtype) for tensors in zip(*restored, strict=True))
+        restored = [captured.restored(self.name, weight.dtype) for captured in self.passes]
+        xs, preactivations = (_of_one_dtype(tensors, weight.dtype) for tensors in zip(*restored, strict=True))
         for captured, x, a in zip(self.passes, xs, preactivations, strict=True):
-            own = layout if captured.module is self.modules[self.name] else layout_of(captured.module)
-            assert own is not None
+            own = layout if captured.module is self.module else self._layout(captured.module)
             x_rows, a_rows = own.inputs(x), own.outputs(a)
-            if (x_rows.shape[-1], a_rows.shape[-1]) != (k, n):
+            if x_rows.shape[-1] != k or a_rows.shape[-1] != n:
                 raise ValueError(
                     f"layer {self.name!r} changed shape since the forward: it mapped {x_rows.shape[-1]} to "
                     f"{a_rows.shape[-1]}, its weight is now {list(self.weight.shape)}"
@@ -367,14 +296,12 @@ class CapturedLayer:
                 outputs.append(a_rows)
         return (_stacked(inputs), _stacked(outputs)) if inputs else None
 
-    def residual_parts(self) -> Iterator[tuple[Layout, Tensor, _Gradients]]:
+    def residual_parts(self) -> Iterator[tuple[Layout, Tensor, Gradients]]:
         """The layout, pre-activation and gradients of each captured pass, in the order of :meth:`rows`."""
         for captured in self.passes:
-            layout = layout_of(captured.module)
-            assert layout is not None
             assert captured.preactivation is not None
             if captured.preactivation.numel():
-                yield layout, captured.preactivation, captured.gradients or _Gradients()
+                yield self._layout(captured.module), captured.preactivation, captured.gradients or Gradients()
 
     def gradient_factor(self) -> float:
         """By what the parameters' gradients were multiplied since the last backward pass, as by ``GradScaler``.
@@ -386,9 +313,7 @@ class CapturedLayer:
         for kind, parameter in self.trained.items():
             seen, gradient = self._seen.get(kind), parameter.grad
             assert gradient is not None
-            if seen is None or seen.copy is None:
-                factors.add(1.0)
-            elif (factor := _factor(seen.copy, gradient)) is not None:
+            if (factor := 1.0 if seen is None else seen.factor(gradient)) is not None:
                 factors.add(factor)
         factor = min(factors, default=1.0)
         if not all(abs(other - factor) <= 1e-2 * abs(factor) for other in factors):  # nor with a NaN
@@ -398,42 +323,12 @@ class CapturedLayer:
             )
         return factor
 
-    def _restored(self, captured: _Pass) -> tuple[Tensor, Tensor]:
-        """Input and pre-activation in the dtypes of a local problem; computed again where it was overwritten."""
-        x, a = captured.x, captured.preactivation
-        assert x is not None
-        assert a is not None
-        if x._version != captured.versions[0]:
-            raise ValueError(
-                f"the input of layer {self.name!r} was overwritten in place between the forward pass and step()"
-            )
-        allowed = (self.weight.dtype, torch.bfloat16, torch.float16)
-        if x.dtype not in allowed:
-            captured.x = x = x.to(self.weight.dtype)
-        if a._version != captured.versions[1]:  # an in-place activation function, say
-            a = type(captured.module).forward(captured.module, x.to(self.weight.dtype))
-        elif a.dtype not in allowed:
-            a = a.to(self.weight.dtype)
-        captured.preactivation, captured.versions = a, (x._version, a._version)
-        return x, a
 
-
-def _factor(before: Tensor, after: Tensor) -> float | None:
-    """The number with ``after = number * before`` where neither is zero; ``None`` without such places, NaN if none."""
-    if before.shape != after.shape:
-        return float("nan")
-    both = (before != 0) & (after != 0)
-    old, new = before[both].double(), after[both].double()
-    if not len(old) or not bool(torch.isfinite(new).all()):
-        return None  # a step with what is not finite is skipped anyway
-    factor = float((old * new).sum() / (old * old).sum())
-    close = (new - factor * old).abs() <= 16 * torch.finfo(after.dtype).eps * (factor * old).abs()
-    return factor if bool(close.all()) else float("nan")
-
-
-def _of_one_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _of_one_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """The tensors as they are, or all in ``dtype`` where they differ, as passes with and without autocast do."""
-    return tensors if len({tensor.dtype for tensor in tensors}) == 1 else [tensor.to(dtype) for tensor in tensors]
+    if all(tensor.dtype is tensors[0].dtype for tensor in tensors):
+        return tensors
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def _stacked(parts: list[Tensor | Rows]) -> Tensor | Rows:

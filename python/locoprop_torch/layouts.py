@@ -18,6 +18,7 @@ from locoprop_torch.modules import GroupedLinear
 __all__ = [
     "Layout",
     "laid_out",
+    "layout_class",
     "layout_of",
     "number_of_groups",
     "supported_modules",
@@ -187,20 +188,27 @@ _LAYOUTS: dict[type[nn.Module], Callable[[Any], Layout]] = {
 }
 
 
-def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of a module that LocoProp can train, ``None`` for any other.
+def layout_class(module: nn.Module) -> Callable[[Any], Layout] | None:
+    """What makes the layout of a module that LocoProp can train, ``None`` for any other.
 
     A subclass counts where it has its parent's ``forward``; the weight must be a parameter of its own, or a masked one.
-
-    Raises:
-        ValueError: the module is of a supported kind, but its weight has strides that are not.
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None  # MultiheadAttention reads its weight without calling it
     for kind, layout in _LAYOUTS.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
-            return layout(module) if trained_parameters(module) is not None else None
+            return layout if trained_parameters(module) is not None else None
     return None
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """The layout of a module that LocoProp can train, ``None`` for any other, see :func:`layout_class`.
+
+    Raises:
+        ValueError: the module is of a supported kind, but its weight has strides that are not.
+    """
+    layout = layout_class(module)
+    return None if layout is None else layout(module)
 
 
 def supported_modules(model: nn.Module) -> dict[str, Any]:

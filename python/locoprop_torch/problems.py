@@ -133,7 +133,7 @@ def layer_work(
     """
     layout, name = layer.layout, f"layer {layer.name!r}"
     weight = layout.weight(layer.weight)
-    found = layer.rows(layout)
+    found = layer.rows(layout, weight)
     x, preactivation = (None, None) if found is None else found
     gradients = starting_gradients(layer, layout, trained, target, transfer, x, activation_lr)
     examples = None

@@ -1,0 +1,141 @@
+"""What is kept of a layer's calls until a step uses it, and of its gradients as backward passes have left them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+__all__ = ["Gradients", "Pass", "SeenGradient"]
+
+
+@dataclass(eq=False)
+class Gradients:
+    """``∂L/∂A`` of a pass, and ``∂L/∂f(A)`` where the activation is a module; both only where a target needs them."""
+
+    output: Tensor | None = None
+    activation: Tensor | None = None
+
+    def add(self, other: Gradients) -> None:
+        """Add those of another backward pass."""
+        for name in ("output", "activation"):
+            old, new = getattr(self, name), getattr(other, name)
+            if new is not None:
+                setattr(self, name, new if old is None else old + new)
+
+
+@dataclass(eq=False)
+class Pass:
+    """One call of a layer. Its tensors are the forward pass's own, not copies, and ``None`` once a step has used them.
+
+    Attributes:
+        module: the module that was called.
+        x: its input.
+        preactivation: its output.
+        versions: how often either had been written to.
+        counted: whether a backward pass through it has added to the parameters' gradients.
+        gradients: what the backward passes that count have brought.
+        arriving: by the number of a backward pass, what it has brought, until it is known to count.
+    """
+
+    module: nn.Module
+    x: Tensor | None
+    preactivation: Tensor | None
+    versions: tuple[int, int]
+    counted: bool = False
+    gradients: Gradients | None = None
+    arriving: dict[int, Gradients] | None = None
+
+    def arrive(self, number: int, gradients: Gradients) -> None:
+        """Gradients have come in a backward pass."""
+        if self.arriving is None:
+            self.arriving = {}
+        self.arriving.setdefault(number, Gradients()).add(gradients)
+
+    def keep(self, number: int) -> None:
+        """The backward pass counts: what has come in it does too."""
+        if self.arriving is not None and number in self.arriving:
+            if self.gradients is None:
+                self.gradients = Gradients()
+            self.gradients.add(self.arriving.pop(number))
+
+    def drop(self, number: int) -> None:
+        """The backward pass does not count."""
+        if self.arriving is not None:
+            self.arriving.pop(number, None)
+
+    def release(self) -> None:
+        """Let go of the tensors, which the graph behind the loss would keep until the next forward pass."""
+        self.x = self.preactivation = self.gradients = self.arriving = None
+
+    def restored(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Input and pre-activation in dtypes that a local problem takes; the latter anew where it was overwritten.
+
+        Args:
+            name: the layer's, for messages.
+            dtype: the weight's.
+
+        Raises:
+            ValueError: the input was overwritten since the forward pass.
+        """
+        x, a = self.x, self.preactivation
+        assert x is not None
+        assert a is not None
+        if x._version != self.versions[0]:
+            raise ValueError(
+                f"the input of layer {name!r} was overwritten in place between the forward pass and step()"
+            )
+        overwritten = a._version != self.versions[1]  # by an in-place activation function, say
+        if not overwritten and x.dtype is dtype and a.dtype is dtype:
+            return x, a
+        allowed = (dtype, torch.bfloat16, torch.float16)
+        if x.dtype not in allowed:
+            self.x = x = x.to(dtype)
+        if overwritten:
+            a = type(self.module).forward(self.module, x.to(dtype))
+        elif a.dtype not in allowed:
+            a = a.to(dtype)
+        self.preactivation, self.versions = a, (x._version, a._version)
+        return x, a
+
+
+class SeenGradient(NamedTuple):
+    """A parameter's gradient as a backward pass has left it.
+
+    Attributes:
+        tensor: the gradient.
+        version: how often it had been written to.
+        copy: its values, where a target needs them.
+    """
+
+    tensor: TensorWeakRef
+    version: int
+    copy: Tensor | None
+
+    def is_discarded(self, now: Tensor) -> bool:
+        """Whether the parameter's gradient ``now`` is zeros that somebody has written over this one."""
+        if self.tensor() is now and now._version == self.version:
+            return False
+        # Only what somebody has written to is looked at: that waits for the device.
+        return now.layout == torch.strided and not bool(now.any())
+
+    def factor(self, now: Tensor) -> float | None:
+        """The number with ``now = number * gradient`` where neither is zero.
+
+        ``None`` without such places or without a copy, NaN where no number does.
+        """
+        before = self.copy
+        if before is None:
+            return 1.0
+        if before.shape != now.shape:
+            return float("nan")
+        both = (before != 0) & (now != 0)
+        old, new = before[both].double(), now[both].double()
+        if not len(old) or not bool(torch.isfinite(new).all()):
+            return None  # a step with what is not finite is skipped anyway
+        factor = float((old * new).sum() / (old * old).sum())
+        close = (new - factor * old).abs() <= 16 * torch.finfo(now.dtype).eps * (factor * old).abs()
+        return factor if bool(close.all()) else float("nan")
