@@ -21,6 +21,7 @@ __all__ = [
     "LocalProblem",
     "State",
     "accumulation_dtype",
+    "initial_state",
     "is_number",
     "rule_state",
     "shown",
@@ -216,6 +217,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def initial_state(rule: Rule, parameter: Tensor) -> dict[str, Tensor]:
+    """The state that a rule starts with: a tensor per slot like ``parameter``, in the dtype of sums, and its step 0."""
+    dtype = accumulation_dtype(parameter.dtype)
+    state = {slot: torch.full_like(parameter, start, dtype=dtype) for slot, start in rule.slots.items()}
+    if rule.counts_steps:
+        state["step"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
+    return state
+
+
 def rule_state(problem: LocalProblem, name: str, rule: Rule, label: str) -> dict[str, Tensor]:
     """The rule's state for the parameter ``name`` of ``problem``, created where there is none yet; never written to.
 
@@ -225,24 +235,23 @@ def rule_state(problem: LocalProblem, name: str, rule: Rule, label: str) -> dict
         ValueError: the state has other slots or shapes than ``rule`` needs.
     """
     parameter = getattr(problem, name)
-    dtype = accumulation_dtype(parameter.dtype)
     stored = problem.state.get(name) or {}
     wanted = [*rule.slots, *(["step"] if rule.counts_steps else [])]
     if stored and set(stored) != set(wanted):
         raise ValueError(
             f"{label}: state of {name} must have {wanted or 'no entries'} for {rule}, got {sorted(stored)}"
         )
+    if not stored:
+        return initial_state(rule, parameter)
+    dtype = accumulation_dtype(parameter.dtype)
     state: dict[str, Tensor] = {}
-    for slot, start in rule.slots.items():
-        if slot not in stored:
-            state[slot] = torch.full(parameter.shape, start, dtype=dtype, device=parameter.device)
-        elif stored[slot].shape != parameter.shape:
+    for slot in rule.slots:
+        if stored[slot].shape != parameter.shape:
             raise ValueError(
                 f"{label}: state {slot!r} of {name} must have shape {list(parameter.shape)}, "
                 f"got {list(stored[slot].shape)}"
             )
-        else:
-            state[slot] = stored[slot].to(device=parameter.device, dtype=dtype)
+        state[slot] = stored[slot].to(device=parameter.device, dtype=dtype)
     if rule.counts_steps:
-        state["step"] = stored.get("step", torch.zeros((), dtype=torch.int64)).to(device=parameter.device)
+        state["step"] = stored["step"].to(device=parameter.device)
     return state
