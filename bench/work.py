@@ -13,6 +13,7 @@ import locoprop_kernels as lk
 from bench import textbook
 from bench.cases import Case
 from locoprop_torch import LocoProp
+from locoprop_torch.rates import local_rates
 
 __all__ = ["LR", "Work"]
 
@@ -52,7 +53,7 @@ class Work:
         self.names = [layer.transfer for layer in case.layers]
         self.local_names = ["identity"] * len(self.names) if case.loss == "squared" else self.names
         iterations = case.iterations
-        self.rates = [LR * max(1 - t / iterations, 0.25) for t in range(iterations)]
+        self.rates = local_rates(LR, iterations)
         first, last = case.layers[0], case.layers[-1]
         if case.scope == "step":
             self.x, self.y = rand(*first.input_shape), rand(last.batch, last.outputs)

@@ -25,6 +25,7 @@ from torch import Tensor
 import locoprop_kernels as lk
 from locoprop_kernels import transfers
 from locoprop_kernels.transfers import Transfer
+from locoprop_torch.rates import local_rates
 
 ROOT = Path(__file__).parents[1]
 STYLE = {
@@ -134,7 +135,7 @@ def traces() -> Figure:
     iterations = 20
     for lr in (1e-4, 1e-3, 1e-2):
         rule = lk.rules.RMSprop(momentum=0.9)
-        rates = [lr * max(1 - t / iterations, 0.25) for t in range(iterations)]
+        rates = local_rates(lr, iterations)
         report = lk.local_steps_([_problem(gamma=1.0)], rule=rule, lr=rates, commit=False, trace=True)
         values = report.trace[0]
         assert values is not None
