@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locoprop_kernels.problem import is_number, shown
+from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, is_number, shown
+from locoprop_kernels.steps import BACKENDS, triton_unavailable
 
 __all__ = [
     "as_list",
+    "check_arguments",
     "check_choice",
     "check_number",
     "check_one_process",
@@ -22,6 +24,30 @@ __all__ = [
     "is_compiled",
     "is_named",
 ]
+
+
+LOCAL_LOSSES = ("matching", "squared")
+
+
+def check_arguments(
+    model: Any, local_loss: Any, reduction: Any, backend: Any, compute_dtype: Any, lr_decay: Any
+) -> None:
+    """Check the arguments of ``LocoProp`` that hold for the whole optimiser and can be checked by themselves.
+
+    Raises:
+        TypeError, ValueError: one of them is out of range, the Triton backend cannot run, or several processes train.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_choice("local_loss", local_loss, LOCAL_LOSSES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("backend", backend, BACKENDS)
+    check_choice("compute_dtype", compute_dtype, (None, *COMPUTE_DTYPES))
+    if lr_decay is not None and not callable(lr_decay):
+        raise TypeError(f"lr_decay must be callable or None, got {shown(lr_decay)}")
+    if backend == "triton" and (reason := triton_unavailable()):
+        raise ValueError(f"backend 'triton' cannot run: {reason}; backend='reference' would work")
+    check_one_process(model)
 
 
 def check_number(name: str, value: Any, *, zero: bool = True) -> Any:

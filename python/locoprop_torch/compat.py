@@ -34,7 +34,8 @@ from locoprop_kernels import LocalProblem, StepReport, local_steps_, rules
 from locoprop_kernels.rules import Rule
 from locoprop_torch.discovery import transfer_of
 from locoprop_torch.layouts import laid_out, layout_of, number_of_groups
-from locoprop_torch.problems import RuleState, give_parameter
+from locoprop_torch.problems import RuleState, give_parameter, problem_of
+from locoprop_torch.rates import default_lr_decay, local_rates
 
 __all__ = ["LocoLayer", "LocopropTrainer"]
 
@@ -260,10 +261,6 @@ class LocopropTrainer:
             averages[visit.place] = visit.grad
         self.grads = averages
 
-    def _rates(self, optimizer: torch.optim.Optimizer) -> list[float]:
-        lr, iterations = optimizer.param_groups[0]["lr"], self.local_iterations
-        return [float(lr) * max(1.0 - j / iterations, 0.25) for j in range(iterations)]
-
     def _together(self, inputs: list[Tensor], visits: list[_Visit], anew: bool) -> None:
         """The local iterations of independent layers; ``anew`` computes pre-activations and gradients again."""
         batches: dict[tuple[Rule, tuple[float, ...]], list[_Work]] = {}
@@ -304,21 +301,18 @@ class LocopropTrainer:
             with torch.no_grad():
                 a = module(x) if visit.overwritten else visit.hidden
             gradients = {kind: self.learning_rate * p.grad for kind, p in parameters.items() if p.grad is not None}
-        problem = LocalProblem(
-            layout.inputs(x),
-            layout.outputs(a.detach()),
-            layout.weight(module.weight),
-            None if module.bias is None else layout.bias(module.bias),
-            transfer=transfer,
-            examples=len(x),
-            name=f"module {visit.place}",
+        rows, everything = (
+            (layout.inputs(x), layout.outputs(a.detach())),
+            {"weight": module.weight, "bias": module.bias},
         )
+        problem = problem_of(layout, everything, rows, transfer, f"module {visit.place}", examples=len(x))
         states = {}
         for kind, gradient in gradients.items():
             parameter, start = parameters[kind], layout.view(kind, laid_out(gradient, parameters[kind]))
             stored = self._stored(visit.optimizer, rule, parameter)
             states[kind] = give_parameter(problem, layout, kind, parameter, start, rule, stored)
-        return _Work(visit.optimizer, rule, self._rates(visit.optimizer), parameters, problem, states)
+        rates = local_rates(float(visit.optimizer.param_groups[0]["lr"]), self.local_iterations)
+        return _Work(visit.optimizer, rule, rates, parameters, problem, states)
 
     @staticmethod
     def _stored(optimizer: torch.optim.Optimizer, rule: Rule, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -345,7 +339,7 @@ class LocopropTrainer:
         lr = group["lr"]
         try:
             for j in range(self.local_iterations):
-                group["lr"] = lr * max(1.0 - j / self.local_iterations, 0.25)
+                group["lr"] = lr * default_lr_decay(j, self.local_iterations)
                 optimizer.zero_grad()
                 a = layer.module(x)
                 a.backward((activate(a) - target) / len(x))

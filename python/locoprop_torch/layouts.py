@@ -31,14 +31,16 @@ class Layout(ABC):
 
     #: Dimension of the output, not counting from the end where positive, that holds the features ``N``.
     feature_dim = -1
+    #: Whether the parameters of the problem have other shapes than the module's.
+    reshapes = False
 
-    @abstractmethod
     def weight(self, tensor: Tensor) -> Tensor:
         """A tensor with the weight's shape and strides as a view ``[N, K]`` or ``[G, N, K]``."""
+        return tensor
 
-    @abstractmethod
     def bias(self, tensor: Tensor) -> Tensor:
         """A tensor with the bias's shape as a view ``[N]`` or ``[G, N]``."""
+        return tensor
 
     @abstractmethod
     def inputs(self, x: Tensor) -> Tensor | Rows:
@@ -54,43 +56,36 @@ class Layout(ABC):
 
 
 class _LinearLayout(Layout):
+    """A linear layer: the examples are all but the last dimension."""
+
     def __init__(self, module: nn.Linear) -> None:
         pass
 
-    def weight(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def bias(self, tensor: Tensor) -> Tensor:
-        return tensor
-
     def inputs(self, x: Tensor) -> Tensor:
-        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
     def outputs(self, a: Tensor) -> Tensor:
-        return a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
+        return self.inputs(a)
 
 
 class _GroupedLinearLayout(Layout):
+    """Linear layers side by side: the examples are all but the first and the last dimension."""
+
     def __init__(self, module: GroupedLinear) -> None:
         pass
 
-    def weight(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def bias(self, tensor: Tensor) -> Tensor:
-        return tensor
-
     def inputs(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
+        return x if x.dim() == 3 else x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
 
     def outputs(self, a: Tensor) -> Tensor:
-        return a.reshape(len(a), math.prod(a.shape[1:-1]), a.shape[-1])
+        return self.inputs(a)
 
 
 class _ConvLayout(Layout):
     """A convolution: the examples are the positions of the output, the inputs their patches."""
 
     feature_dim = 1
+    reshapes = True
 
     def __init__(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         self.module = module

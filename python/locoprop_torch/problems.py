@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from locoprop_kernels import LocalProblem, rules
-from locoprop_kernels.problem import accumulation_dtype
+from locoprop_kernels.patches import Rows
+from locoprop_kernels.problem import accumulation_dtype, initial_state
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.layouts import Layout, laid_out
 from locoprop_torch.targets import Target, starting_gradients
 
-__all__ = ["LayerWork", "RuleState", "give_parameter", "layer_work"]
+__all__ = ["LayerWork", "RuleState", "Trained", "give_parameter", "layer_work", "problem_of"]
 
 
 @dataclass(eq=False)
@@ -36,6 +37,36 @@ class RuleState:
         for slot, view in self.views.items():
             if state[slot] is not view:
                 view.copy_(state[slot])
+
+
+def problem_of(
+    layout: Layout,
+    parameters: Mapping[str, nn.Parameter | None],
+    rows: tuple[Tensor | Rows, Tensor | Rows],
+    transfer: Transfer,
+    name: str,
+    examples: int | None = None,
+) -> LocalProblem:
+    """The local problem of a module, in which no parameter is trained yet; see :func:`give_parameter`.
+
+    Args:
+        layout: of the module.
+        parameters: its ``"weight"``, and its ``"bias"`` where it has one.
+        rows: its inputs and pre-activations, as the problem wants them.
+        transfer: its transfer function.
+        name: what error messages call it.
+        examples: what a mean is taken over; ``None`` for the number of rows.
+    """
+    weight, bias = parameters["weight"], parameters.get("bias")
+    assert weight is not None
+    return LocalProblem(
+        *rows,
+        layout.weight(weight),
+        None if bias is None else layout.bias(bias),
+        transfer=transfer,
+        name=name,
+        examples=examples,
+    )
 
 
 def give_parameter(
@@ -58,14 +89,30 @@ def give_parameter(
         rule: the update rule.
         stored: the rule's state so far, in the parameter's shape; empty at the first step.
     """
-    slots = _slots(parameter, rule, stored)
-    views = {
-        slot: layout.view(kind, value) if value.dim() and value.shape == parameter.shape else value
-        for slot, value in slots.items()
-    }
+    slots = _fitting(stored, parameter) if stored else initial_state(rule, parameter)
+    views = slots
+    if layout.reshapes:
+        shape = parameter.shape
+        views = {slot: layout.view(kind, t) if t.dim() and t.shape == shape else t for slot, t in slots.items()}
     setattr(problem, f"grad_{kind}", gradient)
     problem.state[kind] = dict(views)
     return RuleState(slots, views)
+
+
+class Trained(NamedTuple):
+    """A parameter of a layer that a step trains.
+
+    Attributes:
+        parameter: the parameter.
+        gradient: its ``.grad``.
+        rate: factor of the layer's learning rates for this parameter.
+        masks: where one of them is zero, the parameter stays as it is.
+    """
+
+    parameter: nn.Parameter
+    gradient: Tensor
+    rate: float
+    masks: Sequence[Tensor]
 
 
 @dataclass(eq=False)
@@ -74,14 +121,14 @@ class LayerWork:
 
     Attributes:
         layer: the layer.
-        trained: its parameters that have a gradient, by kind.
+        trained: its parameters that this step trains, by kind.
         problem: the local problem.
         rows: how many rows it has; 0 where there is a gradient alone.
         states: the rule's state of each trained parameter.
     """
 
     layer: CapturedLayer
-    trained: dict[str, nn.Parameter]
+    trained: Mapping[str, Trained]
     problem: LocalProblem
     rows: int
     states: dict[str, RuleState]
@@ -94,21 +141,18 @@ class LayerWork:
 
     def keep_state(self, state: dict[Any, Any]) -> None:
         """Put the state of a committed step into the optimiser's."""
-        for kind, parameter in self.trained.items():
-            if self.states[kind].slots:
-                self.states[kind].write_back(self.problem.state[kind])
-                state[parameter] = self.states[kind].slots
+        for kind, rule_state in self.states.items():
+            if rule_state.slots:
+                rule_state.write_back(self.problem.state[kind])
+                state[self.trained[kind].parameter] = rule_state.slots
 
 
 def layer_work(
     layer: CapturedLayer,
-    trained: dict[str, nn.Parameter],
+    trained: Mapping[str, Trained],
     transfer: Transfer,
     target: Target,
-    rule: rules.Rule,
-    activation_lr: float,
-    rates: Mapping[str, float],
-    masks: Mapping[str, Sequence[Tensor]],
+    group: Mapping[str, Any],
     state: Mapping[Any, dict[str, Tensor]],
 ) -> LayerWork:
     """What a step has to do for a layer with gradients.
@@ -121,43 +165,42 @@ def layer_work(
         trained: its parameters to train.
         transfer: its transfer function.
         target: its target.
-        rule: the update rule.
-        activation_lr: ``γ``.
-        rates: factor of the learning rate for each of ``trained``.
-        masks: the masks of each of its parameters.
+        group: the parameter group whose rule and ``γ`` it takes.
         state: the optimiser's state.
 
     Raises:
         TypeError, ValueError: what was captured does not fit the parameters any more, or see
             :mod:`locoprop_torch.targets`.
     """
-    layout, name = layer.layout, f"layer {layer.name!r}"
+    layout = layer.layout
     weight = layout.weight(layer.weight)
     found = layer.rows(layout, weight)
-    x, preactivation = (None, None) if found is None else found
-    gradients = starting_gradients(layer, layout, trained, target, transfer, x, activation_lr)
-    examples = None
-    if x is None or preactivation is None:
-        *lead, n, k = weight.shape
-        x, preactivation, examples = weight.new_zeros(*lead, 1, k), weight.new_zeros(*lead, 1, n), 1
-    bias = layer.parameters.get("bias")
-    problem = LocalProblem(
-        x,
-        preactivation,
-        weight,
-        None if bias is None else layout.bias(bias),
-        transfer=transfer,
-        name=name,
-        examples=examples,
+    rows = found or _one_row_of_zeros(weight)
+    examples = None if found else 1
+    problem = problem_of(layout, layer.parameters, rows, transfer, f"layer {layer.name!r}", examples)
+    gradients = starting_gradients(
+        layer,
+        layout,
+        {kind: part.gradient for kind, part in trained.items()},
+        target,
+        transfer,
+        found[0] if found else None,
+        float(group["activation_lr"]),
     )
     states = {}
-    for kind, parameter in trained.items():
+    for kind, (parameter, _, rate, masks) in trained.items():
         stored = state.get(parameter) or {}
-        states[kind] = give_parameter(problem, layout, kind, parameter, gradients[kind], rule, stored)
-        setattr(problem, f"rate_{kind}", rates[kind])
-        if masks.get(kind):
-            setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(_mask(parameter, masks[kind]), parameter)))
-    return LayerWork(layer, trained, problem, 0 if found is None else problem.shape[0], states)
+        states[kind] = give_parameter(problem, layout, kind, parameter, gradients[kind], group["rule"], stored)
+        setattr(problem, f"rate_{kind}", rate)
+        if masks:
+            setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(_mask(parameter, masks), parameter)))
+    return LayerWork(layer, trained, problem, found[0].shape[-2] if found else 0, states)
+
+
+def _one_row_of_zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """An input and a pre-activation for a problem without rows; ``weight`` is the problem's."""
+    *lead, n, k = weight.shape
+    return weight.new_zeros(*lead, 1, k), weight.new_zeros(*lead, 1, n)
 
 
 def _mask(parameter: nn.Parameter, masks: Sequence[Tensor]) -> Tensor:
@@ -168,17 +211,15 @@ def _mask(parameter: nn.Parameter, masks: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _slots(parameter: nn.Parameter, rule: rules.Rule, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rule's state in the parameter's shape, strides and device and the dtype of sums; new where there is none."""
-    dtype = accumulation_dtype(parameter.dtype)
-    if not stored:
-        state = {slot: torch.full_like(parameter, start, dtype=dtype) for slot, start in rule.slots.items()}
-        if rule.counts_steps:
-            state["step"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
-        return state
-    return {
-        slot: value.to(parameter.device)
-        if not value.dim() or value.shape != parameter.shape
-        else laid_out(value.to(parameter.device, dtype), parameter)
-        for slot, value in stored.items()
-    }
+def _fitting(stored: Mapping[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The rule's state in the parameter's strides and device and the dtype of sums: the same tensors if they fit."""
+    dtype, device, strides = accumulation_dtype(parameter.dtype), parameter.device, parameter.stride()
+    slots = {}
+    for slot, value in stored.items():
+        if value.dtype is not dtype or value.device != device or value.stride() != strides:
+            if value.dim() and value.shape == parameter.shape:
+                value = laid_out(value.to(device, dtype), parameter)
+            else:
+                value = value.to(device)
+        slots[slot] = value
+    return slots

@@ -14,23 +14,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from locoprop_kernels.patches import Rows, row_chunks
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
+from locoprop_torch.checks import check_choice
 from locoprop_torch.layouts import Layout, laid_out
 
-__all__ = ["TARGETS", "Target", "starting_gradients"]
+__all__ = ["Target", "check_target", "starting_gradients"]
 
 Target = str | Callable[[Tensor, Tensor], Tensor]
-TARGETS = ("dual", "primal")
+_BY_NAME = ("dual", "primal")
+
+
+def check_target(target: Target | Mapping[str, Target]) -> None:
+    """Check a target, or those by submodule name.
+
+    Raises:
+        ValueError: one of them is neither a function nor the name of a target.
+    """
+    for choice in target.values() if isinstance(target, Mapping) else [target]:
+        if not callable(choice):
+            check_choice("target", choice, _BY_NAME)
 
 
 def starting_gradients(
     layer: CapturedLayer,
     layout: Layout,
-    trained: Mapping[str, nn.Parameter],
+    gradients: Mapping[str, Tensor],
     target: Target,
     transfer: Transfer,
     x: Tensor | Rows | None,
@@ -41,7 +53,7 @@ def starting_gradients(
     Args:
         layer: a layer that has gradients.
         layout: its layout.
-        trained: its parameters to train.
+        gradients: the ``.grad`` of its parameters to train, by kind.
         target: see the module.
         transfer: the layer's transfer function ``f``.
         x: inputs ``[B, K]`` or ``[G, B, K]``; ``None`` where there are no rows: the target is then the dual one.
@@ -53,15 +65,14 @@ def starting_gradients(
     """
     if target == "dual" or x is None:
         return {
-            kind: layout.view(kind, laid_out(activation_lr * p.grad, p))
-            for kind, p in trained.items()
-            if p.grad is not None
+            kind: layout.view(kind, laid_out(activation_lr * gradient, layer.parameters[kind]))
+            for kind, gradient in gradients.items()
         }
     residual = _residual(layer, target, transfer, activation_lr)
     result: dict[str, Tensor] = {}
-    if "weight" in trained:
+    if "weight" in gradients:
         result["weight"] = _product(residual, x)
-    if "bias" in trained:
+    if "bias" in gradients:
         result["bias"] = residual.sum(-2)
     return result
 

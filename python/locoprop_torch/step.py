@@ -1,0 +1,211 @@
+"""The parts of a step: which layers make a call of the backend, the call itself, and its commit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from locoprop_kernels import StepReport
+from locoprop_kernels.settings import Settings
+from locoprop_kernels.steps import pending_steps
+from locoprop_torch.capture import CapturedLayer
+from locoprop_torch.problems import LayerWork, Trained
+
+__all__ = [
+    "Call",
+    "Place",
+    "SkipCounter",
+    "all_finite",
+    "commit",
+    "decay_weights",
+    "places",
+    "solve",
+    "trained",
+    "validate",
+]
+
+# What the groups of a layer's weight and bias must agree in.
+_SHARED = ("activation_lr", "local_iterations", "prox", "rule", "transfer")
+
+
+class Place(NamedTuple):
+    """Where a parameter is among the parameter groups: the number of its group, the group, and its learning rate."""
+
+    number: int
+    group: dict[str, Any]
+    lr: float
+
+
+def places(groups: Sequence[dict[str, Any]]) -> dict[int, Place]:
+    """The place of every parameter, by its ``id``."""
+    found = {}
+    for number, group in enumerate(groups):
+        place = Place(number, group, float(group["lr"]))
+        found.update({id(p): place for p in group["params"]})
+    return found
+
+
+def trained(
+    layer: CapturedLayer, where: Mapping[int, Place], masks: Mapping[str, Sequence[Tensor]]
+) -> tuple[Place, float, dict[str, Trained]] | None:
+    """What a step trains of a layer.
+
+    Args:
+        layer: the layer.
+        where: the place of every parameter, by its ``id``.
+        masks: the masks of the layer's parameters, by kind.
+
+    Returns:
+        The place whose group the layer takes its hyper-parameters from, the learning rate that the factors of its
+        parameters refer to, and these; ``None`` where no parameter has a gradient.
+
+    Raises:
+        ValueError: weight and bias are in groups that do not agree, or a gradient is sparse.
+    """
+    found = []
+    for kind, parameter in layer.parameters.items():
+        gradient, place = parameter.grad, where.get(id(parameter))
+        if gradient is not None and place is not None and parameter.requires_grad:
+            found.append((kind, parameter, gradient, place))
+    if not found:
+        return None
+    place = found[0][3]
+    lr = max(other.lr for *_, other in found)
+    for _, _, _, other in found[1:]:
+        if other is not place:
+            _check_agreement(layer, place, other)
+    for kind, _, gradient, _ in found:
+        if gradient.layout != torch.strided:
+            raise ValueError(f"layer {layer.name!r}: the gradient of its {kind} must be dense, got {gradient.layout}")
+    return (
+        place,
+        lr,
+        {
+            kind: Trained(p, gradient, other.lr / lr if other.lr != lr else 1.0, masks.get(kind, ()))
+            for kind, p, gradient, other in found
+        },
+    )
+
+
+def _check_agreement(layer: CapturedLayer, place: Place, other: Place) -> None:
+    """Check that the groups of a layer's weight and bias have the hyper-parameters in common that they must."""
+    different = [name for name in _SHARED if other.group[name] != place.group[name]]
+    if different:
+        raise ValueError(
+            f"the parameter groups of weight and bias of layer {layer.name!r} must agree in "
+            f"{', '.join(_SHARED)}; they differ in {', '.join(different)}"
+        )
+
+
+@dataclass(eq=False)
+class Call:
+    """The layers of one call of the backend, which have these in common.
+
+    Attributes:
+        group: the parameter group.
+        rates: the learning rate of each local iteration.
+        with_rows: whether there are rows; without them it is the rule's own step on the gradient.
+        work: the layers.
+    """
+
+    group: dict[str, Any]
+    rates: list[float]
+    with_rows: bool
+    work: list[LayerWork] = field(default_factory=list)
+
+
+def validate(calls: Sequence[Call]) -> None:
+    """Check the problems of several calls: each checks its own, but the first must not run if the second cannot."""
+    if len(calls) > 1:
+        for work in (work for call in calls for work in call.work):
+            work.problem.validate(work.problem.name)
+
+
+def solve(call: Call, settings: Settings, backend: str) -> StepReport:
+    """The local iterations of one call, up to the commit."""
+    problems = [work.problem for work in call.work]
+    report = pending_steps(problems, settings, backend, False, done=lambda index: call.work[index].release())
+    for work, problem in zip(call.work, report.problems, strict=True):
+        problem.name, problem.rows = work.layer.name, work.rows
+        if not call.with_rows:
+            problem.driver = "rule"
+    return report
+
+
+def all_finite(reports: Iterable[StepReport], loss: Any, aux: Optimizer | None) -> Tensor:
+    """Whether a whole step may be committed: a bool tensor on the parameters' device.
+
+    Args:
+        reports: of all calls.
+        loss: what the closure returned; looked at where it is a tensor or a number.
+        aux: the optimiser that steps along; its gradients must be finite too.
+    """
+    flags = [report.finite for report in reports]
+    if isinstance(loss, (Tensor, float)):
+        flags.append(torch.isfinite(torch.as_tensor(loss)).all())
+    if aux is not None:
+        grads = [p.grad for group in aux.param_groups for p in group["params"] if p.grad is not None]
+        flags.extend(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all() for g in grads)
+    if len(flags) == 1:
+        return flags[0]
+    if not flags:
+        return torch.tensor(True)
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+
+
+def decay_weights(calls: Iterable[Call], where: Mapping[int, Place], finite: Tensor) -> None:
+    """Decoupled weight decay, as AdamW's: once a step, before the increment is added, and only if it will be."""
+    for parameter in (part.parameter for call in calls for work in call.work for part in work.trained.values()):
+        place = where[id(parameter)]
+        factor = 1 - place.lr * place.group["weight_decay"]
+        if factor != 1:
+            kept = torch.full((), factor, dtype=torch.float64, device=finite.device)
+            parameter.mul_(torch.where(finite, kept, 1.0))
+
+
+def commit(call: Call, report: StepReport, finite: Tensor, state: dict[Any, Any]) -> None:
+    """Apply the increments of a call and keep the rules' state, if the whole step is finite."""
+    report.commit_(finite)
+    if finite.device.type != "cpu" or report.committed:  # elsewhere the host does not wait for the answer
+        for work in call.work:
+            work.keep_state(state)
+
+
+class SkipCounter:
+    """Counts steps that were not committed, on their device, and warns about the first."""
+
+    def __init__(self, total: int = 0) -> None:
+        self._total = torch.tensor(total)
+        self._seen = torch.tensor(total)
+        self._start = total
+        self._warned = False
+
+    @property
+    def total(self) -> int:
+        """How many there were so far (waits for the device)."""
+        return int(self._total)
+
+    def count(self, finite: Tensor) -> None:
+        """Count a step unless it is ``finite``; to be called by ``step`` itself, whose caller the warning points at."""
+        if finite.device.type == "cpu" and finite:
+            return
+        if self._total.device != finite.device:
+            self._total = self._total.to(finite.device)
+            self._seen = torch.zeros_like(self._total, device="cpu", pin_memory=finite.is_cuda)
+        self._total += ~finite
+        # The host does not wait for a device, so there the warning may come a step late; the total is exact.
+        self._seen.copy_(self._total, non_blocking=True)
+        if not self._warned and int(self._seen) > self._start:
+            self._warned = True
+            warnings.warn(
+                "LocoProp skipped a step: the loss, a gradient or a local loop was not finite. Weights and state are "
+                "as before; further cases are only counted, in skipped_steps.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
