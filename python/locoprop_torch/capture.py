@@ -250,7 +250,7 @@ class CapturedLayer:
             if release:
                 captured.release()
         self.passes = []
-        if _backward_pass() < 0:
+        if self._reached and _backward_pass() < 0:
             self._reached.clear()  # of backward passes that have raised
 
     def forget_discarded(self) -> None:
@@ -282,8 +282,10 @@ class CapturedLayer:
         outputs: list[Tensor | Rows] = []
         n, k = weight.shape[-2:]
         restored = [captured.restored(self.name, weight.dtype) for captured in self.passes]
-        xs, preactivations = (_of_one_dtype(tensors, weight.dtype) for tensors in zip(*restored, strict=True))
-        for captured, x, a in zip(self.passes, xs, preactivations, strict=True):
+        if len(restored) > 1:
+            columns = (_of_one_dtype(tensors, weight.dtype) for tensors in zip(*restored, strict=True))
+            restored = list(zip(*columns, strict=True))
+        for captured, (x, a) in zip(self.passes, restored, strict=True):
             own = layout if captured.module is self.module else self._layout(captured.module)
             x_rows, a_rows = own.inputs(x), own.outputs(a)
             if x_rows.shape[-1] != k or a_rows.shape[-1] != n:

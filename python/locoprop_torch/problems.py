@@ -191,7 +191,8 @@ def layer_work(
     for kind, (parameter, _, rate, masks) in trained.items():
         stored = state.get(parameter) or {}
         states[kind] = give_parameter(problem, layout, kind, parameter, gradients[kind], group["rule"], stored)
-        setattr(problem, f"rate_{kind}", rate)
+        if rate != 1:
+            setattr(problem, f"rate_{kind}", rate)
         if masks:
             setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(_mask(parameter, masks), parameter)))
     return LayerWork(layer, trained, problem, found[0].shape[-2] if found else 0, states)
