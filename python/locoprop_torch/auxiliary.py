@@ -105,7 +105,8 @@ def complete_groups(model: nn.Module, owned: Mapping[int, nn.Parameter], given: 
     grouped = {id(p[1] if isinstance(p, tuple) else p) for group in groups for p in group["params"]}
     rest = [p for key, p in owned.items() if key not in grouped]
     groups = [*([{"params": rest}] if rest else []), *groups]
-    if named:  # all of them, or torch refuses
+    # torch wants names for all parameters or for none.
+    if named:
         names = {id(p): clean_name(name) for name, p in model.named_parameters()}
         for group in groups:
             group["params"] = [p if isinstance(p, tuple) else (names.get(id(p), ""), p) for p in group["params"]]

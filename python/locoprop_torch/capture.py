@@ -1,9 +1,10 @@
 """Capture of layer inputs and pre-activations during ordinary forward and backward passes.
 
-Four hooks follow a layer through a training step:
+These hooks follow a layer through a training step:
 
 * a forward hook keeps the input and the pre-activation of every call, a *pass*;
-* a hook on the output notes which passes a backward pass goes through;
+* a hook on the output notes which passes a backward pass goes through, and one on the input those whose gradient is
+  differentiated again;
 * a hook on each parameter looks, just before a gradient is added to ``.grad``, whether the gradient that is there
   still is what the earlier passes have left: rows go where their gradient went;
 * a hook after that addition counts the noted passes. A backward pass that adds to no parameter's ``.grad``
@@ -92,7 +93,7 @@ def _while_alive(layer: weakref.ref[CapturedLayer], method: Callable[..., None],
 
 
 def _backward_pass() -> int:
-    """A number for the backward pass that is running; -1 outside of one."""
+    """The number of the backward pass that is running; -1 outside of one."""
     return torch._C._current_graph_task_id()
 
 
@@ -122,15 +123,19 @@ class CapturedLayer:
         parameters, layout = trained_parameters(self.module), layout_class(self.module)
         assert parameters is not None
         assert layout is not None
-        self._layout: Callable[[nn.Module], Layout] = layout  # of all modules: those that share parameters are alike
+        # Modules that share their parameters are of one kind, so this holds for all of them.
+        self._layout: Callable[[nn.Module], Layout] = layout
         self.parameters: dict[str, nn.Parameter] = {kind: found.parameter for kind, found in parameters.items()}
         self.passes: list[Pass] = []
         self.called = False
         self._latest: tuple[weakref.ref[Tensor], weakref.ref[Pass]] | None = None
-        self._reached: dict[int, list[Pass]] = {}  # by backward pass
+        # The passes that a backward pass has come to, by its number.
+        self._reached: dict[int, list[Pass]] = {}
         self._seen: dict[str, SeenGradient] = {}
+        # The backward pass in which the gradients were looked at last.
         self._checked = -1
-        self._handles: dict[int, tuple[Any, ...]] = {  # by module or parameter
+        # The hooks, by the id of the module or parameter that they are on.
+        self._handles: dict[int, tuple[Any, ...]] = {
             id(module): (attach(module, _LayerHook(self)),) for module in modules.values()
         }
         self.detach = weakref.finalize(self, _remove, self._handles)
@@ -159,7 +164,8 @@ class CapturedLayer:
             return None
         return self._latest[1]()
 
-    @torch.compiler.disable  # hooks cannot be part of a compiled graph: each layer ends one
+    # Hooks cannot be part of a compiled graph, so each layer ends one.
+    @torch.compiler.disable
     def watch(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Count this call of the layer once a backward pass through its output adds to the parameters' gradients."""
         trainable = {kind: p for kind, p in self.parameters.items() if p.requires_grad}
@@ -173,7 +179,8 @@ class CapturedLayer:
         output.register_hook(self._hook(CapturedLayer._reach, captured))
         if x.requires_grad:
             handle = x.register_hook(_InputGradient(weakref.ref(self), captured))
-            if x.is_leaf:  # such an input may live on
+            # A leaf may live on after the pass, and be the input of many more.
+            if x.is_leaf:
                 weakref.finalize(captured, handle.remove).atexit = False
 
     def _hook(self, method: Callable[..., None], *arguments: Any) -> Callable[..., None]:
@@ -250,8 +257,9 @@ class CapturedLayer:
             if release:
                 captured.release()
         self.passes = []
+        # Outside of a backward pass, these are left of some that have raised.
         if self._reached and _backward_pass() < 0:
-            self._reached.clear()  # of backward passes that have raised
+            self._reached.clear()
 
     def forget_discarded(self) -> None:
         """Drop the captured passes if the gradient they belong to is gone: ``None``, or overwritten with zeros."""
@@ -306,10 +314,10 @@ class CapturedLayer:
                 yield self._layout(captured.module), captured.preactivation, captured.gradients or Gradients()
 
     def gradient_factor(self) -> float:
-        """By what the parameters' gradients were multiplied since the last backward pass, as by ``GradScaler``.
+        """The number that the parameters' gradients were multiplied by since the backward pass, as by ``GradScaler``.
 
         Raises:
-            ValueError: what was done to them is no multiplication by a number; they may have zeros more.
+            ValueError: they were changed in another way. Elements that were set to zero do not count.
         """
         factors = set()
         for kind, parameter in self.trained.items():
@@ -318,7 +326,8 @@ class CapturedLayer:
             if (factor := 1.0 if seen is None else seen.factor(gradient)) is not None:
                 factors.add(factor)
         factor = min(factors, default=1.0)
-        if not all(abs(other - factor) <= 1e-2 * abs(factor) for other in factors):  # nor with a NaN
+        # A NaN among them makes this false as well.
+        if not all(abs(other - factor) <= 1e-2 * abs(factor) for other in factors):
             raise ValueError(
                 f"the gradients of layer {self.name!r} were changed otherwise than by multiplication with one number "
                 "since the backward pass, which only the target 'dual' can follow"

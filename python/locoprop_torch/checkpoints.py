@@ -1,4 +1,4 @@
-"""What ``LocoProp`` puts into a ``state_dict`` beyond torch's, and takes out of it: the part of ``aux``, and facts."""
+"""What a ``state_dict`` of ``LocoProp`` has beyond torch's: the part of ``aux``, and what a resume must agree with."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def own_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore_state(optimizer: LocoProp, state_dict: Mapping[str, Any]) -> None:
-    """The state of the local rules in the dtypes it was saved in, which torch would cast, and everything of ``aux``."""
+    """Restore the local rules' state in its dtypes, which torch would cast to the parameters', and all of ``aux``."""
     own = [group for group in optimizer.param_groups if not group.get("aux")]
     parameters = [p for group in own for p in group["params"]]
     groups = state_dict["param_groups"]

@@ -51,7 +51,7 @@ def check_arguments(
 
 
 def check_number(name: str, value: Any, *, zero: bool = True) -> Any:
-    """``value`` as a Python number; a tensor of one element, which torch takes for learning rates, as it is."""
+    """``value`` as a float, checked; a tensor of one element, which torch takes for learning rates, stays one."""
     number = value
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -65,7 +65,11 @@ def check_number(name: str, value: Any, *, zero: bool = True) -> Any:
 
 
 def checked_hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a parameter group, as Python's own."""
+    """The numbers of a parameter group, checked, as Python's own; a learning rate in a tensor stays one.
+
+    Raises:
+        TypeError, ValueError: naming the number, what was expected and what came.
+    """
     iterations = group["local_iterations"]
     if isinstance(iterations, bool) or not isinstance(iterations, Integral):
         raise TypeError(f"local_iterations must be an integer, got {shown(iterations)}")

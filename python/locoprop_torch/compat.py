@@ -75,7 +75,8 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule | None:
     """The update rule that does what ``optimizer`` does; ``None`` where there is none (weight decay, AMSGrad, ...)."""
     try:
         return _rule_of(optimizer)
-    except ValueError:  # a hyper-parameter that torch takes and the rules refuse, such as alpha=1
+    except ValueError:
+        # torch takes some hyper-parameters that the rules refuse, such as alpha=1.
         return None
 
 
@@ -125,7 +126,7 @@ class _Work:
     states: dict[str, RuleState]
 
     def store(self) -> None:
-        """The rule's state, in the optimiser's own format: its ``state_dict`` is a checkpoint as ever."""
+        """Put the rule's state into the optimiser in its own format, so that its checkpoints are as ever."""
         for kind, parameter in self.parameters.items():
             stored = self.optimizer.state[parameter]
             step = stored.get("step")
@@ -216,7 +217,7 @@ class LocopropTrainer:
 
     @contextmanager
     def _frozen(self, freeze: bool) -> Iterator[None]:
-        """Spares the backward pass the trained layers' weight gradients where nobody will look at them."""
+        """Freeze the trained layers for a backward pass whose weight gradients nobody will look at."""
         trained = [layer for layer, opt in zip(self.model, self.opts, strict=True) if opt is not None]
         parameters = {p for layer in trained for p in layer.parameters() if p.requires_grad}
         for parameter in parameters:

@@ -145,7 +145,8 @@ def transfer_of(activation: Callable[..., Any], feature_dim: int, ndim: int) -> 
         return None
     values = [getattr(activation, parameter) for parameter in signature[1:]]
     if isinstance(activation, nn.Softmax):
-        dim = activation.dim if activation.dim is not None else (0 if ndim in (0, 1, 3) else 1)  # torch's own choice
+        # Without a dimension, torch chooses by the number of dimensions.
+        dim = activation.dim if activation.dim is not None else (0 if ndim in (0, 1, 3) else 1)
         values = [-1 if dim % ndim == feature_dim % ndim else None]
     return _transfer_of(signature, values)
 
@@ -206,7 +207,7 @@ def _follower(
 
 
 class _Tracer(fx.Tracer):
-    """Traces a copy, and goes on where the ``forward`` of a part cannot be traced: the part stays whole.
+    """Traces a copy of a model. A part whose ``forward`` cannot be traced is recorded as one call.
 
     Args:
         leaves: ``id`` of the layers to look for, which stay whole.
@@ -221,7 +222,7 @@ class _Tracer(fx.Tracer):
         self._leaves = leaves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Our own modules stay whole, as those of torch: their forward branches on shapes."""
+        """Whether a module is recorded as one call: torch's are, and our own, whose ``forward`` branches on shapes."""
         if id(m) in self._leaves or is_opaque(m) or isinstance(m, (GroupedLinear, MultiheadAttention)):
             return True
         kind = type(m).__bases__[0] if parametrize.is_parametrized(m) else type(m)
@@ -286,20 +287,24 @@ class _Search:
         elif self._found.keys().isdisjoint(map(id, module.modules())):
             pass
         elif isinstance(module, (MultiheadAttention, nn.MultiheadAttention)):
-            pass  # no elementwise function follows its projections
+            # No elementwise function follows its projections.
+            pass
         elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            if id(module.linear1) in self._found:  # its forward branches on data, so nothing can trace it
+            # Their forward branches on data, so nothing can trace it.
+            if id(module.linear1) in self._found:
                 self._add(module.linear1, transfer_of(module.activation, -1, 3))
             for child in module.children():
                 self.visit(child)
-        elif type(module).forward is nn.Module.forward:  # a container such as nn.ModuleList
+        elif type(module).forward is nn.Module.forward:
+            # A container, such as nn.ModuleList.
             for child in module.children():
                 direct = id(child) in self._found
                 self.visit(child, outer or (f"{type(module).__name__} has no forward" if direct else None))
         else:
             try:
                 self._trace(module, outer)
-            except Exception as error:  # whatever a model's Python does with a stand-in for a tensor
+            except Exception as error:
+                # A model's Python may raise anything when it meets a stand-in for a tensor.
                 for child in module.children():
                     self.visit(child, _reason(module, error))
 
@@ -318,7 +323,8 @@ class _Search:
             called = modules[str(node.target)]
             original = originals.get(id(called), called)
             if id(original) not in self._found:
-                self.visit(original, tracer.failed.get(id(called)))  # a leaf, such as a transformer layer of torch.nn
+                # A module that the tracer left whole, such as a transformer layer of torch.nn.
+                self.visit(original, tracer.failed.get(id(called)))
                 continue
             transfer, returned = _follower(node, modules, _softmax_dims(original))
             if returned and outer is not None:

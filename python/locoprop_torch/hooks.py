@@ -23,7 +23,7 @@ class ForwardHook:
 
     @property
     def __name__(self) -> str:
-        """What ``torch.jit.script`` asks first of a hook; it could not compile one."""
+        """What ``torch.jit.script`` asks of a hook first; it could not compile ours, so it gets a message instead."""
         raise AttributeError(
             "LocoProp's hooks cannot be scripted: script a copy, torch.jit.script(copy.deepcopy(model)), which has none"
         )

@@ -17,7 +17,7 @@ from locoprop_torch.layouts import number_of_groups, supported_modules, tied_lay
 from locoprop_torch.masks import trained_parameters
 from locoprop_torch.targets import Target
 
-__all__ = ["ModelLayers", "transfer_in_use"]
+__all__ = ["ModelLayers", "described", "transfer_in_use"]
 
 
 class ModelLayers:
@@ -195,6 +195,15 @@ def transfer_in_use(layer: CapturedLayer, chosen: str | Transfer | None, local_l
             f"layer {layer.name!r} has groups, so its transfer function must be elementwise, got {transfer}"
         )
     return transfer
+
+
+def described(layer: CapturedLayer, transfer: Transfer) -> str:
+    """A layer's sizes, the transfer function that it has, and what else is to be known of it, as text."""
+    *groups, n, k = layer.layout.weight(layer.weight).shape
+    count = f"{groups[0]} x " if groups else ""
+    tied = f"  (also {', '.join(list(layer.modules)[1:])})" if len(layer.modules) > 1 else ""
+    reason = f"  ({layer.reason})" if layer.reason else ""
+    return f"{count}{k} -> {n}  {transfer}{tied}{reason}"
 
 
 def _common_transfer(found: list[Found], names: list[str]) -> tuple[Transfer, str | None]:

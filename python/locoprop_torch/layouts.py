@@ -142,7 +142,8 @@ class _PaddedPatches(Rows):
 
     def _patches(self, x: Tensor, groups: int) -> Patches:
         module = self.module
-        amounts = [amount for pair in reversed(self._padding()) for amount in pair]  # F.pad wants the last one first
+        # F.pad wants the last dimension first.
+        amounts = [amount for pair in reversed(self._padding()) for amount in pair]
         if any(amounts):
             x = F.pad(x, amounts, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
         sizes = (module.kernel_size, module.stride, module.dilation)
@@ -189,7 +190,8 @@ def layout_class(module: nn.Module) -> Callable[[Any], Layout] | None:
     A subclass counts where it has its parent's ``forward``; the weight must be a parameter of its own, or a masked one.
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None  # MultiheadAttention reads its weight without calling it
+        # MultiheadAttention reads the weight of such a module without calling it, so no hook would run.
+        return None
     for kind, layout in _LAYOUTS.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return layout if trained_parameters(module) is not None else None
@@ -223,21 +225,21 @@ def supported_modules(model: nn.Module) -> dict[str, Any]:
 
 
 def tied_layers(modules: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """``modules`` grouped by their weight: a group shares one parameter.
+    """``modules``, those together that share their weight.
 
     Raises:
         ValueError: layers that share their weight have different biases or shapes of groups, or layers share a bias
             alone.
     """
     trained = {name: trained_parameters(module) or {} for name, module in modules.items()}
-    groups: dict[int, dict[str, Any]] = {}
+    by_weight: dict[int, dict[str, Any]] = {}
     for name, module in modules.items():
-        groups.setdefault(id(trained[name]["weight"].parameter), {})[name] = module
+        by_weight.setdefault(id(trained[name]["weight"].parameter), {})[name] = module
     owners: dict[int, str] = {}
-    for group in groups.values():
-        name, first = next(iter(group.items()))
-        biases = {other: trained[other]["bias"].parameter if "bias" in trained[other] else None for other in group}
-        for other, module in group.items():
+    for tied in by_weight.values():
+        name, first = next(iter(tied.items()))
+        biases = {other: trained[other]["bias"].parameter if "bias" in trained[other] else None for other in tied}
+        for other, module in tied.items():
             if biases[other] is not biases[name]:
                 raise ValueError(f"layers {name!r} and {other!r} share their weight, so they must share their bias too")
             if type(module) is not type(first) or getattr(module, "groups", 1) != getattr(first, "groups", 1):
@@ -246,7 +248,7 @@ def tied_layers(modules: Mapping[str, Any]) -> list[dict[str, Any]]:
             other = owners.setdefault(id(found.parameter), name)
             if other != name:
                 raise ValueError(f"layers {other!r} and {name!r} share a bias, so they must share their weight too")
-    return list(groups.values())
+    return list(by_weight.values())
 
 
 def laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def _trained(module: nn.Module, kind: str) -> TrainedParameter | None:
         return TrainedParameter(plain, None)
     original = module._parameters.get(f"{kind}_orig")
     mask = module._buffers.get(f"{kind}_mask")
-    if original is not None and mask is not None:  # torch.nn.utils.prune
+    # torch.nn.utils.prune keeps the parameter and the mask under these names.
+    if original is not None and mask is not None:
         return TrainedParameter(original, lambda: mask)
     if parametrize.is_parametrized(module, kind):
         chain: Any = module.parametrizations[kind]  # type: ignore[index]
@@ -94,5 +95,6 @@ def _acts_as_mask(parametrization: nn.Module, parameter: Tensor) -> bool:
             values = [torch.linspace(-2, 3, parameter.numel()).reshape(parameter.shape).to(parameter), parameter]
             binary = bool(((mask == 0) | (mask == 1)).all())
             return binary and all(torch.equal(trial(value), value * mask) for value in values)
-    except Exception:  # whatever it is, it is no mask
+    except Exception:
+        # The user's code may raise anything; a mask would not have.
         return False

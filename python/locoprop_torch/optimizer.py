@@ -29,7 +29,7 @@ from locoprop_torch.auxiliary import (
 )
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import as_list, check_arguments, check_one_process, checked_hyperparameters, is_compiled
-from locoprop_torch.layers import ModelLayers, transfer_in_use
+from locoprop_torch.layers import ModelLayers, described, transfer_in_use
 from locoprop_torch.problems import LayerWork, layer_work
 from locoprop_torch.rates import default_lr_decay, local_rates
 from locoprop_torch.step import (
@@ -148,8 +148,10 @@ class LocoProp(Optimizer):
         self.trace = trace
         self.last_reports: list[StepReport] = []
         self._skipped = SkipCounter()
-        self._told: set[str] = set()  # layers whose gradients without rows were logged
-        self._complete = False  # from then on, a new group must have whole layers
+        # The layers whose gradients without rows were logged.
+        self._told: set[str] = set()
+        # Once it is true, a new group must have whole layers.
+        self._complete = False
         self._model_layers = ModelLayers(model, transfers or {}, target, masks or {})
         try:
             self._build(aux, param_groups, defaults)
@@ -239,14 +241,16 @@ class LocoProp(Optimizer):
         check_one_process(self.model)
         link_groups(self.param_groups, self.aux)
         own = own_groups(self.param_groups)
-        for group in own:  # schedulers and users may have set them
+        # Schedulers and users may have set anything since the last step.
+        for group in own:
             group.update(checked_hyperparameters(group))
         where = places(own)
         calls, idle = self._calls(where)
         validate(calls)
         reports = [self._solve(call) for call in calls]
         finite = all_finite(reports, loss, self.aux)
-        if self.aux is not None and finite:  # the host decides here: with aux, a step waits for the device
+        # The host decides whether aux steps, so with aux a step waits for the device.
+        if self.aux is not None and finite:
             self.aux.step()
         if any(group["weight_decay"] for group in own):
             decay_weights(calls, where, finite)
@@ -325,7 +329,7 @@ class LocoProp(Optimizer):
     # --- saving, loading, copying
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, ``aux``'s groups and state included.
+        """What torch's optimisers return, with the groups and the state of ``aux`` included.
 
         The groups also say, as text, what the state depends on: rule, transfer functions, ``local_loss``,
         ``reduction`` and ``lr_decay``. A resume with others is refused.
@@ -374,7 +378,7 @@ class LocoProp(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "last_reports": []}
-        # torch's own __init__ and __setstate__ put these back
+        # torch's own __init__ and __setstate__ put these back.
         return {
             k: v for k, v in state.items() if not k.endswith("_hooks") and k not in ("_zero_grad_profile_name", "step")
         }
@@ -384,13 +388,9 @@ class LocoProp(Optimizer):
         groups_of = {id(p): group for group in self.param_groups for p in group["params"]}
         lines = [super().__repr__(), f"local loss: {self.local_loss}; layers:"]
         for name, layer in self._layers.items():
-            *groups, n, k = layer.layout.weight(layer.weight).shape
-            count = f"{groups[0]} x " if groups else ""
             group = groups_of.get(id(layer.weight), self.defaults)
             transfer = transfer_in_use(layer, group["transfer"], self.local_loss)
-            tied = f"  (also {', '.join(list(layer.modules)[1:])})" if len(layer.modules) > 1 else ""
-            reason = f"  ({layer.reason})" if layer.reason else ""
-            lines.append(f"  {name:<{width}}  {count}{k} -> {n}  {transfer}{tied}{reason}")
+            lines.append(f"  {name:<{width}}  {described(layer, transfer)}")
         if self.aux is not None:
             lines.append(f"aux: {type(self.aux).__name__}")
         return "\n".join(lines)

@@ -88,7 +88,8 @@ class Pass:
             raise ValueError(
                 f"the input of layer {name!r} was overwritten in place between the forward pass and step()"
             )
-        overwritten = a._version != self.versions[1]  # by an in-place activation function, say
+        # An in-place activation function does that, for instance.
+        overwritten = a._version != self.versions[1]
         if not overwritten and x.dtype is dtype and a.dtype is dtype:
             return x, a
         allowed = (dtype, torch.bfloat16, torch.float16)
@@ -123,9 +124,9 @@ class SeenGradient(NamedTuple):
         return now.layout == torch.strided and not bool(now.any())
 
     def factor(self, now: Tensor) -> float | None:
-        """The number with ``now = number * gradient`` where neither is zero.
+        """The number with ``now = number * gradient``, in all elements where neither is zero.
 
-        ``None`` without such places or without a copy, NaN where no number does.
+        1 without a copy, ``None`` where there is no such element, NaN where there is no such number.
         """
         before = self.copy
         if before is None:
@@ -135,7 +136,8 @@ class SeenGradient(NamedTuple):
         both = (before != 0) & (now != 0)
         old, new = before[both].double(), now[both].double()
         if not len(old) or not bool(torch.isfinite(new).all()):
-            return None  # a step with what is not finite is skipped anyway
+            # A step with what is not finite is skipped anyway.
+            return None
         factor = float((old * new).sum() / (old * old).sum())
         close = (new - factor * old).abs() <= 16 * torch.finfo(now.dtype).eps * (factor * old).abs()
         return factor if bool(close.all()) else float("nan")

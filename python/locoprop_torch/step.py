@@ -172,7 +172,8 @@ def decay_weights(calls: Iterable[Call], where: Mapping[int, Place], finite: Ten
 def commit(call: Call, report: StepReport, finite: Tensor, state: dict[Any, Any]) -> None:
     """Apply the increments of a call and keep the rules' state, if the whole step is finite."""
     report.commit_(finite)
-    if finite.device.type != "cpu" or report.committed:  # elsewhere the host does not wait for the answer
+    # Only on a CPU is the answer there without waiting; elsewhere the new values are the old ones if it is no.
+    if finite.device.type != "cpu" or report.committed:
         for work in call.work:
             work.keep_state(state)
 

@@ -41,7 +41,8 @@ def _number(minimum: int) -> Any:
             raise argparse.ArgumentTypeError(f"must be >= {minimum}, got {text}")
         return value
 
-    parse.__name__ = "integer"  # argparse names it in its messages
+    # What argparse calls it in its messages.
+    parse.__name__ = "integer"
     return parse
 
 

@@ -32,10 +32,14 @@ __all__ = [
 SIDE = 28
 # Images of CURVES unless the command line says otherwise.
 TRAIN_CURVES, TEST_CURVES = 4000, 1000
-_BLOCK = 1024  # curves are drawn block by block, so the first images of a seed do not depend on how many follow
-_PEN = 0.5  # standard deviation of the pen, in pixels
-_INK = 4.0  # ink on the middle of a stroke; it covers 1 - exp(-ink) of the paper
-_IDX_IMAGES_MAGIC = 0x00000803  # unsigned bytes, three dimensions
+# Curves are drawn block by block, so the first images of a seed do not depend on how many follow.
+_BLOCK = 1024
+# The standard deviation of the pen, in pixels.
+_PEN = 0.5
+# The ink on the middle of a stroke; it covers 1 - exp(-ink) of the paper.
+_INK = 4.0
+# Unsigned bytes in three dimensions.
+_IDX_IMAGES_MAGIC = 0x00000803
 
 
 class ImageData(NamedTuple):
@@ -78,7 +82,8 @@ def _control_points(rng: np.random.Generator) -> NDArray[np.float64]:
     margin = 2.0
     points = rng.uniform(margin, SIDE - 1 - margin, size=(_BLOCK, 3, 2))
     chords = np.linalg.norm(np.diff(points, axis=1), axis=2)
-    t = (chords[:, 0] / chords.sum(axis=1))[:, None]  # where the middle point lies on the curve
+    # Where the middle point lies on the curve.
+    t = (chords[:, 0] / chords.sum(axis=1))[:, None]
     points[:, 1] = (points[:, 1] - (1 - t) ** 2 * points[:, 0] - t**2 * points[:, 2]) / (2 * t * (1 - t))
     path = _path(points)
     return points[((path >= margin) & (path <= SIDE - 1 - margin)).all(axis=(1, 2))]
@@ -94,8 +99,10 @@ def _path(points: NDArray[np.float64], steps: int = 64) -> NDArray[np.float64]:
 def _draw(points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Ink left by a Gaussian pen: a line integral, which is a product of matrices as the pen is separable."""
     path = _path(points)
-    length = np.linalg.norm(np.gradient(path, axis=1), axis=2)  # of each piece, in pixels
-    pen = np.exp(-((path[:, :, :, None] - np.arange(SIDE)) ** 2) / (2 * _PEN**2))  # [n, steps, (x, y), SIDE]
+    # The length of each piece, in pixels.
+    length = np.linalg.norm(np.gradient(path, axis=1), axis=2)
+    # [n, steps, (x, y), SIDE]
+    pen = np.exp(-((path[:, :, :, None] - np.arange(SIDE)) ** 2) / (2 * _PEN**2))
     columns, rows = pen[:, :, 0], pen[:, :, 1]
     ink = rows.transpose(0, 2, 1) @ (columns * length[:, :, None])
     return 1 - np.exp(-_INK * ink / (_PEN * math.sqrt(2 * math.pi)))

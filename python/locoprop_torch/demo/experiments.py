@@ -53,7 +53,8 @@ class Experiment:
             model,
             rule=self.rule,
             local_loss="matching" if method == "locoprop-m" else "squared",
-            transfers={"logits": "sigmoid"},  # the sigmoid itself is inside the loss
+            # The sigmoid itself is inside the loss, where it cannot be found.
+            transfers={"logits": "sigmoid"},
             reduction="sum",
             backend=self.backend,
             compute_dtype=self.compute_dtype,

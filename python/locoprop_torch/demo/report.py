@@ -44,7 +44,7 @@ def show_setup(results: dict[str, Any]) -> None:
 
 
 def progress() -> Progress:
-    """Bars that count epochs; refreshed seldom, for they run beside what is being timed."""
+    """Bars that count epochs; they are seldom drawn anew, because they run beside what is being timed."""
     return Progress(
         TextColumn("{task.description:<10}"),
         BarColumn(),

@@ -131,7 +131,8 @@ def expose_projections(model: nn.Module, _replaced: dict[nn.Module, nn.Module] |
     Returns:
         ``model``; its replacement where it is an ``nn.MultiheadAttention`` itself.
     """
-    replaced = {} if _replaced is None else _replaced  # a module that is used twice stays one module
+    # The same dictionary all the way down, so that a module that is used twice stays one module.
+    replaced = {} if _replaced is None else _replaced
     if isinstance(model, nn.MultiheadAttention):
         if model not in replaced:
             replaced[model] = MultiheadAttention(model)
