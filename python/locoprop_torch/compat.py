@@ -302,11 +302,9 @@ class LocopropTrainer:
             with torch.no_grad():
                 a = module(x) if visit.overwritten else visit.hidden
             gradients = {kind: self.learning_rate * p.grad for kind, p in parameters.items() if p.grad is not None}
-        rows, everything = (
-            (layout.inputs(x), layout.outputs(a.detach())),
-            {"weight": module.weight, "bias": module.bias},
-        )
-        problem = problem_of(layout, everything, rows, transfer, f"module {visit.place}", examples=len(x))
+        rows = layout.inputs(x), layout.outputs(a.detach())
+        own = {"weight": module.weight, "bias": module.bias}
+        problem = problem_of(layout, own, rows, transfer, f"module {visit.place}", examples=len(x))
         states = {}
         for kind, gradient in gradients.items():
             parameter, start = parameters[kind], layout.view(kind, laid_out(gradient, parameters[kind]))
