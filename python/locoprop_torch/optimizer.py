@@ -267,14 +267,15 @@ class LocoProp(Optimizer):
         calls: dict[tuple[int, float, bool], Call] = {}
         idle = []
         for name, layer in self._layers.items():
-            masks = self._model_layers.masks(layer)
-            found = trained(layer, where, masks)
+            found = trained(layer, where, self._model_layers.masks(layer))
             if found is None:
                 idle.append(name)
                 continue
-            place, lr, parts = found
+            place, parts = found
+            lr = max(part.lr for part in parts.values())
             transfer = transfer_in_use(layer, place.group["transfer"], self.local_loss)
-            work = layer_work(layer, parts, transfer, self._model_layers.target(name), place.group, self.state)
+            target = self._model_layers.target(name)
+            work = layer_work(layer, parts, lr, transfer, target, place.group, self.state)
             if not work.rows:
                 self._tell_without_rows(work)
             key = (place.number, lr, work.rows > 0)

@@ -105,13 +105,13 @@ class Trained(NamedTuple):
     Attributes:
         parameter: the parameter.
         gradient: its ``.grad``.
-        rate: factor of the layer's learning rates for this parameter.
+        lr: its learning rate.
         masks: where one of them is zero, the parameter stays as it is.
     """
 
     parameter: nn.Parameter
     gradient: Tensor
-    rate: float
+    lr: float
     masks: Sequence[Tensor]
 
 
@@ -150,6 +150,7 @@ class LayerWork:
 def layer_work(
     layer: CapturedLayer,
     trained: Mapping[str, Trained],
+    lr: float,
     transfer: Transfer,
     target: Target,
     group: Mapping[str, Any],
@@ -163,6 +164,7 @@ def layer_work(
     Args:
         layer: the layer.
         trained: its parameters to train.
+        lr: the learning rate of the local iterations, of which each parameter has a share.
         transfer: its transfer function.
         target: its target.
         group: the parameter group whose rule and ``γ`` it takes.
@@ -188,11 +190,11 @@ def layer_work(
         float(group["activation_lr"]),
     )
     states = {}
-    for kind, (parameter, _, rate, masks) in trained.items():
+    for kind, (parameter, _, own_lr, masks) in trained.items():
         stored = state.get(parameter) or {}
         states[kind] = give_parameter(problem, layout, kind, parameter, gradients[kind], group["rule"], stored)
-        if rate != 1:
-            setattr(problem, f"rate_{kind}", rate)
+        if own_lr != lr:
+            setattr(problem, f"rate_{kind}", own_lr / lr)
         if masks:
             setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(_mask(parameter, masks), parameter)))
     return LayerWork(layer, trained, problem, found[0].shape[-2] if found else 0, states)

@@ -53,7 +53,7 @@ def places(groups: Sequence[dict[str, Any]]) -> dict[int, Place]:
 
 def trained(
     layer: CapturedLayer, where: Mapping[int, Place], masks: Mapping[str, Sequence[Tensor]]
-) -> tuple[Place, float, dict[str, Trained]] | None:
+) -> tuple[Place, dict[str, Trained]] | None:
     """What a step trains of a layer.
 
     Args:
@@ -62,35 +62,26 @@ def trained(
         masks: the masks of the layer's parameters, by kind.
 
     Returns:
-        The place whose group the layer takes its hyper-parameters from, the learning rate that the factors of its
-        parameters refer to, and these; ``None`` where no parameter has a gradient.
+        The place whose group the layer takes its hyper-parameters from, and the parameters to train, by kind; ``None``
+        where no parameter has a gradient.
 
     Raises:
         ValueError: weight and bias are in groups that do not agree, or a gradient is sparse.
     """
-    found = []
+    place: Place | None = None
+    parts: dict[str, Trained] = {}
     for kind, parameter in layer.parameters.items():
-        gradient, place = parameter.grad, where.get(id(parameter))
-        if gradient is not None and place is not None and parameter.requires_grad:
-            found.append((kind, parameter, gradient, place))
-    if not found:
-        return None
-    place = found[0][3]
-    lr = max(other.lr for *_, other in found)
-    for _, _, _, other in found[1:]:
-        if other is not place:
-            _check_agreement(layer, place, other)
-    for kind, _, gradient, _ in found:
+        gradient, own = parameter.grad, where.get(id(parameter))
+        if gradient is None or own is None or not parameter.requires_grad:
+            continue
+        if place is None:
+            place = own
+        elif own is not place:
+            _check_agreement(layer, place, own)
         if gradient.layout != torch.strided:
             raise ValueError(f"layer {layer.name!r}: the gradient of its {kind} must be dense, got {gradient.layout}")
-    return (
-        place,
-        lr,
-        {
-            kind: Trained(p, gradient, other.lr / lr if other.lr != lr else 1.0, masks.get(kind, ()))
-            for kind, p, gradient, other in found
-        },
-    )
+        parts[kind] = Trained(parameter, gradient, own.lr, masks.get(kind, ()))
+    return None if place is None else (place, parts)
 
 
 def _check_agreement(layer: CapturedLayer, place: Place, other: Place) -> None:
