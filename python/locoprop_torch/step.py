@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from locoprop_kernels import StepReport
+from locoprop_kernels import StepReport, steps
 from locoprop_kernels.settings import Settings
-from locoprop_kernels.steps import pending_steps
+from locoprop_kernels.solution import Decision
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.problems import LayerWork, Trained
 
@@ -121,11 +121,11 @@ def validate(calls: Sequence[Call]) -> None:
 def solve(call: Call, settings: Settings, backend: str) -> StepReport:
     """The local iterations of one call, up to the commit."""
     problems = [work.problem for work in call.work]
-    report = pending_steps(problems, settings, backend, False, done=lambda index: call.work[index].release())
+    report = steps.solve(problems, settings, backend, done=lambda index: call.work[index].release())
     for work, problem in zip(call.work, report.problems, strict=True):
         problem.name, problem.rows = work.layer.name, work.rows
         if not call.with_rows:
-            problem.driver = "rule"
+            problem.decision = Decision("rule", "rule")
     return report
 
 
