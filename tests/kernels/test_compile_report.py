@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -34,10 +35,9 @@ GOOD = Record(
 
 COMPILE_TOYS = """
 import json, sys
-sys.path.insert(0, "tests")
-from toy_kernels import copy_kernel, product_kernel
+from tests.kernels.toy_kernels import copy_kernel, product_kernel
 from locoprop_kernels.compile_report.inspection import Variant, compile_variant
-from locoprop_kernels.kernels.variants import variants
+from locoprop_kernels.compile_report.variants import variants
 
 def product(precision, dtype, size=64, **options):
     return Variant(
@@ -69,7 +69,13 @@ print(json.dumps({name: compile_variant(*case).as_dict() for name, case in cases
 @cache
 def toys():
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE_TOYS], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", COMPILE_TOYS],
+        env=ENVIRONMENT,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -13,12 +13,12 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from interpreter import SharedAllocations, concurrent_programs, replaced
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules
 from locoprop_kernels.kernels import configs, drivers, single
 from locoprop_kernels.schedule import Tiles, build
+from tests.interpreter import SharedAllocations, concurrent_programs, replaced
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 

@@ -6,9 +6,10 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from interpreter import SharedAllocations, checked_addresses, concurrent_programs, shuffled_programs
-from toy_kernels import append_kernel, ring_kernel, table_copy_kernel
 from triton.runtime.errors import InterpreterError
+
+from tests.interpreter import SharedAllocations, checked_addresses, concurrent_programs, shuffled_programs
+from tests.kernels.toy_kernels import append_kernel, ring_kernel, table_copy_kernel
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 PROGRAMS = 4

@@ -10,8 +10,6 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from interpreter import checked_addresses, replaced, shuffled_programs
-from test_reference import RULES, TRANSFERS, problem_for, random_layer
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 import locoprop_kernels as lk
@@ -19,6 +17,8 @@ from locoprop_kernels import rules
 from locoprop_kernels.kernels import choose, configs, drivers, grouped
 from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels.functions import FUNCTIONS
+from tests.interpreter import checked_addresses, replaced, shuffled_programs
+from tests.problems import RULES, TRANSFERS, problem_for, random_layer
 
 pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_INTERPRET=1")
 
@@ -236,7 +236,8 @@ def test_trace_changes_no_bit():
     assert torch.equal(pair[0].weight, pair[1].weight)
 
 
-@pytest.mark.sweep  # tests/test_memory.py has two orders of larger models
+# tests/kernels/test_memory.py has two orders of larger models.
+@pytest.mark.sweep
 @pytest.mark.parametrize(("driver", "parts"), [("single", 1), ("grouped", 1), ("grouped", 3)])
 def test_same_bits_twice_and_in_any_order(driver, parts, monkeypatch):
     cut_batches(monkeypatch, parts)
@@ -250,7 +251,8 @@ def test_same_bits_twice_and_in_any_order(driver, parts, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.sweep  # all tests run on scratch that is NaN at first; tests/test_memory.py compares bits in fewer cases
+# All tests run on scratch that is NaN at first; tests/kernels/test_memory.py compares bits in fewer cases.
+@pytest.mark.sweep
 @pytest.mark.parametrize(("driver", "parts"), [("single", 1), ("grouped", 1), ("grouped", 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_uninitialised_scratch_is_never_read(monkeypatch, driver, parts, dtype):
@@ -266,7 +268,8 @@ def test_uninitialised_scratch_is_never_read(monkeypatch, driver, parts, dtype):
     assert torch.equal(clean.weight, poisoned.weight)
 
 
-@pytest.mark.sweep  # tests/test_memory.py checks the addresses of larger models, and the gaps between pieces of scratch
+# tests/kernels/test_memory.py checks the addresses of larger models, and the gaps between pieces of scratch.
+@pytest.mark.sweep
 @pytest.mark.parametrize(("driver", "parts"), [("single", 1), ("grouped", 1), ("grouped", 3)])
 def test_addresses_stay_within_tensors(driver, parts, monkeypatch):
     cut_batches(monkeypatch, parts)

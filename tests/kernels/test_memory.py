@@ -15,12 +15,12 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from interpreter import checked_addresses, replaced, shuffled_programs
 from triton.runtime.errors import InterpreterError
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules
-from locoprop_kernels.kernels import choose, configs, drivers, plan
+from locoprop_kernels.kernels import choose, configs, run
+from tests.interpreter import checked_addresses, replaced, shuffled_programs
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import WithNorm, assert_same, loss_of, mlp, moved, weights
 from torch import nn
 
 from locoprop_torch import LocoProp
+from tests.helpers import WithNorm, assert_same, loss_of, mlp, moved, weights
 
 
 def with_aux(seed=0, **options):

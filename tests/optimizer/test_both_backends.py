@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import assert_same, loss_of, mlp
 from torch import nn
 from torch.nn.utils import prune
 
 from locoprop_torch import GroupedLinear, LocoProp
+from tests.helpers import assert_same, loss_of, mlp
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(

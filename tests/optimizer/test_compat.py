@@ -16,7 +16,7 @@ import locoprop_torch.compat
 from locoprop_torch.compat import LocoLayer, LocopropTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CASES = sorted((Path(__file__).parent / "oracles").glob("pt_*.npz"))
+CASES = sorted((Path(__file__).parents[1] / "oracles").glob("pt_*.npz"))
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid, "softmax": lambda: nn.Softmax(dim=1)}
 LOSSES = {
     "bce_sum_mean": lambda a, y: F.binary_cross_entropy_with_logits(a, y, reduction="none").sum(1).mean(),

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_same, batch, loss_of, mlp, rows, step_of
 from torch import nn
 from torch.nn.utils import parametrize
 
 from locoprop_torch import LocoProp
+from tests.helpers import assert_same, batch, loss_of, mlp, rows, step_of
 
 
 def pickled(model):

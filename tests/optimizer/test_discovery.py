@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import RECENT
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import locoprop_kernels as lk
 from locoprop_torch import GroupedLinear
 from locoprop_torch.discovery import find_transfers, transfer_of
+from tests.helpers import RECENT
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, GroupedLinear)
 

@@ -5,9 +5,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import SGD, assert_same, loss_of, mlp, moved, weights
 
 from locoprop_torch import LocoProp
+from tests.helpers import SGD, assert_same, loss_of, mlp, moved, weights
 
 
 def stepped(count=2, **options):

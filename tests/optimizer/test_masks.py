@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers import loss_of, mlp, moved, weights
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from locoprop_kernels import rules
 from locoprop_torch import LocoProp
+from tests.helpers import loss_of, mlp, moved, weights
 
 RULES = {"sgd": rules.SGD(), "rmsprop": rules.RMSprop(), "adam": rules.Adam()}
 

@@ -5,11 +5,11 @@ import weakref
 
 import pytest
 import torch
-from helpers import batch, mlp
 from torch import nn
 
 from bench.memory import LOOPS, LiveBytes, peak
 from locoprop_torch import LocoProp
+from tests.helpers import batch, mlp
 
 CPU = torch.device("cpu")
 

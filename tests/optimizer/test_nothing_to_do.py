@@ -4,11 +4,11 @@ import logging
 
 import pytest
 import torch
-from helpers import SGD, WithNorm, assert_same, loss_of, mlp, moved, weights
 from torch import nn
 
 from locoprop_kernels import rules
 from locoprop_torch import LocoProp
+from tests.helpers import SGD, WithNorm, assert_same, loss_of, mlp, moved, weights
 
 
 class Experts(nn.Module):

@@ -13,7 +13,7 @@ from torch import nn
 from locoprop_kernels import rules
 from locoprop_torch import LocoProp
 
-CASES = sorted((Path(__file__).parent / "oracles").glob("tf_*.npz"))
+CASES = sorted((Path(__file__).parents[1] / "oracles").glob("tf_*.npz"))
 # With the kernels, which are interpreted where there is no GPU: every rule in back-propagation, and a few local steps
 # with both losses, an identity layer, and sizes that are no powers of two. The others are part of the sweeps.
 SHORT = {"M_rmsprop_TANH_T1", "M_rmsprop_TANH_T3", "M_adam_TANH_std"}

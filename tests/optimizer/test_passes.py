@@ -5,10 +5,10 @@ import weakref
 
 import pytest
 import torch
-from helpers import SGD, assert_same, batch, loss_of, mlp, moved, rows, step_of, weights
 from torch import nn
 
 from locoprop_torch import LocoProp
+from tests.helpers import SGD, assert_same, batch, loss_of, mlp, moved, rows, step_of, weights
 
 
 def attack(model, opt):

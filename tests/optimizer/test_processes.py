@@ -5,10 +5,10 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import RECENT, loss_of, mlp, moved, weights
 from torch import nn
 
 from locoprop_torch import LocoProp
+from tests.helpers import RECENT, loss_of, mlp, moved, weights
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 

@@ -7,12 +7,12 @@ Rows are counted after every rule, and the reports of a step are held against th
 import copy
 
 import torch
-from helpers import batch, loss_of, mlp, moved, weights
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
 from locoprop_torch import LocoProp
+from tests.helpers import batch, loss_of, mlp, moved, weights
 
 LAYERS = (0, 2, 4)
 ROWS = st.integers(1, 5)

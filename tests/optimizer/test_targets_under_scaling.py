@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import assert_same, batch, mlp
 from torch import nn
 
 from locoprop_torch import LocoProp
+from tests.helpers import assert_same, batch, mlp
 
 
 def own(a, gradient):

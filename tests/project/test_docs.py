@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A comment on the line before a block, <!-- skip-test: reason -->, exempts it.
 BLOCK = re.compile(r"^(<!-- skip-test: .+ -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
