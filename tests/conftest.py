@@ -74,12 +74,3 @@ def language_is_patched_once():
         if hasattr(interpreter, "_LangPatchScope"):  # not in every version
             monkeypatch.setattr(interpreter, "_patch_lang", once(interpreter._patch_lang))
         yield
-
-
-@pytest.fixture
-def one_thread():
-    """For tests of many small products, where threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -1,5 +1,7 @@
 """Small models and what tests ask of an optimiser, for the situations in ``tests/optimizer``."""
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,9 +14,10 @@ RECENT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 SGD = {"rule": rules.SGD(), "lr": 1e-2, "activation_lr": 3.0, "reduction": "sum"}
 
 
-def mlp(seed=0, dtype=torch.float64):
+def mlp(seed=0, dtype=torch.float64, second=nn.Sigmoid):
+    """Three layers, of which the ``second`` is followed by this function."""
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3)).to(dtype)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), second(), nn.Linear(4, 3)).to(dtype)
 
 
 class WithNorm(nn.Module):
@@ -30,17 +33,55 @@ class WithNorm(nn.Module):
 
 
 def batch(rows=8, seed=1, dtype=torch.float64):
+    """Inputs and targets of the models above, the same numbers in every dtype."""
     generator = torch.Generator().manual_seed(seed)
-    x, y = (
-        torch.randn(rows, 6, generator=generator, dtype=dtype),
-        torch.randn(rows, 3, generator=generator, dtype=dtype),
-    )
+    x, y = (torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype) for width in (6, 3))
     return x, y
 
 
 def loss_of(model, rows=8, seed=1):
     x, y = batch(rows, seed, next(model.parameters()).dtype)
     return F.mse_loss(model(x), y)
+
+
+def sum_of_squares(model, seed=1):
+    """As :func:`loss_of`, without the mean."""
+    x, y = batch(7, seed, next(model.parameters()).dtype)
+    return F.mse_loss(model(x), y, reduction="sum")
+
+
+def backward(model, opt, rows=8, seed=1):
+    """A fresh gradient of :func:`loss_of`; returns the loss."""
+    opt.zero_grad()
+    loss = loss_of(model, rows, seed)
+    loss.backward()
+    return loss
+
+
+def steps(model, opt, count=2, start=0):
+    """Ordinary steps, each on a batch of its own."""
+    for seed in range(start, start + count):
+        backward(model, opt, seed=seed)
+        opt.step()
+
+
+def train(model, steps=2, **options):
+    """The weights of the model after steps on :func:`sum_of_squares`."""
+    opt = LocoProp(model, **{"lr": 1e-2, "activation_lr": 3.0, **options})
+    for seed in range(steps):
+        opt.zero_grad()
+        sum_of_squares(model, seed).backward()
+        opt.step()
+    return weights(model)
+
+
+def step_of(seed=1, rows=8, **options):
+    """A fresh model after one ordinary step."""
+    model = mlp()
+    opt = LocoProp(model, **{"lr": 1e-3, **options})
+    loss_of(model, rows, seed).backward()
+    opt.step()
+    return model
 
 
 def weights(model):
@@ -52,19 +93,32 @@ def moved(model, before):
 
 
 def assert_same(model, other, **tolerance):
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+    """The parameters of two models, or two lists of them, agree: to the last bits, without a ``tolerance``."""
+    actual, expected = (
+        [p.detach() for p in (m.parameters() if isinstance(m, nn.Module) else m)] for m in (model, other)
+    )
+    for p, q in zip(actual, expected, strict=True):
         torch.testing.assert_close(p, q, **(tolerance or {"rtol": 1e-12, "atol": 1e-14}))
+
+
+def captured(opt):
+    """The passes of each layer that a step would take; nothing public shows them before the step."""
+    return {name: layer.passes for name, layer in opt._layers.items()}
 
 
 def rows(opt):
     """How many captured rows each layer would take into a step."""
-    return [sum(len(captured.x) for captured in layer.passes) for layer in opt._layers.values()]
+    return [sum(len(one.x) for one in passes) for passes in captured(opt).values()]
 
 
-def step_of(seed=1, rows=8, **options):
-    """The weights of a fresh model after one ordinary step."""
-    model = mlp()
-    opt = LocoProp(model, **{"lr": 1e-3, **options})
-    loss_of(model, rows, seed).backward()
-    opt.step()
-    return model
+def transfers_of(opt):
+    """The transfer function of each layer, as the table of layers in the optimiser's ``repr`` has it."""
+    table = repr(opt).partition("layers:\n")[2].splitlines()
+    found = (re.match(r"  (\S*) +(?:\d+ x )?\d+ -> \d+  (\w+(?:\([^)]*\))?)", line) for line in table)
+    return {row[1]: row[2] for row in found if row}
+
+
+def has_hooks(model):
+    """Whether any module of the model has forward hooks, for which torch has no public function."""
+    names = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks")
+    return any(getattr(module, name) for module in model.modules() for name in names)

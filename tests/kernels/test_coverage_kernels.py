@@ -16,7 +16,6 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @triton.jit

@@ -15,7 +15,6 @@ from torch import nn
 import locoprop_torch.compat
 from locoprop_torch.compat import LocoLayer, LocopropTrainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = sorted((Path(__file__).parents[1] / "oracles").glob("pt_*.npz"))
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid, "softmax": lambda: nn.Softmax(dim=1)}
 LOSSES = {

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from locoprop_torch import LocoProp
-from tests.helpers import assert_same, batch, loss_of, mlp, rows, step_of
+from tests.helpers import assert_same, batch, loss_of, mlp, moved, rows, step_of, steps, transfers_of, weights
 
 
 @pytest.fixture(autouse=True)
@@ -17,13 +17,6 @@ def fresh_compiler():
 
 def compiled(model):
     return torch.compile(model, backend="eager")
-
-
-def steps(model, opt, count=2):
-    for seed in range(count):
-        opt.zero_grad()
-        loss_of(model, seed=seed).backward()
-        opt.step()
 
 
 def test_compiled_before_construction():
@@ -61,15 +54,14 @@ def test_names_do_not_show_the_wrapper():
     model = compiled(mlp())
     for prefix in ("", "_orig_mod."):
         opt = LocoProp(model, transfers={f"{prefix}4": "softmax"}, target={f"{prefix}0": "dual"})
-        assert str(opt._layers["4"].transfer) == "softmax"
-        assert str(opt._layers["0"].transfer) == "tanh"
+        assert transfers_of(opt) == {"0": "tanh", "2": "sigmoid", "4": "softmax"}
         assert "_orig_mod" not in repr(opt)
 
 
 def test_a_compiled_part():
     model = nn.Sequential(compiled(mlp()[:2]), nn.Linear(5, 3).double())
     opt = LocoProp(model, lr=1e-3, transfers={"0.0": "tanh"}, masks={"0.0.weight": torch.ones(5, 6)})
-    assert list(opt._layers) == ["0.0", "1"]
+    assert list(transfers_of(opt)) == ["0.0", "1"]
     steps(model, opt)
     assert opt.last_reports[0].problems[0].name == "0.0"
 
@@ -77,3 +69,11 @@ def test_a_compiled_part():
 def test_checkpoints_of_compiled_and_plain_models_agree():
     opt, other = LocoProp(compiled(mlp())), LocoProp(mlp())
     other.load_state_dict(opt.state_dict())
+
+
+def test_compiled_models_are_captured():
+    model, twin = mlp(), mlp()
+    wrapper = compiled(model)
+    steps(wrapper, LocoProp(wrapper, lr=1e-3))
+    steps(twin, LocoProp(twin, lr=1e-3))
+    assert not any(moved(model, weights(twin)))

@@ -13,7 +13,20 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from locoprop_torch import LocoProp
-from tests.helpers import assert_same, batch, loss_of, mlp, rows, step_of
+from tests.helpers import (
+    assert_same,
+    backward,
+    batch,
+    captured,
+    has_hooks,
+    loss_of,
+    mlp,
+    moved,
+    rows,
+    step_of,
+    transfers_of,
+    weights,
+)
 
 
 def pickled(model):
@@ -41,9 +54,8 @@ def trained(request):
 def test_copies_carry_nothing_of_ours(trained, copier):
     model, opt = trained
     twin = copier(model)
+    assert not has_hooks(twin)
     for module in twin.modules():
-        assert not module._forward_hooks
-        assert not module._forward_hooks_with_kwargs
         assert not {"__deepcopy__", "__reduce_ex__"} & set(vars(module))
     assert b"locoprop" not in pickle.dumps(twin)
     assert b"locoprop" not in pickle.dumps(model)
@@ -119,9 +131,9 @@ def test_copies_of_parametrised_models():
     parametrize.register_parametrization(model[2], "weight", Mask())
     opt = LocoProp(model)
     twin = copy.deepcopy(model)
-    assert not any(module._forward_hooks for module in twin.modules())
+    assert not has_hooks(twin)
     torch.testing.assert_close(twin(batch()[0]), model(batch()[0]))
-    assert len(opt._layers) == 3
+    assert len(transfers_of(opt)) == 3
 
 
 def test_shallow_copies_and_subclasses_with_their_own_deepcopy():
@@ -135,7 +147,7 @@ def test_shallow_copies_and_subclasses_with_their_own_deepcopy():
     model = nn.Sequential(Own(6, 3)).double()
     opt = LocoProp(model)
     assert copy.deepcopy(model)[0].came_from == "own deepcopy"
-    assert not copy.copy(model[0])._forward_hooks
+    assert not has_hooks(copy.copy(model[0]))
     del opt
     gc.collect()
     assert not set(vars(model[0])) & {"__deepcopy__", "__reduce_ex__"}
@@ -147,7 +159,7 @@ def test_two_optimizers_and_one_goes():
     first, second = LocoProp(model), LocoProp(model)
     del first
     gc.collect()
-    assert not any(module._forward_hooks for module in copy.deepcopy(model).modules())
+    assert not has_hooks(copy.deepcopy(model))
     loss_of(model).backward()
     assert rows(second) == [8, 8, 8]
 
@@ -162,7 +174,7 @@ def test_failed_constructors_leave_nothing(options):
     with pytest.raises((ValueError, TypeError)) as caught:
         LocoProp(model, **options)
     assert caught.traceback  # which keeps the frames, and the unfinished optimiser, alive
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not has_hooks(model)
     assert {module: set(vars(module)) for module in model.modules()} == keys
 
 
@@ -179,9 +191,9 @@ def test_a_users_hook_that_changes_the_output():
             handle = model[0].register_forward_hook(lambda module, args, output: 2 * output)
         loss_of(model).backward()
         assert handle is not None
-        captured = opt._layers["0"].passes[0]
-        expected = torch.nn.functional.linear(captured.x, model[0].weight, model[0].bias)
-        torch.testing.assert_close(captured.preactivation, expected.detach())
+        (one,) = captured(opt)["0"]
+        expected = torch.nn.functional.linear(one.x, model[0].weight, model[0].bias)
+        torch.testing.assert_close(one.preactivation, expected.detach())
         opt.step()
         return model
 
@@ -193,7 +205,7 @@ def test_a_users_pre_hook_that_changes_the_input():
     model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     opt = LocoProp(model)
     loss_of(model).backward()
-    torch.testing.assert_close(opt._layers["0"].passes[0].x, 2 * batch()[0])
+    torch.testing.assert_close(captured(opt)["0"][0].x, 2 * batch()[0])
 
 
 def test_averaged_models():
@@ -206,3 +218,39 @@ def test_averaged_models():
     averaged(batch()[0]).sum().backward()
     assert rows(opt) == [0, 0, 0]
     assert_same(model, step_of())
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+def test_copies_of_the_model_carry_no_hooks(copier):
+    model = mlp()
+    opt = LocoProp(model, lr=1e-3)
+    backward(model, opt)
+    twin = copier(model)
+    loss_of(twin).backward()
+    assert rows(opt) == [8, 8, 8]
+    before = weights(twin)
+    opt.step()
+    assert not any(moved(twin, before))
+
+
+def test_copying_model_and_optimizer_together():
+    model = mlp()
+    opt = LocoProp(model, lr=1e-3)
+    backward(model, opt)
+    opt.step()
+    for twin, twin_opt in (copy.deepcopy((model, opt)), pickled((model, opt))):
+        reference, reference_opt = copy.deepcopy((model, opt))
+        for m, o in ((twin, twin_opt), (reference, reference_opt)):
+            backward(m, o)
+            o.step()
+        assert not any(moved(twin, weights(reference)))
+        assert all(moved(twin, weights(model)))
+
+
+def test_hooks_go_with_the_optimizer():
+    model = mlp()
+    opt = LocoProp(model)
+    backward(model, opt)
+    del opt
+    gc.collect()
+    assert not has_hooks(model)

@@ -7,7 +7,6 @@ from torch import nn
 
 from locoprop_torch import LocoProp
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = (
     "it was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
     "it was the epoch of belief, it was the epoch of incredulity, it was the season of light, it was the season of "

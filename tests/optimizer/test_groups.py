@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from locoprop_torch import LocoProp
-from tests.helpers import SGD, assert_same, loss_of, mlp, moved, weights
+from tests.helpers import SGD, assert_same, loss_of, mlp, moved, sum_of_squares, train, transfers_of, weights
 
 
 def stepped(count=2, **options):
@@ -153,3 +153,32 @@ def test_state_dicts_hold_plain_values():
     opt = LocoProp(mlp(), lr=np.float32(0.1))
     for group in opt.state_dict()["param_groups"]:
         assert {type(value) for value in group.values()} <= {str, int, float, list, bool}
+
+
+def test_decoupled_weight_decay_is_adamws():
+    model, twin = mlp(), mlp()
+    actual = train(model, local_iterations=1, rule="adam", weight_decay=0.5, reduction="sum", activation_lr=1.0)
+    plain = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.5)
+    for k in range(2):
+        plain.zero_grad()
+        sum_of_squares(twin, k).backward()
+        plain.step()
+    assert_same(actual, twin)
+
+
+def test_parameter_groups_have_their_own_hyperparameters():
+    own = {"activation_lr": 0.5, "prox": 0.2, "local_iterations": 3, "rule": "adam", "lr": 1e-3}
+    model = mlp()
+    group = {"params": model[2].parameters(), **own}
+    actual = train(model, steps=1, param_groups=[group])
+    whole, alone = train(mlp(), steps=1), train(mlp(), steps=1, **own)
+    assert_same(actual, [*whole[:2], *alone[2:4], *whole[4:]])
+    model = mlp()
+    opt = LocoProp(model, param_groups=[{"params": model[2].parameters(), "transfer": "softplus"}])
+    assert transfers_of(opt)["2"] == "softplus(beta=1)"
+    opt.load_state_dict(opt.state_dict())
+    assert str(opt.param_groups[1]["transfer"]) == "softplus(beta=1)"
+    actual = train(model := mlp(), param_groups=[{"params": model[2].parameters(), "transfer": "softplus"}])
+    assert_same(actual, train(mlp(), transfers={"2": "softplus"}))
+    with pytest.raises(ValueError, match="weight_decay must be"):
+        train(mlp(), weight_decay=-1.0)

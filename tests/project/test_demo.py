@@ -16,7 +16,6 @@ from locoprop_torch.demo import command, experiments, training
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
 pytest.importorskip("rich")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_images(count):

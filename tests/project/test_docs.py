@@ -22,7 +22,6 @@ def loader(batches=2, examples=32):
     return [(torch.rand(examples, 784), torch.randint(10, (examples,))) for _ in range(batches)]
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_blocks_run(page, monkeypatch, tmp_path):
     """The blocks of a page share their names, like the cells of a notebook."""
@@ -45,7 +44,6 @@ def test_no_block_escapes():
         assert len(BLOCK.findall(text)) == len(re.findall(r"^\s*```\s*(?:python|py)\b", text, re.MULTILINE)), page
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_figures_are_drawn(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["figures.py", "--out", str(tmp_path)])
