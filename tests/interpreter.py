@@ -266,5 +266,7 @@ def _live_storages():
             continue
         if candidate.device.type == "cpu" and candidate.layout == torch.strided:
             storage = candidate.untyped_storage()
-            found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+            # Tensors that a tracer of torch has left behind have no memory, and say so when they are asked where it is.
+            with contextlib.suppress(RuntimeError):
+                found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
     return sorted(found)

@@ -15,6 +15,9 @@ import locoprop_kernels as lk
 from locoprop_kernels import rules, transfers
 from locoprop_kernels.testing import TextbookLayer
 from locoprop_torch import LocoProp
+from tests.problems import relative_error
+
+FIELDS = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias")
 
 
 def problem(b=8, k=5, n=4, **changes):
@@ -110,12 +113,9 @@ def test_bad_lists():
     with pytest.raises(ValueError, match="problem 1: its weight is also that of problem 0"):
         run([p, problem(weight=p.weight)])
     with pytest.raises(ValueError, match="problem 1 must be on the device of problem 0"):
-        run([p, problem(**{f: getattr(p, f).to("meta") for f in TENSORS})])
+        run([p, problem(**{f: getattr(p, f).to("meta") for f in FIELDS})])
     with pytest.raises(ValueError, match="^layer 'head': grad_bias"):
         run([problem(name="layer 'head'", grad_bias=torch.zeros(9))])
-
-
-TENSORS = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias")
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,6 @@ def test_only_the_kernels_and_the_compile_report_import_triton():
     imports = re.compile(r"^\s*(import|from) triton\b", re.MULTILINE)
     found = {path.relative_to(root).parts[0] for path in root.rglob("*.py") if imports.search(path.read_text())}
     assert found == {"compile_report", "kernels"}
-
-
-def relative_error(actual, expected):
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize(("k", "n"), [(1000, 500), (784, 1000)])

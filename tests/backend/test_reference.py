@@ -10,7 +10,7 @@ from hypothesis import given, settings
 import locoprop_kernels as lk
 from locoprop_kernels import patches, transfers
 from locoprop_kernels.testing import TextbookLayer, torch_optimizer
-from tests.problems import RULES, TRANSFERS, problem_for, random_layer
+from tests.problems import RULES, TRANSFERS, copied, problem_for, random_layer
 
 sizes = st.integers(1, 9)
 
@@ -189,13 +189,7 @@ def test_frozen_parameters_stay(frozen, transfer):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_low_precision_parameters_keep_float32_state(transfer, dtype, tolerance):
     low = problem_for(*random_layer(9, 64, 16, 12, dtype=dtype), transfer)
-    high = lk.LocalProblem(
-        **{
-            name: getattr(low, name).float()
-            for name in ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias")
-        },
-        transfer=transfer,
-    )
+    high = copied(low, torch.float32)
     reports = [lk.local_steps_([p], lr=[0.01] * 5, commit=False) for p in (low, high)]
     expected = reports[1].problems[0].delta_weight
     actual = reports[0].problems[0].delta_weight

@@ -4,7 +4,6 @@ What it computes must not depend on who comes first, to the last bit; and withou
 """
 
 import contextlib
-import math
 
 import numpy as np
 import pytest
@@ -16,9 +15,11 @@ import triton
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules
-from locoprop_kernels.kernels import configs, drivers, single
+from locoprop_kernels.kernels import configs, single
 from locoprop_kernels.schedule import Tiles, build
 from tests.interpreter import SharedAllocations, concurrent_programs, replaced
+from tests.kernels.plans import forget_plans
+from tests.problems import problem_for, random_layer
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 
@@ -29,32 +30,12 @@ SIZES = ((70, 100, 20, "tanh"), (40, 130, 9, "relu"))
 ITERATIONS = 3
 
 
-def problems():
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    made = []
-    for b, k, n, transfer in SIZES:
-        x, weight, bias, residual = normal(b, k), normal(n, k) / math.sqrt(k), normal(n), normal(b, n)
-        made.append(
-            lk.LocalProblem(
-                x=x,
-                preactivation=x @ weight.t() + bias,
-                weight=weight,
-                bias=bias,
-                grad_weight=residual.t() @ x,
-                grad_bias=residual.sum(0),
-                transfer=transfer,
-            )
-        )
-    return made
-
-
 def step(programs, trace=False, compute_dtype=None):
     """One step from a fixed start; returns all that it has changed, in one vector."""
-    layers = problems()
+    layers = [
+        problem_for(*random_layer(seed, b, k, n, dtype=torch.float32), transfer)
+        for seed, (b, k, n, transfer) in enumerate(SIZES)
+    ]
     with configs.use(CONFIG, driver="single", programs=programs):
         report = lk.local_steps_(
             layers,
@@ -75,10 +56,10 @@ def step(programs, trace=False, compute_dtype=None):
 
 def run(programs, seed, timeout=120.0, **options):
     """The same, with all programs at once."""
-    drivers._plans.clear()  # tables of other plans are not in shared memory
+    forget_plans()  # tables of other plans are not in shared memory
     with SharedAllocations(), concurrent_programs({KERNEL}, seed, timeout) as launches:
         value = step(programs, **options)
-    drivers._plans.clear()
+    forget_plans()
     assert launches == [programs]
     return value
 

@@ -11,6 +11,7 @@ import torch
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules, transfers
+from tests.problems import copied, problem_for
 
 INTERPRETED = os.environ.get("LOCOPROP_GPU_TESTS") == "interpreter"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -47,19 +48,9 @@ def problems(shape, transfer, seed=0):
         return torch.randn(*size, generator=generator, dtype=torch.float64).float()
 
     x, weight, bias = randn(b, k), randn(n, k) / k**0.5, randn(n)
-    a0 = x @ weight.t() + bias
     residual = 0.1 * (x @ randn(n, k).t() / k**0.5 + randn(n))
-    tensors = {
-        "x": x,
-        "preactivation": a0,
-        "weight": weight,
-        "bias": bias,
-        "grad_weight": residual.t() @ x,
-        "grad_bias": residual.sum(0),
-    }
-    exact = lk.LocalProblem(**{name: t.double() for name, t in tensors.items()}, transfer=transfer)
-    device = lk.LocalProblem(**{name: t.to(DEVICE, copy=True) for name, t in tensors.items()}, transfer=transfer)
-    return exact, device
+    drawn = problem_for(x, weight, bias, residual, transfer)
+    return copied(drawn, torch.float64), copied(drawn, device=DEVICE)
 
 
 def check(shape, transfer, rule, dtype, prox=0.0, iterations=5):

@@ -14,6 +14,7 @@ from locoprop_kernels.kernels import columns as c
 from locoprop_kernels.kernels import configs, drivers, grouped
 from tests.interpreter import checked_addresses, replaced, shuffled_programs
 from tests.kernels.comparison import SMALL, cut_batches, twins
+from tests.kernels.plans import keep_at_most, kept_plans
 
 pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_INTERPRET=1")
 
@@ -62,24 +63,23 @@ def test_addresses_stay_within_tensors(driver, parts, monkeypatch):
 
 
 def test_plans_that_a_cuda_graph_reads_are_kept(monkeypatch):
-    monkeypatch.setattr(drivers, "_KEPT_PLANS", 2)
-    monkeypatch.setattr(drivers, "_plans", type(drivers._plans)())
+    keep_at_most(monkeypatch, 2)
     plans = []
     for n in range(3, 8):
         lk.local_steps_(twins(28, 6, 5, n)[:1], lr=[0.01], backend="triton")
-        plans.append(list(drivers._plans.values())[-1])
+        plans.append(kept_plans()[-1])
         plans[0].captured = True  # as the table's upload does in a capture
-    assert list(drivers._plans.values()) == [plans[0], plans[-1]]
+    assert kept_plans() == [plans[0], plans[-1]]
 
 
 def test_plans_are_reused():
     ours, _ = twins(20, 9, 8, 7)
+    plans = []
     with configs.use(SMALL):
-        for _ in range(3):
-            lk.local_steps_([ours], lr=[0.01] * 2, backend="triton")
-            plans = dict(drivers._plans)
-        lk.local_steps_([ours], lr=[0.02] * 2, backend="triton")
-    assert drivers._plans.keys() == plans.keys()
+        for rate in (0.01, 0.01, 0.02):
+            lk.local_steps_([ours], lr=[rate] * 2, backend="triton")
+            plans.append(kept_plans())
+    assert plans[0] == plans[1] == plans[2]
 
 
 def test_out_of_memory_names_the_size(monkeypatch):

@@ -7,7 +7,6 @@ different, so that a swapped dimension does not go unnoticed.
 """
 
 import contextlib
-import math
 
 import pytest
 import torch
@@ -21,6 +20,8 @@ import locoprop_kernels as lk
 from locoprop_kernels import rules
 from locoprop_kernels.kernels import choose, configs, run
 from tests.interpreter import checked_addresses, replaced, shuffled_programs
+from tests.kernels.plans import forget_plans
+from tests.problems import problem_for, random_layer
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 
@@ -46,10 +47,6 @@ SHORT = ("quartered epilogues, three slots", "single launch, counted steps", "ba
 RUNS = [pytest.param(case, marks=() if case in SHORT else pytest.mark.sweep) for case in CASES]
 
 
-def normal(*shape):
-    return torch.randn(*shape, dtype=torch.float64).float()
-
-
 def problems():
     """Ragged, exact, one-row and strided layers; without bias, with a frozen weight; for the Gram form; softmax."""
     sizes = (
@@ -60,24 +57,16 @@ def problems():
         (70, 20, 18, "identity"),
         (37, 30, 10, "softmax"),
     )
-    made = []
-    for index, (b, k, n, transfer) in enumerate(sizes):
-        x, weight, bias, residual = normal(b, k), normal(n, k) / math.sqrt(k), normal(n), normal(b, n)
-        preactivation, grad_weight = x @ weight.t() + bias, residual.t() @ x
-        if index == 0:
-            x, weight = normal(k, 2 * b)[:, ::2].t().copy_(x), normal(k, n).t().copy_(weight)
-            preactivation, grad_weight = preactivation.t().contiguous().t(), grad_weight.t().contiguous().t()
-        made.append(
-            lk.LocalProblem(
-                x=x,
-                preactivation=preactivation,
-                weight=weight,
-                bias=None if index == 1 else bias,
-                grad_weight=None if index == 3 else grad_weight,
-                grad_bias=None if index == 1 else residual.sum(0),
-                transfer=transfer,
-            )
-        )
+    made = [
+        problem_for(*random_layer(seed, b, k, n, bias=seed != 1, dtype=torch.float32), transfer)
+        for seed, (b, k, n, transfer) in enumerate(sizes)
+    ]
+    strided, frozen = made[0], made[3]
+    b, k, _ = strided.shape
+    strided.x = torch.randn(k, 2 * b)[:, ::2].t().copy_(strided.x)
+    for name in ("preactivation", "weight", "grad_weight"):
+        setattr(strided, name, getattr(strided, name).t().contiguous().t())
+    frozen.grad_weight = None
     return made
 
 
@@ -87,7 +76,6 @@ def step(config=CONFIG, driver="grouped", rule=None, parts=1, iterations=3, **op
     def cut(original):
         return lambda *arguments: original(*arguments)._replace(splits=(parts,) * len(arguments[1]))
 
-    torch.manual_seed(0)
     layers = problems()
     rule = rules.RMSprop() if rule is None else rule
     with configs.use(config, driver, programs=1), replaced(choose, "choose", cut):
@@ -126,12 +114,12 @@ def gaps_in_scratch(gaps):
 
         return wrapper
 
-    drivers._plans.clear()
+    forget_plans()
     try:
         with replaced(plan._Arena, "take", take_with_gap), replaced(drivers, "allocate", find_gaps):
             yield
     finally:
-        drivers._plans.clear()
+        forget_plans()
 
 
 @pytest.mark.parametrize("case", RUNS)

@@ -19,8 +19,8 @@ from tests.kernels.comparison import (
     ULP,
     compare,
     cut_batches,
-    relative_error,
-    steps,
+    error_of_the_step,
+    rates,
     twins,
     ulps_of_the_step,
 )
@@ -38,18 +38,16 @@ def _apply_kernel(x_ptr, y_ptr, p, F: tl.constexpr, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("transfer", ELEMENTWISE, ids=str)
 def test_every_transfer(transfer):
     ours, theirs = twins(1, 37, 19, 11, transfer=transfer)
-    rates, _ = steps(0, 2)
     for driver in ("single", "grouped"):
-        report, _ = compare([ours], [theirs], 16, driver=driver, rule=rules.SGD(momentum=0.5), lr=rates)
+        report, _ = compare([ours], [theirs], 16, driver=driver, rule=rules.SGD(momentum=0.5), lr=rates(2))
         assert report.driver == driver
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_every_rule(rule):
     ours, theirs = twins(2, 21, 18, 9, transfer="sigmoid")
-    rates, _ = steps(0, 3)
     for _ in range(2):  # the state persists
-        compare([ours], [theirs], 64, rule=rule, lr=rates, prox=0.3)
+        compare([ours], [theirs], 64, rule=rule, lr=rates(3), prox=0.3)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +67,6 @@ def test_random_models(seed, monkeypatch):
                 setattr(problem, frozen, None)
         ours.append(pair[0])
         theirs.append(pair[1])
-    rates, _ = steps(0, iterations)
     config = configs.Config(
         *rng.choice([(8, 32, 16, 4), (16, 8, 32, 8), (4, 16, 8, 2)]), parts=rng.choice([1, 2, 4, 8])
     )
@@ -78,7 +75,7 @@ def test_random_models(seed, monkeypatch):
     if seed >= 8:
         driver = "grouped"
         cut_batches(monkeypatch, rng.randint(2, 4))
-    compare(ours, theirs, 64, config, driver, rule=rule, lr=rates, **arguments)
+    compare(ours, theirs, 64, config, driver, rule=rule, lr=rates(iterations), **arguments)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -109,7 +106,7 @@ def test_batches_in_parts(transfer, tf32, monkeypatch):
     expected = lk.local_steps_([theirs], backend="reference", commit=False, **arguments)
     assert launched == [2, 2]  # 3000 examples in parts of at least 1024
     if tf32:
-        assert 1e-6 < relative_error(report, expected) <= 5e-4
+        assert 1e-6 < error_of_the_step(report, expected) <= 5e-4
     else:
         assert ulps_of_the_step(report, expected) <= 32
 
@@ -122,8 +119,7 @@ def test_strided_and_transposed_inputs():
     ours.grad_weight = torch.empty(10, 7).t().copy_(ours.grad_weight)
     ours.grad_bias = torch.empty(14)[::2].copy_(ours.grad_bias)
     ours.bias = torch.empty(7, 3)[:, 1].copy_(ours.bias)
-    rates, _ = steps(0, 3)
-    compare([ours], [theirs], 32, lr=rates)
+    compare([ours], [theirs], 32, lr=rates(3))
     assert ours.weight.stride() == (2, 14)
     step = (theirs.weight - random_layer(3, 33, 10, 7, dtype=torch.float32)[1]).abs().max()
     assert (ours.weight - theirs.weight).abs().max() <= 32 * ULP * step + ULP * theirs.weight.abs().max()

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 import locoprop_kernels as lk
 from locoprop_kernels.kernels import configs, drivers
-from tests.kernels.comparison import SMALL, cut_batches, relative_error, twins
-from tests.problems import problem_for, random_layer
+from tests.kernels.comparison import SMALL, cut_batches, error_of_the_step, run_both, twins
+from tests.problems import copied, problem_for, random_layer
 
 pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_INTERPRET=1")
 
@@ -16,23 +16,17 @@ pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_forms_of_their_own_in_low_precision(transfer, form, dtype):
     ours, theirs = twins(24, 120, 30, 20, transfer=transfer)
-    arguments = {"lr": [1e-4] * 3, "commit": False}
-    with configs.use(SMALL):
-        report = lk.local_steps_([ours], backend="triton", compute_dtype=dtype, **arguments)
-    expected = lk.local_steps_([theirs], backend="reference", **arguments)
+    report, expected = run_both([ours], [theirs], compute_dtype=dtype, lr=[1e-4] * 3)
     assert report.driver == (form if (form, dtype) != ("gram", torch.float16) else "single")
-    assert relative_error(report, expected) <= 5e-3
+    assert error_of_the_step(report, expected) <= 5e-3
 
 
 def test_batches_in_parts_in_low_precision(monkeypatch):
     cut_batches(monkeypatch)
     for dtype in (torch.bfloat16, torch.float16):
         ours, theirs = twins(27, 100, 30, 11)
-        arguments = {"lr": [1e-4] * 3, "commit": False}
-        with configs.use(SMALL, "grouped"):
-            report = lk.local_steps_([ours], backend="triton", compute_dtype=dtype, **arguments)
-        expected = lk.local_steps_([theirs], backend="reference", **arguments)
-        assert relative_error(report, expected) <= 5e-3
+        report, expected = run_both([ours], [theirs], driver="grouped", compute_dtype=dtype, lr=[1e-4] * 3)
+        assert error_of_the_step(report, expected) <= 5e-3
 
 
 # What rounding the operands may cost, beside 1e-2 (bfloat16) and 2e-3 (TF32) asked for on full-sized layers.
@@ -43,14 +37,9 @@ def test_batches_in_parts_in_low_precision(monkeypatch):
 def test_low_precision(dtype, tf32, limit, monkeypatch):
     monkeypatch.setattr(drivers, "float32_precision", lambda: "tf32" if tf32 else "ieee")
     exact = problem_for(*random_layer(13, 200, 100, 40), "tanh")
-    names = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias")
-    ours = lk.LocalProblem(**{name: getattr(exact, name).float() for name in names}, transfer="tanh")
-    arguments = {"lr": [1e-4] * 10, "commit": False}
     config = configs.Config(n=32, b=128, k=64, r=16)
-    with configs.use(config):
-        report = lk.local_steps_([ours], backend="triton", compute_dtype=dtype, **arguments)
-    expected = lk.local_steps_([exact], backend="reference", **arguments)
-    error = relative_error(report, expected)
+    report, expected = run_both([copied(exact, torch.float32)], [exact], config, compute_dtype=dtype, lr=[1e-4] * 10)
+    error = error_of_the_step(report, expected)
     assert error <= limit
     if dtype == torch.float32:
         assert error > 1e-6  # the operands were rounded
@@ -63,26 +52,20 @@ def test_low_precision_on_a_layer_of_full_size(dtype, tf32, limit, monkeypatch):
     monkeypatch.setattr(drivers, "float32_precision", lambda: "tf32" if tf32 else "ieee")
     x, weight, _, residual = random_layer(25, 1000, 1000, 500, bias=False)
     exact = problem_for(x, weight, None, residual / 100, "tanh")
-    names = ("x", "preactivation", "weight", "grad_weight")
-    ours = lk.LocalProblem(**{name: getattr(exact, name).float() for name in names}, transfer="tanh")
-    arguments = {"lr": [2e-5] * 10, "commit": False}
-    with configs.use(configs.Config(n=128, b=256, k=128, r=128)):
-        report = lk.local_steps_([ours], backend="triton", compute_dtype=dtype, **arguments)
-    expected = lk.local_steps_([exact], backend="reference", **arguments)
-    assert relative_error(report, expected) <= limit
+    config = configs.Config(n=128, b=256, k=128, r=128)
+    report, expected = run_both([copied(exact, torch.float32)], [exact], config, compute_dtype=dtype, lr=[2e-5] * 10)
+    assert error_of_the_step(report, expected) <= limit
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e6])
 def test_float16_keeps_its_range(size):
     layer = random_layer(14, 50, 30, 20)
     exact = problem_for(*layer[:3], layer[3] * size, "softplus")
-    names = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias")
-    ours = lk.LocalProblem(**{name: getattr(exact, name).float() for name in names}, transfer="softplus")
-    arguments = {"lr": [min(1.0, 1e-3 / size)] * 5, "rule": "sgd", "commit": False}
-    with configs.use(SMALL):
-        report = lk.local_steps_([ours], backend="triton", compute_dtype=torch.float16, **arguments)
-    expected = lk.local_steps_([exact], backend="reference", **arguments)
-    assert relative_error(report, expected) <= 2e-3
+    ours = copied(exact, torch.float32)
+    report, expected = run_both(
+        [ours], [exact], compute_dtype=torch.float16, rule="sgd", lr=[min(1.0, 1e-3 / size)] * 5
+    )
+    assert error_of_the_step(report, expected) <= 2e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -99,7 +82,5 @@ def test_low_precision_parameters(dtype):
 
 def test_dtypes_may_differ_between_layers():
     pairs = [twins(16, 9, 8, 7), twins(17, 9, 7, 6, dtype=torch.bfloat16)]
-    with configs.use(SMALL):
-        report = lk.local_steps_([pair[0] for pair in pairs], lr=[0.01] * 2, backend="triton", commit=False)
-    expected = lk.local_steps_([pair[1] for pair in pairs], lr=[0.01] * 2, backend="reference", commit=False)
-    assert relative_error(report, expected) <= 1e-2
+    report, expected = run_both(*zip(*pairs, strict=True), lr=[0.01] * 2)
+    assert error_of_the_step(report, expected) <= 1e-2

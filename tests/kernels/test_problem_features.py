@@ -14,53 +14,21 @@ from locoprop_kernels import rules
 from locoprop_kernels.devices import INTERPRETER
 from locoprop_kernels.kernels import choose, configs, drivers, plan
 from locoprop_kernels.patches import Patches, Rows, Stacked
+from tests.kernels.comparison import SMALL, compare
+from tests.kernels.plans import kept_plans
+from tests.problems import copied, problem_for, random_layer
 
 pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_INTERPRET=1")
 
-SMALL = configs.Config(n=8, b=32, k=16, r=8, parts=2)
-ULP = 2.0**-23
-TENSORS = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias", "mask_weight", "mask_bias")
-
 
 def random_problem(seed, b, k, n, groups=None, bias=True, transfer="tanh", masks=False, **options):
-    """A local problem whose gradients are those of random residuals."""
-    generator = torch.Generator().manual_seed(seed)
-    lead = [] if groups is None else [groups]
-
-    def normal(*shape):
-        return torch.randn(*lead, *shape, generator=generator)
-
-    x, weight, residual = normal(b, k), normal(n, k) / k**0.5, normal(b, n)
-    shift = normal(n) if bias else None
+    """A local problem in float32, with random masks where they are asked for."""
     if masks:
-        options["mask_weight"] = normal(n, k) > 0
-        options["mask_bias"] = normal(n) > 0 if bias else None
-    return lk.LocalProblem(
-        x=x,
-        preactivation=x @ weight.mT + (shift.unsqueeze(-2) if bias else 0),
-        weight=weight,
-        bias=shift,
-        grad_weight=residual.mT @ x,
-        grad_bias=residual.sum(-2) if bias else None,
-        transfer=transfer,
-        **options,
-    )
-
-
-def copied(problem, **changes):
-    """A problem of the same numbers in memory of its own."""
-    tensors = {name: getattr(problem, name) for name in TENSORS}
-    tensors = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
-    state = {name: {slot: value.clone() for slot, value in slots.items()} for name, slots in problem.state.items()}
-    return dataclasses.replace(problem, **{**tensors, "state": state, **changes})
-
-
-def of_group(problem, index):
-    """One group of a problem, as a problem without groups."""
-    tensors = {name: getattr(problem, name) for name in TENSORS}
-    return dataclasses.replace(
-        problem, **{name: value if value is None else value[index].clone() for name, value in tensors.items()}, state={}
-    )
+        generator = torch.Generator().manual_seed(seed)
+        lead = [] if groups is None else [groups]
+        options["mask_weight"] = torch.rand(*lead, n, k, generator=generator) > 0.5
+        options["mask_bias"] = torch.rand(*lead, n, generator=generator) > 0.5 if bias else None
+    return problem_for(*random_layer(seed, b, k, n, bias, torch.float32, groups), transfer, **options)
 
 
 def stacked(tensor, rng):
@@ -70,32 +38,6 @@ def stacked(tensor, rng):
         first = rng.randint(1, sizes[-1] - 1)
         sizes[-1:] = [first, sizes[-1] - first]
     return Stacked([part.clone() for part in tensor.split(sizes, dim=-2)])
-
-
-def agrees(ours, theirs, limit=64, driver=None, config=SMALL, **arguments):
-    """Both backends, with their commits; differences count in units of the last place of the largest increment."""
-    with configs.use(config, driver):
-        actual = lk.local_steps_(ours, backend="triton", commit=False, **arguments)
-    expected = lk.local_steps_(theirs, backend="reference", commit=False, **arguments)
-    for one, right in zip(actual.problems, expected.problems, strict=True):
-        for name in ("delta_weight", "delta_bias"):
-            value, wanted = getattr(one, name), getattr(right, name)
-            assert (value is None) == (wanted is None)
-            if wanted is not None:
-                assert value.shape == wanted.shape
-                assert (value - wanted).abs().max() <= limit * ULP * wanted.abs().max()
-        if right.trace is not None:
-            torch.testing.assert_close(one.trace, right.trace, rtol=1e-4, atol=1e-12)
-    actual.commit_()
-    expected.commit_()
-    assert actual.committed
-    for one, right in zip(ours, theirs, strict=True):
-        assert one.state.keys() == right.state.keys()
-        for name, slots in right.state.items():
-            for slot, wanted in slots.items():
-                error = (one.state[name][slot] - wanted).abs().max()
-                assert error <= 4 * limit * ULP * wanted.abs().max()
-    return actual
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -118,7 +60,7 @@ def test_random_problems(seed):
         frozen = rng.choice(["grad_weight", "grad_bias", None, None])
         if frozen and problem.bias is not None:
             setattr(problem, frozen, None)
-        changes = {name: stacked(getattr(problem, name), rng) for name in TENSORS[:2] if rng.random() < 0.5}
+        changes = {name: stacked(getattr(problem, name), rng) for name in ("x", "preactivation") if rng.random() < 0.5}
         ours.append(copied(problem, **changes))
         theirs.append(problem)
     rule = rng.choice([rules.RMSprop(eps=1e-3), rules.Adam(eps=1e-3), rules.SGD(momentum=0.8)])
@@ -126,7 +68,7 @@ def test_random_problems(seed):
     lr = [0.01 / (1 + t) for t in range(rng.randint(1, 3))]
     driver = rng.choice(["single", "grouped"])
     for _ in range(2):  # the state persists
-        agrees(ours, theirs, driver=driver, rule=rule, lr=lr, **arguments)
+        compare(ours, theirs, driver=driver, rule=rule, lr=lr, **arguments)
 
 
 @pytest.mark.parametrize(("driver", "transfer"), [("single", "tanh"), ("grouped", "tanh"), ("gram", "identity")])
@@ -135,7 +77,7 @@ def test_masked_weights_stay_and_their_momentum_does_not_move_them(driver, trans
     theirs = copied(ours)
     arguments = {"rule": rules.SGD(momentum=0.9), "lr": [0.01] * 3, "prox": 0.1}
     chosen = None if driver == "gram" else driver
-    agrees([ours], [theirs], driver=chosen, **arguments)  # fills the momentum
+    compare([ours], [theirs], driver=chosen, **arguments)  # fills the momentum
     generator = torch.Generator().manual_seed(2)
     weight = torch.rand(11, 38, generator=generator)[:, ::2] > 0.5  # of any strides
     bias = torch.rand(11, generator=generator) > 0.5
@@ -145,7 +87,7 @@ def test_masked_weights_stay_and_their_momentum_does_not_move_them(driver, trans
     before = ours.weight.clone(), ours.bias.clone()
     momentum = ours.state["weight"]["momentum_buffer"]
     assert (momentum[~weight] != 0).all()
-    report = agrees([ours], [theirs], driver=chosen, **arguments)
+    report, _ = compare([ours], [theirs], driver=chosen, **arguments)
     assert report.driver == driver
     for mask, after, start in zip((weight, bias), (ours.weight, ours.bias), before, strict=True):
         assert torch.equal(after[~mask], start[~mask])
@@ -175,10 +117,10 @@ def test_rates_multiply_the_learning_rates(driver):
         lk.local_steps_([whole], lr=[0.01], backend="triton")
         assert torch.equal(half.weight, whole.weight)
         assert torch.equal(half.bias, bias)
-        plans = len(drivers._plans)
+        plans = kept_plans()
         half.rate_weight = 0.25  # a scheduler's: no reason for a new plan
         lk.local_steps_([half], lr=[0.02], backend="triton")
-        assert len(drivers._plans) == plans
+        assert kept_plans() == plans
 
 
 @pytest.mark.parametrize("groups", [1, 3, 7])
@@ -187,7 +129,7 @@ def test_groups_are_problems_of_their_own(groups, driver, transfer):
     """Bit by bit (but for the sums of a batched ``XᵀX``), and the step is counted once."""
     sizes = (33, 19, 9) if groups == 1 else (8, 5, 3)
     together = random_problem(groups, *sizes, groups, transfer=transfer, masks=True)
-    apart = [of_group(together, index) for index in range(groups)]
+    apart = [copied(together.group(index)) for index in range(groups)]
     arguments = {"rule": "adam", "lr": [0.01] * 3, "backend": "triton", "trace": True}
     with configs.use(SMALL, None if driver == "gram" else driver):
         report = lk.local_steps_([together], **arguments)
@@ -210,7 +152,7 @@ def test_groups_of_any_strides():
     for name in ("x", "preactivation", "weight", "grad_weight", "bias", "grad_bias"):
         value = getattr(ours, name)
         setattr(ours, name, torch.empty(*value.shape[::-1], 2)[..., 0].permute(*range(value.dim())[::-1]).copy_(value))
-    agrees([ours], [theirs], lr=[0.01] * 3)
+    compare([ours], [theirs], lr=[0.01] * 3)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +203,7 @@ def test_patches_of_a_grouped_convolution(driver):
     whole = torch.cat(list(x.chunks()), dim=-2)
     theirs = random_problem(11, *whole.shape[1:], 5, groups, masks=True, rate_weight=0.5)
     theirs.x = whole
-    agrees([copied(theirs, x=x)], [theirs], driver=driver, rule="adam", lr=[0.01] * 3)
+    compare([copied(theirs, x=x)], [theirs], driver=driver, rule="adam", lr=[0.01] * 3)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +235,7 @@ def test_masks_take_configurations_whose_kernels_do_not_spill_with_them(monkeypa
     for masks, config in ((False, wide), (True, SMALL)):
         with configs.use(driver="grouped"):
             lk.local_steps_([random_problem(15, 64, 32, 16, masks=masks)], lr=[0.01], backend="triton")
-        assert next(reversed(drivers._plans)).config == config
+        assert kept_plans()[-1].key.config == config
     with pytest.raises(ValueError, match="found must hold a configuration that every kernel may use"):
         choose.choose((wide,), ((64, 32, 16),), "softmax", 2, INTERPRETER)
 
@@ -304,7 +246,7 @@ def test_a_plan_of_launches_per_phase_has_no_schedule():
     for driver in ("single", "grouped"):
         with configs.use(SMALL, driver):
             lk.local_steps_([problem], lr=[0.01], backend="triton")
-        found.append(next(reversed(drivers._plans.values())))
+        found.append(kept_plans()[-1])
     assert [one.schedule is None for one in found] == [False, True]
     tiles = [{tuple(tile) for tile in one.update_tiles.tolist()} for one in found]
     assert tiles[0] == tiles[1] == {(0, row, column) for row in range(2) for column in range(2)}
@@ -313,7 +255,7 @@ def test_a_plan_of_launches_per_phase_has_no_schedule():
 def test_programs_that_a_device_cannot_hold_are_refused(monkeypatch):
     with configs.use(dataclasses.replace(SMALL, occupancy=2), "single", programs=5):
         lk.local_steps_([random_problem(14, 37, 19, 11)], lr=[0.01], backend="triton")
-    key = next(reversed(drivers._plans.keys()))
+    key = kept_plans()[-1].key
     assert key.programs == 10  # the interpreter takes any number
     device = SimpleNamespace(multi_processor_count=4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)

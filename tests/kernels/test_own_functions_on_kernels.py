@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import locoprop_kernels as lk
-from locoprop_kernels import rules, transfers
+from locoprop_kernels import rules
 from locoprop_kernels.kernels import configs
 from locoprop_torch import GroupedLinear, LocoProp
+from tests.problems import forget_transfer, problem_for, random_layer
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -54,7 +55,7 @@ class Damped(rules.Rule):
 @pytest.fixture
 def registered():
     yield lk.register_transfer("own", own, own_tile)
-    del transfers._DEFINITIONS["own"]
+    forget_transfer("own")
 
 
 MODELS = {
@@ -86,14 +87,15 @@ def test_models_as_on_the_reference(name):
         assert (p - q).abs().max() <= 1e-4 * (p - p0).abs().max()
 
 
+def layer_on_device(rows, bias=True):
+    tensors = random_layer(0, rows, 20, 7, bias, torch.float32)
+    return [None if tensor is None else tensor.to(DEVICE) for tensor in tensors]
+
+
 def test_own_transfer_and_rule(registered):
-    torch.manual_seed(0)
-    x, weight, residual = (torch.randn(shape, device=DEVICE) for shape in ((33, 20), (7, 20), (33, 7)))
-    weight = weight / 20**0.5
-    problems = [
-        lk.LocalProblem(x, x @ weight.T, weight.clone(), grad_weight=residual.T @ x, transfer=registered)
-        for _ in range(2)
-    ]
+    layer = layer_on_device(33, bias=False)
+    weight = layer[1]
+    problems = [problem_for(*layer, registered) for _ in range(2)]
     reports = [
         lk.local_steps_([problem], rule=Damped(), lr=[0.05] * 4, backend=backend, trace=True)
         for problem, backend in zip(problems, ("reference", "triton"), strict=True)
@@ -114,16 +116,9 @@ def smooth_l1(w, w0):
 
 @pytest.mark.parametrize(("driver", "transfer"), [("single", "tanh"), ("grouped", "own"), ("gram", "identity")])
 def test_own_regulariser(registered, driver, transfer):
-    torch.manual_seed(0)
-    x, weight, residual = (torch.randn(shape, device=DEVICE) for shape in ((65, 20), (7, 20), (65, 7)))
-    bias = torch.randn(7, device=DEVICE)
-    weight = weight / 20**0.5
-    problems = [
-        lk.LocalProblem(
-            x, x @ weight.T + bias, weight.clone(), bias.clone(), residual.T @ x, residual.sum(0), transfer=transfer
-        )
-        for _ in range(2)
-    ]
+    layer = layer_on_device(65)
+    _, weight, bias, _ = layer
+    *problems, plain = (problem_for(*layer, transfer) for _ in range(3))
     regulariser = lk.Regulariser(smooth_l1, triton_fn=smooth_l1_tile)
     options = {"rule": "momentum", "lr": [0.02] * 4, "regulariser": regulariser}
     lk.local_steps_(problems[:1], backend="reference", **options)
@@ -133,9 +128,6 @@ def test_own_regulariser(registered, driver, transfer):
     for name, start in (("weight", weight), ("bias", bias)):
         expected, actual = (getattr(problem, name) for problem in problems)
         assert (actual - expected).abs().max() <= 1e-5 * (expected - start).abs().max()
-    plain = lk.LocalProblem(
-        x, x @ weight.T + bias, weight.clone(), bias.clone(), residual.T @ x, residual.sum(0), transfer=transfer
-    )
     lk.local_steps_([plain], backend="reference", **{**options, "regulariser": None})
     assert (plain.bias - problems[0].bias).abs().max() > 1e-2 * (plain.bias - bias).abs().max()
 
