@@ -20,7 +20,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
-    drivers = None
+    drivers = None  # type: ignore[assignment]
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,7 @@
 """Small models and what tests ask of an optimiser, for the situations in ``tests/optimizer``."""
 
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from locoprop_torch import LocoProp
 
 #: Older versions have gaps of their own, in torch.fx and FSDP2.
 RECENT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
-SGD = {"rule": rules.SGD(), "lr": 1e-2, "activation_lr": 3.0, "reduction": "sum"}
+SGD: dict[str, Any] = {"rule": rules.SGD(), "lr": 1e-2, "activation_lr": 3.0, "reduction": "sum"}
 
 
 def mlp(seed=0, dtype=torch.float64, second=nn.Sigmoid):
@@ -82,6 +83,12 @@ def step_of(seed=1, rows=8, **options):
     loss_of(model, rows, seed).backward()
     opt.step()
     return model
+
+
+def present(value):
+    """``value``, which a test knows to be there."""
+    assert value is not None
+    return value
 
 
 def weights(model):

@@ -36,7 +36,9 @@ TRANSFERS = [
 TENSORS = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias", "mask_weight", "mask_bias")
 
 
-def random_layer(seed, b, k, n, bias=True, dtype=torch.float64, groups=None):
+def random_layer(
+    seed, b, k, n, bias=True, dtype=torch.float64, groups=None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """``x, weight, bias, residual`` of a layer; one bias for each of ``groups`` layers side by side."""
     generator = torch.Generator().manual_seed(seed)
     lead = [] if groups is None else [groups]
@@ -111,10 +113,10 @@ def unfolded(module, x):
     rows = []
     for example in x:
         for position in itertools.product(*map(range, counts)):
-            index = tuple(
+            index = [slice(None)] + [
                 slice(o * s, o * s + d * (k - 1) + 1, d)
                 for o, s, d, k in zip(position, module.stride, module.dilation, module.kernel_size, strict=True)
-            )
-            rows.append(example[(slice(None), *index)])
+            ]
+            rows.append(example[tuple(index)])
     groups = zip(*(row.chunk(module.groups) for row in rows), strict=True)
     return [torch.stack([part.flatten() for part in group]) for group in groups]

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -122,17 +123,17 @@ def test_bad_lists():
     ("make", "error", "message"),
     [
         (lambda: transfers.get("swish"), ValueError, "transfer must be one of identity, .*got 'swish'"),
-        (lambda: transfers.get(3), TypeError, "transfer must be a string"),
+        (lambda: transfers.get(cast(Any, 3)), TypeError, "transfer must be a string"),
         (lambda: transfers.get("elu", beta=1), ValueError, "takes the parameters"),
         (lambda: transfers.get("elu", alpha=math.nan), ValueError, "must be finite"),
         (lambda: rules.RMSprop(alpha=1.5), ValueError, "alpha of RMSprop must be >= 0 and < 1, got 1.5"),
         (lambda: rules.RMSprop(flavor="jax"), ValueError, "flavor of RMSprop must be one of torch, tensorflow"),
         (lambda: rules.SGD(momentum=-1.0), ValueError, "momentum of SGD"),
         (lambda: rules.SGD(nesterov=True), ValueError, "nesterov of SGD needs a momentum"),
-        (lambda: rules.Adam(betas=(0.9,)), ValueError, "betas of Adam must be two"),
+        (lambda: rules.Adam(betas=cast(Any, (0.9,))), ValueError, "betas of Adam must be two"),
         (lambda: rules.Adam(betas=(0.9, 1.0)), ValueError, r"betas\[1\] of Adam"),
         (lambda: rules.Adagrad(eps=math.nan), ValueError, "eps of Adagrad"),
-        (lambda: rules.Adagrad(eps="small"), TypeError, "eps of Adagrad must be a number"),
+        (lambda: rules.Adagrad(eps=cast(Any, "small")), TypeError, "eps of Adagrad must be a number"),
     ],
 )
 def test_bad_rules_and_transfers(make, error, message):
@@ -210,10 +211,11 @@ def test_bfloat16_step_of_the_papers_autoencoder():
     steps = []
     for dtype in (None, torch.bfloat16):
         torch.manual_seed(1)
-        modules = []
+        modules: list[nn.Module] = []
         for i, (k, n) in enumerate(zip(sizes, sizes[1:], strict=False)):
-            modules += [nn.Linear(k, n), nn.Identity() if i in (3, 7) else nn.Tanh()]
-            nn.init.xavier_uniform_(modules[-2].weight)
+            layer = nn.Linear(k, n)
+            nn.init.xavier_uniform_(layer.weight)
+            modules += [layer, nn.Identity() if i in (3, 7) else nn.Tanh()]
         model = nn.Sequential(*modules)
         opt = LocoProp(
             model, lr=1e-5, reduction="sum", transfers={"14": "sigmoid"}, compute_dtype=dtype,

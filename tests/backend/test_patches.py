@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,13 @@ GEOMETRIES = {
 }
 
 
+def rows_of(module, x) -> Any:
+    """The rows of a convolution, which are patches."""
+    layout = layout_of(module)
+    assert layout is not None
+    return layout.inputs(x)
+
+
 @pytest.mark.parametrize("weight", ["contiguous", "channels last"])
 @pytest.mark.parametrize("image", ["contiguous", "channels last", "view"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -45,7 +53,7 @@ def test_chunks_are_the_unfolded_input(geometry, image, weight):
         module.weight = nn.Parameter(module.weight.detach().movedim(1, -1).contiguous().movedim(-1, 1))
         channels = shape[1] // module.groups
         expected = [rows.unflatten(1, (channels, -1)).mT.flatten(1) for rows in expected]
-    rows = layout_of(module).inputs(x)
+    rows = rows_of(module, x)
     want = torch.stack(expected) if module.groups > 1 else expected[0]
     assert rows.shape == want.shape
     row = 4 * rows.shape[-1] * module.groups
@@ -70,7 +78,7 @@ def test_patches_are_written_along_the_longer_runs():
 
 def test_patches_are_those_of_torch():
     x = torch.randn(6, 8, 40, 40)
-    rows = layout_of(nn.Conv2d(8, 4, 5, padding=2)).inputs(x)
+    rows = rows_of(nn.Conv2d(8, 4, 5, padding=2), x)
     expected = F.unfold(x, 5, padding=2).mT.reshape(-1, 200)
     assert torch.equal(torch.cat(list(rows.chunks(2**16))), expected)
 
@@ -147,7 +155,7 @@ def test_chunks_of_rows_are_bounded_by_what_the_loop_makes_of_them(monkeypatch, 
 def test_closed_form_of_a_convolution():
     torch.manual_seed(0)
     module = nn.Conv2d(2, 3, 2).double()
-    rows = layout_of(module).inputs(torch.randn(4, 2, 5, 5, dtype=torch.float64))
+    rows = rows_of(module, torch.randn(4, 2, 5, 5, dtype=torch.float64))
     a = torch.randn(rows.shape[0], 3, dtype=torch.float64)
     problems = [
         lk.LocalProblem(x, a, module.weight.detach().flatten(1), grad_weight=torch.ones(3, 8, dtype=torch.float64))

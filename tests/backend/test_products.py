@@ -54,6 +54,7 @@ def test_gram_is_x_transposed_times_x(k, dtype):
 def test_onednn_gets_a_dense_right_operand(monkeypatch):
     """With rows further apart than their length it falls to a routine a thousand times slower."""
     taken = products._onednn_linear
+    assert taken is not None
 
     def checked(left, weight, *rest):
         assert weight.is_contiguous() or weight.t().is_contiguous()

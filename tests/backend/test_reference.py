@@ -1,6 +1,7 @@
 """Properties of the reference backend: the increment form against the textbook form, and its limits."""
 
 import math
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 import locoprop_kernels as lk
 from locoprop_kernels import patches, transfers
 from locoprop_kernels.testing import TextbookLayer, torch_optimizer
+from tests.helpers import present
 from tests.problems import RULES, TRANSFERS, copied, problem_for, random_layer
 
 sizes = st.integers(1, 9)
@@ -48,7 +50,7 @@ def test_increment_form_is_the_textbook_form(seed, b, k, n, bias, transfer, rule
 def test_one_local_iteration_is_the_torch_optimizer(rule):
     x, weight, bias, residual = random_layer(1, 7, 5, 4)
     problem = problem_for(x, weight, bias, residual, "tanh")
-    parameters = [weight.clone(), bias.clone()]
+    parameters = [weight.clone(), present(bias).clone()]
     optimizer = torch_optimizer(rule, parameters, lr=0.03)
     for step in range(4):
         gradients = [problem.grad_weight * (step + 1), problem.grad_bias * (step - 2)]
@@ -122,7 +124,7 @@ def test_gram_is_taken_only_where_it_costs_less():
 def test_rows_are_independent(transfer):
     x, weight, bias, residual = random_layer(5, 11, 6, 8)
     whole = problem_for(x, weight, bias, residual, transfer)
-    part = problem_for(x, weight[2:5], bias[2:5], residual[:, 2:5], transfer)
+    part = problem_for(x, weight[2:5], present(bias)[2:5], residual[:, 2:5], transfer)
     lk.local_steps_([whole], lr=[0.01] * 6)
     lk.local_steps_([part], lr=[0.01] * 6)
     torch.testing.assert_close(whole.weight[2:5], part.weight, rtol=1e-12, atol=1e-13)
@@ -160,10 +162,10 @@ def test_trace_is_the_local_objective(transfer, reduction):
     report = lk.local_steps_(
         [problem], lr=[0.002] * iterations, prox=prox, reduction=reduction, trace=True, commit=False
     )
-    trace = report.problems[0].trace
+    trace = present(report.problems[0].trace)
     assert trace.shape == (iterations + 1,)
     assert trace[0] == 0
-    delta_weight, delta_bias = report.problems[0].delta_weight, report.problems[0].delta_bias
+    delta_weight, delta_bias = present(report.problems[0].delta_weight), present(report.problems[0].delta_bias)
     a0 = problem.preactivation
     loss = transfer.matching_loss(a0 + x @ delta_weight.t() + delta_bias, a0, transfer(a0) - 0.05 * residual).sum()
     loss = loss / (len(x) if reduction == "mean" else 1)
@@ -178,7 +180,7 @@ def test_frozen_parameters_stay(frozen, transfer):
     x, weight, bias, residual = random_layer(8, 30, 4, 5)
     problem = problem_for(x, weight, bias, residual, transfer)
     setattr(problem, f"grad_{frozen}", None)
-    before = {"weight": weight.clone(), "bias": bias.clone()}
+    before = {"weight": weight.clone(), "bias": present(bias).clone()}
     lk.local_steps_([problem], lr=[0.01] * 4)
     for name in ("weight", "bias"):
         assert torch.equal(getattr(problem, name), before[name]) == (name == frozen)
@@ -191,8 +193,7 @@ def test_low_precision_parameters_keep_float32_state(transfer, dtype, tolerance)
     low = problem_for(*random_layer(9, 64, 16, 12, dtype=dtype), transfer)
     high = copied(low, torch.float32)
     reports = [lk.local_steps_([p], lr=[0.01] * 5, commit=False) for p in (low, high)]
-    expected = reports[1].problems[0].delta_weight
-    actual = reports[0].problems[0].delta_weight
+    actual, expected = (present(report.problems[0].delta_weight) for report in reports)
     assert actual.dtype == torch.float32
     assert (actual - expected).norm() <= tolerance * expected.norm()
     reports[0].commit_()
@@ -259,7 +260,7 @@ def test_groups_one_by_one_are_the_groups_together(monkeypatch, transfer, rows):
     """Large groups are solved one by one on CPUs; so must be three problems apart."""
     torch.manual_seed(0)
     groups, batch, n, k = 3, 20, 4, 6
-    x = torch.randn(groups, batch, k, dtype=torch.float64)
+    x: torch.Tensor | patches.Patches = torch.randn(groups, batch, k, dtype=torch.float64)
     if rows == "patches":
         image = torch.randn(5, groups * k, 2, 2, dtype=torch.float64)
         x = patches.Patches(image, (1, 1), (1, 1), (1, 1), groups=groups)
@@ -274,7 +275,7 @@ def test_groups_one_by_one_are_the_groups_together(monkeypatch, transfer, rows):
         )  # fmt: skip
 
     together, apart, split = problem(), problem(), problem()
-    options = {"rule": "adam", "lr": [1e-2] * 4, "backend": "reference", "trace": True}
+    options: dict[str, Any] = {"rule": "adam", "lr": [1e-2] * 4, "backend": "reference", "trace": True}
     first = lk.local_steps_([together], **options)
     monkeypatch.setattr("locoprop_kernels.reference._LARGE_GROUP", 1)
     second = lk.local_steps_([apart], **options)

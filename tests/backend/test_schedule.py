@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import time
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -269,13 +270,13 @@ MUTATIONS = {
 
 
 def random_network(rng):
-    layers = [tuple(rng.integers(1, 90, 3).tolist()) for _ in range(rng.integers(1, 6))]
-    tiles = Tiles(*rng.choice([8, 16, 32, 64], 3).tolist())
+    layers = [tuple(map(int, rng.integers(1, 90, 3))) for _ in range(rng.integers(1, 6))]
+    tiles = Tiles(*map(int, rng.choice([8, 16, 32, 64], 3)))
     return layers, tiles, int(rng.integers(1, 24))
 
 
 def test_mutated_tables_are_all_rejected():
-    seed = int(np.random.SeedSequence().entropy % 2**32)
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
     print(f"{seed = }")
     rng = np.random.default_rng(seed)
     rejected = dict.fromkeys((mutation.__name__ for mutation in MUTATIONS), 0)
@@ -316,7 +317,7 @@ def test_order_within_a_phase_cannot_hang():
     for _ in range(40):
         layers, tiles, programs = random_network(rng)
         schedule = build(layers, tiles, programs)
-        changes = {}
+        changes: dict[str, Any] = {}
         for phase in PHASES:
             rows, costs = getattr(schedule, f"{phase}_tiles"), getattr(schedule, f"{phase}_costs")
             offsets = getattr(schedule, f"{phase}_offsets")

@@ -65,7 +65,7 @@ def run(programs, seed, timeout=120.0, **options):
 
 
 def fresh_seed():
-    seed = int(np.random.SeedSequence().entropy % 2**32)
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
     print(f"{seed = }")
     return seed
 
@@ -74,7 +74,7 @@ def test_blocks_are_shared_among_programs():
     schedule = build([size[:3] for size in SIZES], Tiles(CONFIG.n, CONFIG.b, CONFIG.k), 3)
     for phase in ("activation", "update"):
         rows, offsets = getattr(schedule, f"{phase}_tiles"), getattr(schedule, f"{phase}_offsets")
-        owners = {}
+        owners: dict[tuple[int, int], set[int]] = {}
         for program in range(3):
             for layer, block, _ in rows[offsets[program] : offsets[program + 1]].tolist():
                 owners.setdefault((layer, block), set()).add(program)
@@ -106,7 +106,7 @@ def test_many_interleavings():
 
 def without_wait(phase):
     """The kernel without one of its two waits, which are told apart by the counter that is waited for."""
-    counters = []
+    counters: list[int] = []
 
     def note_counters(launch):
         def wrapper(table, lists, counters_tensor, *args):

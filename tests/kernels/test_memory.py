@@ -7,6 +7,7 @@ different, so that a swapped dimension does not go unnoticed.
 """
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="need
 
 GAP = 4096
 CONFIG = configs.Config(n=16, b=64, k=128, r=32)
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "float32": {},
     "float16 operands, traced": {"compute_dtype": torch.float16, "trace": True},
     "bfloat16 operands, halved epilogues, no state": {
@@ -124,7 +125,7 @@ def gaps_in_scratch(gaps):
 
 @pytest.mark.parametrize("case", RUNS)
 def test_no_access_is_out_of_bounds(case):
-    gaps = []
+    gaps: list[tuple[int, int]] = []
     with gaps_in_scratch(gaps), checked_addresses(gaps) as counts:
         step(**CASES[case], iterations=2)  # the first has no product, all others have the same addresses
     assert len(gaps) > 20
@@ -138,7 +139,7 @@ def test_forgotten_padding_is_found():
     def no_padding(_):
         return lambda size, multiple: size
 
-    gaps = []
+    gaps: list[tuple[int, int]] = []
     with (
         gaps_in_scratch(gaps),
         checked_addresses(gaps),

@@ -1,6 +1,7 @@
 """Interpreted kernels against the reference: transfer functions, rules, forms, strides, traces."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -59,8 +60,8 @@ def test_random_models(seed, monkeypatch):
     ours, theirs = [], []
     for i in range(rng.randint(1, 3)):
         transfer = rng.choice([t for t in ELEMENTWISE if t.name != "squared_relu"])
-        sizes = [rng.choice([1, 2, 5, 16, 31, 40]) for _ in range(3)]
-        pair = twins(100 * seed + i, *sizes, bias=rng.random() < 0.7, transfer=transfer)
+        b, k, n = (rng.choice([1, 2, 5, 16, 31, 40]) for _ in range(3))
+        pair = twins(100 * seed + i, b, k, n, bias=rng.random() < 0.7, transfer=transfer)
         frozen = rng.choice(["grad_weight", "grad_bias", None, None])
         for problem in pair:
             if frozen and problem.bias is not None:
@@ -81,7 +82,8 @@ def test_random_models(seed, monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("transfer", "sizes"), [("identity", (40, 19, 11)), ("softmax", (37, 19, 23))])
 def test_forms_of_their_own(transfer, sizes, bias):
-    ours, theirs = twins(23, *sizes, bias=bias, transfer=transfer)
+    b, k, n = sizes
+    ours, theirs = twins(23, b, k, n, bias, transfer)
     for _ in range(2):
         arguments = {"rule": rules.SGD(momentum=0.5), "lr": [0.01] * 4, "prox": 0.2, "trace": True}
         report, expected = compare([ours], [theirs], 32, **arguments)
@@ -98,9 +100,14 @@ def test_batches_in_parts(transfer, tf32, monkeypatch):
     ours, theirs = twins(26, 3000, 20, 12, transfer=transfer)
     launched = []
     launch = grouped.launch_partial
-    monkeypatch.setattr(grouped, "launch_partial", lambda *a: launched.append(len(a[1])) or launch(*a))
+
+    def launch_partial(*arguments):
+        launched.append(len(arguments[1]))
+        launch(*arguments)
+
+    monkeypatch.setattr(grouped, "launch_partial", launch_partial)
     config = configs.Config(n=16, b=512, k=128, r=64, parts=4)
-    arguments = {"rule": rules.SGD(momentum=0.5), "lr": [0.1] * 3, "prox": 0.2}
+    arguments: dict[str, Any] = {"rule": rules.SGD(momentum=0.5), "lr": [0.1] * 3, "prox": 0.2}
     with configs.use(config, "grouped", programs=8):
         report = lk.local_steps_([ours], backend="triton", commit=False, **arguments)
     expected = lk.local_steps_([theirs], backend="reference", commit=False, **arguments)

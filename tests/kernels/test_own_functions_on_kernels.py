@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_models_as_on_the_reference(name):
     model = make().to(DEVICE)
     twin = copy.deepcopy(model)
     start = [p.detach().clone() for p in model.parameters()]
-    options = {"lr": 1e-2, "local_iterations": 3, "rule": "adam", "prox": 0.1}
+    options: dict[str, Any] = {"lr": 1e-2, "local_iterations": 3, "rule": "adam", "prox": 0.1}
     pairs = [(m, LocoProp(m, backend=b, **options)) for m, b in ((model, "reference"), (twin, "triton"))]
     for _ in range(2):
         x = torch.randn(shape, device=DEVICE)
@@ -87,9 +88,9 @@ def test_models_as_on_the_reference(name):
         assert (p - q).abs().max() <= 1e-4 * (p - p0).abs().max()
 
 
-def layer_on_device(rows, bias=True):
-    tensors = random_layer(0, rows, 20, 7, bias, torch.float32)
-    return [None if tensor is None else tensor.to(DEVICE) for tensor in tensors]
+def layer_on_device(rows, bias=True) -> tuple[Any, Any, Any, Any]:
+    x, weight, shift, residual = random_layer(0, rows, 20, 7, bias, torch.float32)
+    return x.to(DEVICE), weight.to(DEVICE), None if shift is None else shift.to(DEVICE), residual.to(DEVICE)
 
 
 def test_own_transfer_and_rule(registered):
@@ -120,7 +121,7 @@ def test_own_regulariser(registered, driver, transfer):
     _, weight, bias, _ = layer
     *problems, plain = (problem_for(*layer, transfer) for _ in range(3))
     regulariser = lk.Regulariser(smooth_l1, triton_fn=smooth_l1_tile)
-    options = {"rule": "momentum", "lr": [0.02] * 4, "regulariser": regulariser}
+    options: dict[str, Any] = {"rule": "momentum", "lr": [0.02] * 4, "regulariser": regulariser}
     lk.local_steps_(problems[:1], backend="reference", **options)
     with configs.use(driver=None if driver == "gram" else driver):
         report = lk.local_steps_(problems[1:], backend="triton", **options)

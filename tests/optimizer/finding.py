@@ -1,5 +1,7 @@
 """What is found for the layers of a model, and that looking leaves the model as it was."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, GroupedLinear)
 
 def contents(model):
     """Every entry of the ``__dict__`` of every module, and of its tables of parameters, buffers and modules."""
-    entries = {}
+    entries: dict[tuple[str, ...], Any] = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             entries[name, key] = value

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from locoprop_torch import LocoProp
-from tests.helpers import WithNorm, assert_same, loss_of, mlp, moved, weights
+from tests.helpers import WithNorm, assert_same, loss_of, mlp, moved, present, weights
 
 
 def with_aux(seed=0, **options):
@@ -84,7 +84,7 @@ def test_schedulers_reach_aux():
 def test_aux_is_made_from_what_is_left(aux):
     model = WithNorm()
     opt = LocoProp(model, aux=aux)
-    assert {id(p) for p in opt.aux.param_groups[0]["params"]} == {id(p) for p in model.norm.parameters()}
+    assert {id(p) for p in present(opt.aux).param_groups[0]["params"]} == {id(p) for p in model.norm.parameters()}
     before = weights(model)
     loss_of(model).backward()
     opt.step()
@@ -104,7 +104,7 @@ def test_aux_for_a_transformer_in_one_line():
 
 def test_bad_functions_for_aux():
     with pytest.raises(TypeError, match=r"aux must return a torch\.optim\.Optimizer, got 3"):
-        LocoProp(WithNorm(), aux=lambda params: 3)
+        LocoProp(WithNorm(), aux=lambda params: 3)  # type: ignore[arg-type, return-value]
     model = WithNorm()
     with pytest.raises(ValueError, match="aux must return an optimiser of the parameters that it was given"):
         LocoProp(model, aux=lambda params: torch.optim.SGD(model.parameters(), lr=0.1))

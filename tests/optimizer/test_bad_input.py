@@ -55,7 +55,7 @@ def test_bad_values_in_a_parameter_group(name, value):
 
 def test_bad_models():
     with pytest.raises(TypeError, match="model must be"):
-        LocoProp([nn.Linear(2, 2)])
+        LocoProp([nn.Linear(2, 2)])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one supported layer"):
         LocoProp(nn.Sequential(nn.LayerNorm(4)))
     with pytest.raises(ValueError, match="lazy"):

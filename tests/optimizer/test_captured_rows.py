@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import locoprop_kernels as lk
 from locoprop_torch import LocoProp
 from locoprop_torch.optimizer import default_lr_decay
-from tests.helpers import assert_same, backward, batch, mlp, moved, rows, weights
+from tests.helpers import assert_same, backward, batch, mlp, moved, present, rows, weights
 
 
 def test_leading_dimensions_are_rows():
@@ -71,7 +71,8 @@ def test_a_layer_called_several_times_concatenates_its_rows():
     model(x).square().sum().backward()
     problem = lk.LocalProblem(
         x=torch.cat([c[0] for c in calls]), preactivation=torch.cat([c[1] for c in calls]), weight=weight, bias=bias,
-        grad_weight=10 * model.cell.weight.grad, grad_bias=10 * model.cell.bias.grad, transfer="tanh",
+        grad_weight=10 * present(model.cell.weight.grad), grad_bias=10 * present(model.cell.bias.grad),
+        transfer="tanh",
     )  # fmt: skip
     opt.step()
     lk.local_steps_([problem], rule="sgd", lr=[1e-3 * default_lr_decay(t, 3) for t in range(3)])

@@ -4,7 +4,9 @@ import copy
 import inspect
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +16,15 @@ from torch import nn
 
 import locoprop_torch.compat
 from locoprop_torch.compat import LocoLayer, LocopropTrainer
+from tests.helpers import present
 
 CASES = sorted((Path(__file__).parents[1] / "oracles").glob("pt_*.npz"))
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid, "softmax": lambda: nn.Softmax(dim=1)}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "sigmoid": nn.Sigmoid,
+    "softmax": lambda: nn.Softmax(dim=1),
+}
 LOSSES = {
     "bce_sum_mean": lambda a, y: F.binary_cross_entropy_with_logits(a, y, reduction="none").sum(1).mean(),
     "cross_entropy": F.cross_entropy,
@@ -82,12 +90,13 @@ def convnet(pooling):
 
 
 MODELS = {"mlp": mlp, "convnet": lambda: convnet(False), "pooled convnet": lambda: convnet(True)}
+ADAM: tuple[Any, dict[str, Any]] = (torch.optim.Adam, {"lr": 1e-3})
 OPTIMIZERS = {
     "RMSprop": None,
     "RMSprop centered": (torch.optim.RMSprop, {"lr": 1e-3, "centered": True}),
     "SGD": (torch.optim.SGD, {"lr": 0.05}),
     "SGD momentum": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "nesterov": True}),
-    "Adam": (torch.optim.Adam, {"lr": 1e-3}),
+    "Adam": ADAM,
     "Adagrad": (torch.optim.Adagrad, {"lr": 1e-2}),
     "AdamW": (torch.optim.AdamW, {"lr": 1e-3}),  # no rule of ours
     "RMSprop alpha": (torch.optim.RMSprop, {"lr": 1e-3, "alpha": 1.0, "eps": 1.0}),  # refused by our rule
@@ -146,7 +155,8 @@ def test_momentum_and_schedules_as_in_the_package(model, correction):
 def random_model(draw):
     """Convolutions, with pooling or without, then linear layers; on inputs ``[B, 1, 8, 8]``."""
     activations = [nn.Tanh(), nn.ReLU(), nn.Sigmoid(), nn.Softplus(), nn.ELU(0.5), nn.GELU(), nn.SiLU(), nn.Hardtanh()]
-    modules, x = [], torch.zeros(1, 1, 8, 8)
+    modules: list[nn.Module] = []
+    x = torch.zeros(1, 1, 8, 8)
     for _ in range(draw.randint(0, 2)):
         channels, padding = 2 * draw.randint(1, 3), draw.randint(0, 2)
         kernel = min(draw.randint(1, 3), x.shape[-1] + 2 * padding)
@@ -198,17 +208,17 @@ def test_any_module_and_activation():
 
 def test_state_is_the_torch_optimizers():
     x, y = batch()
-    theirs, ours = both(convnet(True).double(), OPTIMIZERS["Adam"], correction=0)
+    theirs, ours = both(convnet(True).double(), ADAM, correction=0)
     for trainer in (theirs, ours):
         trainer.step(x, y)
-    resumed = LocopropTrainer(copy.deepcopy(ours.model), F.cross_entropy, *OPTIMIZERS["Adam"], correction=0)
+    resumed = LocopropTrainer(copy.deepcopy(ours.model), F.cross_entropy, *ADAM, correction=0)
     for original, opt, copied in zip(theirs.opts, ours.opts, resumed.opts, strict=True):
         if opt is None:
             continue
         expected, actual = original.state_dict(), opt.state_dict()
         assert {p: set(s) for p, s in actual["state"].items()} == {p: set(s) for p, s in expected["state"].items()}
         torch.testing.assert_close(actual["state"], expected["state"], rtol=1e-10, atol=1e-12)
-        copied.load_state_dict(copy.deepcopy(original.state_dict()))  # a checkpoint of the package
+        present(copied).load_state_dict(copy.deepcopy(original.state_dict()))  # a checkpoint of the package
     for trainer in (theirs, resumed):
         trainer.step(x, y)
     assert_same(theirs, resumed)
@@ -268,13 +278,14 @@ def test_inplace_activation_gives_the_same_numbers():
 
 
 def test_layer_without_gradient_is_left_alone():
-    model = nn.Sequential(nn.Flatten(), LocoLayer(nn.Linear(64, 5), nn.Tanh()), LocoLayer(nn.Linear(5, 5), nn.Tanh()))
+    first, second = LocoLayer(nn.Linear(64, 5), nn.Tanh()), LocoLayer(nn.Linear(5, 5), nn.Tanh())
+    model = nn.Sequential(nn.Flatten(), first, second)
     outputs = []
-    model[1].register_forward_hook(lambda module, args, output: outputs.append(output))
-    before = model[2].module.weight.clone()
+    first.register_forward_hook(lambda module, args, output: outputs.append(output))
+    before = second.module.weight.clone()
     trainer = LocopropTrainer(model, lambda out, y: outputs[-1].square().sum())
     trainer.step(torch.randn(3, 64), None)
-    assert torch.equal(model[2].module.weight, before)
+    assert torch.equal(second.module.weight, before)
 
 
 def test_defaults_are_the_packages():

@@ -6,6 +6,7 @@ import io
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_copies_can_be_scripted_and_loaded_with_weights_only(trained):
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    kinds = [nn.Sequential, nn.Linear, nn.Tanh, nn.Sigmoid]
+    kinds: list[Any] = [nn.Sequential, nn.Linear, nn.Tanh, nn.Sigmoid]
     with torch.serialization.safe_globals(kinds):
         assert_same(torch.load(buffer, weights_only=True), model, rtol=0, atol=0)
 
@@ -103,7 +104,7 @@ print(torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)(torch.zeros
 
 def test_copies_keep_the_users_hooks_in_order(trained):
     model, opt = trained
-    calls = []
+    calls: list[str] = []
     handle = model[0].register_forward_hook(Log(calls, "mine"))
     twin = copy.deepcopy(model)
     twin(batch()[0])
@@ -138,6 +139,8 @@ def test_copies_of_parametrised_models():
 
 def test_shallow_copies_and_subclasses_with_their_own_deepcopy():
     class Own(nn.Linear):
+        came_from: str
+
         def __deepcopy__(self, memo):
             twin = Own(self.in_features, self.out_features).to(self.weight.dtype)
             twin.load_state_dict(self.state_dict())

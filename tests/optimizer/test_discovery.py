@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize, prune
 
 import locoprop_kernels as lk
 from locoprop_torch.discovery import transfer_of
+from tests.helpers import present
 from tests.optimizer.finding import check_tanh, find, transfers_in, with_forward
 
 
@@ -140,7 +141,7 @@ FUNCTIONS = [
 @pytest.mark.parametrize(("name", "module"), MODULES.items(), ids=list(MODULES))
 def test_modules(name, module):
     assert transfers_in(nn.Sequential(nn.Linear(6, 6), module)) == {"0": name}
-    transfer = transfer_of(module, -1, 2)
+    transfer = present(transfer_of(module, -1, 2))
     assert str(transfer) == name
     x = torch.randn(4, 6, dtype=torch.float64)
     torch.testing.assert_close(transfer(x), module(x))
@@ -234,7 +235,7 @@ def test_transformer_layers(caplog):
 
 def test_only_a_symmetric_hardtanh_has_a_kernel():
     functions = pytest.importorskip("locoprop_kernels.kernels.functions")
-    symmetric, other = (transfer_of(nn.Hardtanh(least, 2.0), -1, 2) for least in (-2.0, -1.0))
+    symmetric, other = (present(transfer_of(nn.Hardtanh(least, 2.0), -1, 2)) for least in (-2.0, -1.0))
     assert functions.lookup(symmetric) is not None
     assert functions.lookup(other) is None
     problem = lk.LocalProblem(torch.ones(2, 3), torch.ones(2, 4), torch.ones(4, 3), grad_weight=torch.ones(4, 3))

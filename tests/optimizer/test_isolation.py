@@ -6,6 +6,7 @@ import threading
 import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ def test_a_buffer_that_is_assigned():
             super().__init__()
             self.layer = nn.Linear(6, 6)
             self.register_buffer("mean", torch.zeros(6))
+
+        mean: torch.Tensor
 
         def forward(self, x):
             self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
@@ -92,7 +95,7 @@ def test_containers_of_all_kinds():
         assert self.nested is self.nested[0]
         return torch.tanh(self.layer(x))
 
-    nested = []
+    nested: list[Any] = []
     nested.append(nested)
     attributes = {
         "ordered": OrderedDict(a=1),
@@ -111,6 +114,7 @@ def test_containers_of_all_kinds():
 def test_objects_of_own_classes():
     class Slotted:
         __slots__ = ("calls",)
+        calls: int
 
     class Statistics:
         total = 0
@@ -178,6 +182,8 @@ def test_an_object_with_a_finaliser_is_not_copied():
     ended = []
 
     class File:
+        name: str
+
         def __del__(self):
             ended.append(self)
 
@@ -192,7 +198,7 @@ def test_an_object_with_a_finaliser_is_not_copied():
 
 
 def test_a_module_with_a_finaliser_is_not_copied(caplog):
-    ended = []
+    ended: list[Any] = []
 
     def forward(self, x):
         return torch.tanh(self.layer(x))
@@ -262,7 +268,7 @@ def test_random_numbers():
         torch.manual_seed(1)
         return torch.tanh(self.layer(x + float(self.rng.random()) + self.numpy_rng.random()))
 
-    attributes = {
+    attributes: dict[str, Any] = {
         "generator": torch.Generator(),
         "rng": random.Random(0),
         "numpy_rng": np.random.default_rng(0),
@@ -270,8 +276,8 @@ def test_random_numbers():
     states = (
         torch.get_rng_state,
         lambda: torch.tensor(random.getstate()[1]),
-        lambda: torch.tensor(np.random.get_state()[1].astype(np.int64)),
-        lambda: torch.tensor(np.random.get_state()[2]),
+        lambda: torch.tensor(np.random.get_state(legacy=False)["state"]["key"].astype(np.int64)),
+        lambda: torch.tensor(np.random.get_state(legacy=False)["state"]["pos"]),
         attributes["generator"].get_state,
         lambda: torch.tensor(attributes["rng"].getstate()[1]),
         lambda: torch.tensor(attributes["numpy_rng"].bit_generator.state["state"]["state"] % 2**62),
@@ -282,12 +288,16 @@ def test_random_numbers():
     assert all(torch.equal(state(), old) for state, old in zip(states, before, strict=True))
 
 
-LOG, CALLS, TABLE, STEPS = [], 0, {"calls": {"n": 0}}, torch.zeros(1)
+LOG: list[Any] = []
+CALLS, TABLE, STEPS = 0, {"calls": {"n": 0}}, torch.zeros(1)
 
 
 def _note(x):
     LOG.append(x)
     TABLE["calls"]["n"] += 1
+
+
+NEW_GLOBAL: Any
 
 
 def test_globals():

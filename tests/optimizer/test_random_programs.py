@@ -29,7 +29,9 @@ class Programs(RuleBasedStateMachine):
         super().__init__()
         self.model = mlp()
         self.opt = LocoProp(self.model, lr=1e-3, rule="adam", local_iterations=2)
-        self.expected = {layer: [] for layer in LAYERS}  # identities of the passes whose rows are in the gradient
+        self.expected: dict[int, list[int]] = {
+            layer: [] for layer in LAYERS
+        }  # identities of the passes whose rows are in the gradient
         self.sizes = {}  # rows by pass
         self.used = set()  # passes that a step has used
         self.seed = 0

@@ -32,7 +32,7 @@ def test_targets_of_several_passes():
 def test_primal_target(inplace):
     model, twin = mlp(second=nn.ReLU), mlp(second=nn.ReLU)
     model[3].inplace = inplace
-    gradients = {}
+    gradients: dict[str, torch.Tensor] = {}
 
     def by_hand(name, f):
         return lambda a, g: f(a) - 3.0 * gradients[name]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from locoprop_torch import LocoProp
-from tests.helpers import WithNorm, backward, batch, mlp, moved, weights
+from tests.helpers import WithNorm, backward, batch, mlp, moved, present, weights
 
 
 def snapshot(model, opt):
@@ -75,7 +75,7 @@ def test_aux_is_part_of_the_transaction():
     opt = LocoProp(model, aux=torch.optim.AdamW(model.norm.parameters(), lr=0.1))
     for spoiled in (model.head.weight, model.norm.weight):
         backward(model, opt)
-        spoiled.grad[0] = float("nan")
+        present(spoiled.grad)[0] = float("nan")
         before = weights(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -96,10 +96,11 @@ def test_a_non_finite_loss_of_a_closure_is_not_trusted():
 def test_all_groups_commit_or_none():
     model = nn.Sequential(nn.Linear(6, 5))
     opt = LocoProp(model, lr=1e-3)
-    model.append(nn.Linear(5, 3))
-    opt.add_param_group({"params": model[1].parameters()})
+    head = nn.Linear(5, 3)
+    model.append(head)
+    opt.add_param_group({"params": head.parameters()})
     backward(model, opt)
-    model[1].weight.grad[0, 0] = float("nan")
+    present(head.weight.grad)[0, 0] = float("nan")
     before = snapshot(model, opt)
     with pytest.warns(RuntimeWarning):
         opt.step()

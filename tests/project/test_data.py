@@ -86,7 +86,8 @@ def test_idx_round_trip(tmp_path, separator, compressed):
 def test_npz_round_trip(tmp_path):
     train, test = random_images(5), random_images(3, seed=1)
     labels = {"y_train": np.zeros(5, np.uint8), "y_test": np.zeros(3, np.uint8)}
-    np.savez_compressed(tmp_path / "digits.npz", x_train=train, x_test=test, **labels)
+    arrays = {"x_train": train, "x_test": test, **labels}
+    np.savez_compressed(tmp_path / "digits.npz", **arrays)
     loaded = load(tmp_path / "digits.npz")
     np.testing.assert_array_equal(loaded.train, train)
     np.testing.assert_array_equal(loaded.test, test)

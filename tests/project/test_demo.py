@@ -13,6 +13,7 @@ import torch
 
 from locoprop_torch import demo
 from locoprop_torch.demo import command, experiments, training
+from tests.helpers import transfers_of
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
 pytest.importorskip("rich")
@@ -103,12 +104,12 @@ def test_autoencoder_is_the_papers():
     model = experiments.autoencoder((784, 400, 30), seed=3)
     names = [name for name, _ in model.named_children()]
     assert names == ["linear1", "tanh1", "code", "linear3", "tanh3", "logits"]
-    assert [model.code.out_features, model.logits.out_features] == [30, 784]
-    assert model.linear1.weight.abs().max() <= (6 / (784 + 400)) ** 0.5
-    assert not model.linear1.bias.any()
+    parameters = dict(model.named_parameters())
+    assert [len(parameters["code.weight"]), len(parameters["logits.weight"])] == [30, 784]
+    assert parameters["linear1.weight"].abs().max() <= (6 / (784 + 400)) ** 0.5
+    assert not parameters["linear1.bias"].any()
     optimizer = demo.FILES.optimizer("locoprop-m", model)
-    for name, transfer in {"linear1": "tanh", "code": "identity", "linear3": "tanh", "logits": "sigmoid"}.items():
-        assert optimizer._layers[name].transfer.name == transfer
+    assert transfers_of(optimizer) == {"linear1": "tanh", "code": "identity", "linear3": "tanh", "logits": "sigmoid"}
 
 
 def test_diverged_loss_is_null_and_drawn_around(tmp_path, monkeypatch):
