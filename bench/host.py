@@ -36,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="Also print where the time goes.")
     options = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "1"  # so that the Triton backend takes tensors on the CPU
-    from locoprop_kernels.kernels import commit, configs, grouped, prepare, single
+    from locoprop_kernels.kernels import commit, configs, phases, prepare, single, softmax
     from locoprop_torch import LocoProp
 
-    for module in (commit, grouped, prepare, single):
+    for module in (commit, phases, prepare, single, softmax):
         for name in vars(module):
-            if name.startswith(("launch", "prepare_")):
+            if name.startswith("launch"):
                 setattr(module, name, _nothing)
     torch.set_num_threads(1)
     model = nn.Sequential(*(part for _ in range(options.layers) for part in (nn.Linear(4, 4), nn.Tanh())))

@@ -16,11 +16,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 try:
-    from locoprop_kernels.kernels import drivers
+    from locoprop_kernels.kernels import run, target
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
-    drivers = None  # type: ignore[assignment]
+    run = target = None  # type: ignore[assignment]
 
 
 def pytest_collection_modifyitems(items):
@@ -43,9 +43,9 @@ def pytest_xdist_auto_num_workers():
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch):
     """Bytes of ones are NaN in every format: whatever a kernel reads before it was written spoils the result."""
-    if drivers is not None:
-        allocate = drivers.allocate
-        monkeypatch.setattr(drivers, "allocate", lambda *arguments: allocate(*arguments).fill_(0xFF))
+    if run is not None:
+        allocate = run.allocate
+        monkeypatch.setattr(run, "allocate", lambda *arguments: allocate(*arguments).fill_(0xFF))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -55,7 +55,7 @@ def language_is_patched_once():
     Triton's interpreter replaces the functions of ``triton.language`` when a kernel is launched, and again, with the
     same ones, whenever a device function is called. Here only those are replaced that have not been yet.
     """
-    if drivers is None or not drivers.interpreted():
+    if target is None or not target.interpreted():
         yield
         return
     from triton import language

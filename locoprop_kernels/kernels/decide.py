@@ -15,8 +15,7 @@ from torch import Tensor
 from locoprop_kernels import devices
 from locoprop_kernels.devices import DeviceModel
 from locoprop_kernels.gram import gram_is_cheaper
-from locoprop_kernels.kernels import configs, target
-from locoprop_kernels.kernels.choose import choose, gram_pays
+from locoprop_kernels.kernels import choose, configs, target
 from locoprop_kernels.kernels.device import functions
 from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.rules import Rule
@@ -192,7 +191,7 @@ def _forms(shapes: Sequence[LayerShape], task: Task, machine: Machine) -> list[s
     if grams and not machine.interpreted:
         found = machine.candidates(shapes[0].operand(task.compute_dtype))
         slots = len(task.rule.slots)
-        if not gram_pays(found, grams, task.iterations, slots, machine.model):
+        if not choose.gram_pays(found, grams, task.iterations, slots, machine.model):
             return ["product" if form == "gram" else form for form in forms]
     return forms
 
@@ -222,7 +221,7 @@ def _launches(shapes: Sequence[LayerShape], form: str, together: int, task: Task
         driver = "grouped"
     found = machine.candidates(operand, masked)
     slots = len(task.rule.slots)
-    config, programs, splits = choose(found, tuple(sizes), form, slots, machine.model, driver)
+    config, programs, splits = choose.choose(found, tuple(sizes), form, slots, machine.model, driver)
     name = "single" if programs else {"product": "grouped"}.get(form, form)
     return [
         Decision(form, name, config, programs, splits[row] if shape.weight else 1, together)

@@ -61,7 +61,7 @@ def _step_plan(shapes: tuple[LayerShape, ...], task: Task, machine: Machine, dev
     return known
 
 
-def _allocate(size: int, device: torch.device, what: str) -> Tensor:
+def allocate(size: int, device: torch.device, what: str) -> Tensor:
     """An uninitialised buffer of ``size`` bytes, aligned.
 
     Raises:
@@ -104,8 +104,8 @@ class _Launched:
             Inputs(problem, layer, state, layout.kind.slots, self.grams[i] if self.grams else None)
             for i, (problem, layer, state) in enumerate(zip(self.problems, layout.layers, self.states, strict=True))
         ]
-        self.results = _allocate(layout.results_bytes, device, "the increments and the new state")
-        self.scratch = _allocate(layout.scratch_bytes, device, "the scratch of the local loop")
+        self.results = allocate(layout.results_bytes, device, "the increments and the new state")
+        self.scratch = allocate(layout.scratch_bytes, device, "the scratch of the local loop")
         cells = [one.cells for one in self.inputs]
         table, rates = plan.table(self.results, self.scratch, cells, settings.rates)
         trace = (
@@ -220,7 +220,8 @@ class Solved:
         self.decisions, self._launched = decisions, launched
         self.finite = bad[0] == 0
         self._places = {member: (one, place) for one in launched for place, member in enumerate(one.plan.members)}
-        self.traces = [one.trace(place) for one, place in map(self._places.get, range(len(decisions)))]
+        placed = [self._places[index] for index in range(len(decisions))]
+        self.traces = [one.trace(place) for one, place in placed]
 
     def increment(self, index: int) -> Increment:
         """The results of a problem, as views."""

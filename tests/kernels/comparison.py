@@ -3,7 +3,8 @@
 import torch
 
 import locoprop_kernels as lk
-from locoprop_kernels.kernels import configs
+from locoprop_kernels.kernels import choose, configs
+from tests.kernels.plans import plans_of_their_own
 from tests.problems import TRANSFERS, problem_for, random_layer, relative_error
 
 ELEMENTWISE = [t for t in TRANSFERS if t.elementwise]
@@ -76,9 +77,10 @@ def run_both(ours, theirs, config=SMALL, driver=None, compute_dtype=None, **argu
 
 def cut_batches(monkeypatch, parts=3):
     """Have update tiles multiply their batch in parts, as on a GPU with more programs than tiles."""
-    choose = configs.choose
+    original = choose.choose
 
     def cut(*arguments):
-        return choose(*arguments)._replace(splits=(parts,) * len(arguments[1]))
+        return original(*arguments)._replace(splits=(parts,) * len(arguments[1]))
 
-    monkeypatch.setattr(configs, "choose", cut)
+    monkeypatch.setattr(choose, "choose", cut)
+    plans_of_their_own(monkeypatch)

@@ -10,13 +10,14 @@ from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules
-from locoprop_kernels.kernels import columns as c
-from locoprop_kernels.kernels import configs, drivers, grouped
+from locoprop_kernels.kernels import configs, phases, run, target
+from locoprop_kernels.kernels.device import columns as c
+from locoprop_kernels.kernels.spec import NOWHERE, Copy, Products, Spec, StepArguments, Update
 from tests.interpreter import checked_addresses, replaced, shuffled_programs
 from tests.kernels.comparison import SMALL, cut_batches, twins
 from tests.kernels.plans import keep_at_most, kept_plans
 
-pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(not target.interpreted(), reason="needs TRITON_INTERPRET=1")
 
 
 # tests/kernels/test_memory.py has two orders of larger models.
@@ -45,8 +46,8 @@ def test_uninitialised_scratch_is_never_read(monkeypatch, driver, parts, dtype):
     arguments = {"lr": [0.01] * 3, "rule": "adam", "backend": "triton", "compute_dtype": dtype}
     with configs.use(SMALL, driver):
         assert lk.local_steps_([poisoned], **arguments).committed  # on scratch that is NaN at first, as in all tests
-        allocate = drivers.allocate
-        monkeypatch.setattr(drivers, "allocate", lambda *a: allocate(*a).zero_())
+        allocate = run.allocate
+        monkeypatch.setattr(run, "allocate", lambda *a: allocate(*a).zero_())
         lk.local_steps_([clean], **arguments)
     assert torch.equal(clean.weight, poisoned.weight)
 
@@ -90,7 +91,7 @@ def test_out_of_memory_names_the_size(monkeypatch):
         raise torch.OutOfMemoryError("full")
 
     with configs.use(SMALL):
-        monkeypatch.setattr(drivers.torch, "empty", full)
+        monkeypatch.setattr(run.torch, "empty", full)
         with pytest.raises(torch.OutOfMemoryError, match=r"MiB .*nothing was changed"):
             lk.local_steps_([ours], lr=[0.01] * 2, backend="triton")
     assert torch.equal(ours.weight, before)
@@ -112,7 +113,7 @@ def test_what_is_unsupported_says_what_works():
     ours, _ = twins(22, 9, 8, 7)
     double, _ = twins(22, 9, 8, 7, dtype=torch.float64)
     for problem, arguments, message in (
-        (ours, {"rule": Own()}, "triton_function"),
+        (ours, {"rule": Own()}, "triton_fn"),
         (double, {}, "float64"),
         (ours, {"compute_dtype": torch.float64}, "float64"),
     ):
@@ -152,16 +153,18 @@ def test_offsets_beyond_32_bits():
 
         return wrapper
 
-    constants = {"TRANSFERS": (), "DIVERGENCES": (), "SOURCES": "", "OPERAND": tl.float32, "PREACTIVATION": tl.float32}
-    constants |= {"PRECISION": "ieee", "INTERPRETED": True, "TRACE": False, "ROWWISE": False}
-    constants |= {"BLOCK_N": SMALL.n, "BLOCK_B": SMALL.b, "BLOCK_R": SMALL.r, "PARTS": 2}
+    products = Products(SMALL.n, SMALL.b, SMALL.k, SMALL.r, interpreted=True, slices=2)
+    update = Update(tl.float32, slots=0, counts_steps=False)
+    no_copy = Copy(NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHERE, tl.float32, tl.float32, "ieee", True, 64)
+    spec = Spec(products, update, products, update, no_copy, no_copy, no_copy)
     tiles = torch.tensor([[0, n_block, 5]], dtype=torch.int32)
-    trace = torch.zeros(1, dtype=torch.float64)
+    nothing = torch.zeros(1)
+    step = StepArguments(row, nothing, 2, 0.0, nothing, nothing, 0)
     with (
         replaced(interpreter_builder, "create_masked_load", load),
         replaced(interpreter_builder, "create_masked_store", store),
     ):
-        grouped.launch_activation(row, tiles, 1, trace, 0, constants)
+        phases.launch_activation(step, tiles, 1, spec)
     last_row, last_example = (n_block + 1) * SMALL.n - 1, 6 * SMALL.b - 1
     furthest = max(int(np.max(addresses)) for addresses in touched)
     assert furthest == base + 4 * (last_row * stride + last_example) > base + 2**32

@@ -19,7 +19,7 @@ from triton.runtime.errors import InterpreterError
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules
-from locoprop_kernels.kernels import choose, configs, run
+from locoprop_kernels.kernels import choose, configs, layout, run
 from tests.interpreter import checked_addresses, replaced, shuffled_programs
 from tests.kernels.plans import forget_plans
 from tests.problems import problem_for, random_layer
@@ -80,6 +80,7 @@ def step(config=CONFIG, driver="grouped", rule=None, parts=1, iterations=3, **op
     layers = problems()
     rule = rules.RMSprop() if rule is None else rule
     with configs.use(config, driver, programs=1), replaced(choose, "choose", cut):
+        forget_plans()
         report = lk.local_steps_(layers, rule=rule, lr=[1e-3] * iterations, prox=0.1, backend="triton", **options)
     assert report.committed
     assert driver in report.driver
@@ -100,7 +101,7 @@ def gaps_in_scratch(gaps):
             self.size += GAP
             if self not in arenas:
                 arenas.append(self)
-                self.gaps = []
+                self.gaps, self.uses = [], 0
             self.gaps.append((offset + elements * itemsize, self.size))
             return offset
 
@@ -109,7 +110,9 @@ def gaps_in_scratch(gaps):
     def find_gaps(allocate):
         def wrapper(size, *args):
             buffer = allocate(size, *args)
-            arena = next(arena for arena in reversed(arenas) if arena.size == size)
+            # Buffers are allocated in the order of their arenas; those of one size take turns.
+            arena = min((arena for arena in arenas if arena.size == size), key=lambda arena: arena.uses)
+            arena.uses += 1
             gaps.extend((buffer.data_ptr() + start, buffer.data_ptr() + end) for start, end in arena.gaps)
             return buffer
 
@@ -117,7 +120,7 @@ def gaps_in_scratch(gaps):
 
     forget_plans()
     try:
-        with replaced(plan._Arena, "take", take_with_gap), replaced(drivers, "allocate", find_gaps):
+        with replaced(layout._Arena, "take", take_with_gap), replaced(run, "allocate", find_gaps):
             yield
     finally:
         forget_plans()
@@ -143,7 +146,7 @@ def test_forgotten_padding_is_found():
     with (
         gaps_in_scratch(gaps),
         checked_addresses(gaps),
-        replaced(plan, "_round_up", no_padding),
+        replaced(layout, "_round_up", no_padding),
         pytest.raises(InterpreterError, match="OutOfBounds"),
     ):
         step()
@@ -154,7 +157,7 @@ def test_neither_program_order_nor_stale_memory_changes_a_bit(case):
     def zeros(allocate):
         return lambda *args: allocate(*args).zero_()
 
-    with replaced(drivers, "allocate", zeros):
+    with replaced(run, "allocate", zeros):
         expected = step(**CASES[case])
     seed = torch.seed()
     print(f"{seed = }")

@@ -12,8 +12,8 @@ import triton.language as tl
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules
-from locoprop_kernels.kernels import configs, drivers, grouped
-from locoprop_kernels.kernels.functions import FUNCTIONS
+from locoprop_kernels.kernels import configs, phases, target
+from locoprop_kernels.kernels.device.functions import FUNCTIONS
 from tests.kernels.comparison import (
     ELEMENTWISE,
     SMALL,
@@ -27,7 +27,7 @@ from tests.kernels.comparison import (
 )
 from tests.problems import RULES, random_layer
 
-pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(not target.interpreted(), reason="needs TRITON_INTERPRET=1")
 
 
 @triton.jit
@@ -96,16 +96,16 @@ def test_forms_of_their_own(transfer, sizes, bias):
 def test_batches_in_parts(transfer, tf32, monkeypatch):
     """Few update tiles and many programs: the products over the batch are computed in parts, then added."""
     if tf32:
-        monkeypatch.setattr(drivers, "float32_precision", lambda: "tf32")
+        monkeypatch.setattr(target, "float32_precision", lambda: "tf32")
     ours, theirs = twins(26, 3000, 20, 12, transfer=transfer)
     launched = []
-    launch = grouped.launch_partial
+    launch = phases.launch_partial
 
     def launch_partial(*arguments):
         launched.append(len(arguments[1]))
         launch(*arguments)
 
-    monkeypatch.setattr(grouped, "launch_partial", launch_partial)
+    monkeypatch.setattr(phases, "launch_partial", launch_partial)
     config = configs.Config(n=16, b=512, k=128, r=64, parts=4)
     arguments: dict[str, Any] = {"rule": rules.SGD(momentum=0.5), "lr": [0.1] * 3, "prox": 0.2}
     with configs.use(config, "grouped", programs=8):

@@ -31,18 +31,14 @@ def own(a):
 
 @triton.jit
 def damped(delta, grad, s0, s1, s2, lr, step, HYPER: tl.constexpr):
-    s0 = HYPER[0] * s0 + grad
+    s0 = HYPER.decay * s0 + grad
     return delta - lr * s0 / (1.0 + tl.abs(s0)), s0, s1, s2
 
 
 @dataclass(frozen=True)
 class Damped(rules.Rule):
     decay: float = 0.5
-    triton_function = damped
-
-    @property
-    def triton_hyper(self):
-        return (self.decay,)
+    triton_fn = damped
 
     @property
     def slots(self):
@@ -150,7 +146,7 @@ def test_what_a_regulariser_needs(regulariser, trace, message):
 def test_patches_are_unfolded_up_to_a_bound(monkeypatch):
     model = nn.Conv2d(2, 3, 3, device=DEVICE)
     opt = LocoProp(model, backend="triton")
-    monkeypatch.setattr("locoprop_kernels.kernels.drivers._MOST_UNFOLDED_BYTES", 4 * (2 * 25) * 18 - 1)
+    monkeypatch.setattr("locoprop_kernels.kernels.target._MOST_UNFOLDED_BYTES", 4 * (2 * 25) * 18 - 1)
     model(torch.randn(2, 2, 7, 7, device=DEVICE)).square().sum().backward()
     before = model.weight.detach().clone()
     with pytest.raises(ValueError, match="patches whole, at most 0 MiB"):

@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 import locoprop_kernels as lk
-from locoprop_kernels.kernels import configs, drivers
+from locoprop_kernels.kernels import configs, target
 from tests.kernels.comparison import SMALL, cut_batches, error_of_the_step, run_both, twins
 from tests.problems import copied, problem_for, random_layer
 
-pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(not target.interpreted(), reason="needs TRITON_INTERPRET=1")
 
 
 @pytest.mark.parametrize(("transfer", "form"), [("identity", "gram"), ("softmax", "softmax")])
@@ -35,7 +35,7 @@ def test_batches_in_parts_in_low_precision(monkeypatch):
     [(torch.bfloat16, False, 5e-3), (torch.float16, False, 5e-4), (torch.float32, True, 5e-4)],
 )
 def test_low_precision(dtype, tf32, limit, monkeypatch):
-    monkeypatch.setattr(drivers, "float32_precision", lambda: "tf32" if tf32 else "ieee")
+    monkeypatch.setattr(target, "float32_precision", lambda: "tf32" if tf32 else "ieee")
     exact = problem_for(*random_layer(13, 200, 100, 40), "tanh")
     config = configs.Config(n=32, b=128, k=64, r=16)
     report, expected = run_both([copied(exact, torch.float32)], [exact], config, compute_dtype=dtype, lr=[1e-4] * 10)
@@ -49,7 +49,7 @@ def test_low_precision(dtype, tf32, limit, monkeypatch):
 @pytest.mark.parametrize(("dtype", "tf32", "limit"), [(torch.bfloat16, False, 1e-2), (torch.float32, True, 2e-3)])
 def test_low_precision_on_a_layer_of_full_size(dtype, tf32, limit, monkeypatch):
     """B = 1000, K = 1000, N = 500; the textbook form in bfloat16 is beside it in bench/results/accuracy.json."""
-    monkeypatch.setattr(drivers, "float32_precision", lambda: "tf32" if tf32 else "ieee")
+    monkeypatch.setattr(target, "float32_precision", lambda: "tf32" if tf32 else "ieee")
     x, weight, _, residual = random_layer(25, 1000, 1000, 500, bias=False)
     exact = problem_for(x, weight, None, residual / 100, "tanh")
     config = configs.Config(n=128, b=256, k=128, r=128)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +12,16 @@ pytest.importorskip("triton")
 import locoprop_kernels as lk
 from locoprop_kernels import rules
 from locoprop_kernels.devices import INTERPRETER
-from locoprop_kernels.kernels import choose, configs, drivers, plan
+from locoprop_kernels.kernels import choose, configs, decide, target
+from locoprop_kernels.kernels.plan import Plan
 from locoprop_kernels.patches import Patches, Rows, Stacked
+from locoprop_kernels.settings import Settings
 from tests.helpers import present
 from tests.kernels.comparison import SMALL, compare, error_of_the_step, run_both
 from tests.kernels.plans import kept_plans
 from tests.problems import copied, problem_for, random_layer
 
-pytestmark = pytest.mark.skipif(not drivers.interpreted(), reason="needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(not target.interpreted(), reason="needs TRITON_INTERPRET=1")
 
 
 def random_problem(seed, b, k, n, groups=None, bias=True, transfer="tanh", masks=False, **options):
@@ -169,7 +170,7 @@ def test_groups_of_any_strides():
     ],
 )
 def test_chunks_give_the_same_bits(dtype, groups, tf32, monkeypatch):
-    monkeypatch.setattr(drivers, "float32_precision", lambda: "tf32" if tf32 else "ieee")
+    monkeypatch.setattr(target, "float32_precision", lambda: "tf32" if tf32 else "ieee")
     whole = random_problem(7, 37, 19, 7, groups, transfer="relu")
     whole.x[..., 0, 0] = 1e5  # more than float16 holds
     whole.preactivation = whole.preactivation.bfloat16()
@@ -237,7 +238,7 @@ def test_masks_take_configurations_whose_kernels_do_not_spill_with_them(monkeypa
     for masks, config in ((False, wide), (True, SMALL)):
         with configs.use(driver="grouped"):
             lk.local_steps_([random_problem(15, 64, 32, 16, masks=masks)], lr=[0.01], backend="triton")
-        assert kept_plans()[-1].key.config == config
+        assert kept_plans()[-1].layout.kind.config == config
     with pytest.raises(ValueError, match="found must hold a configuration that every kernel may use"):
         choose.choose((wide,), ((64, 32, 16),), "softmax", 2, INTERPRETER)
 
@@ -254,15 +255,15 @@ def test_a_plan_of_launches_per_phase_has_no_schedule():
     assert tiles[0] == tiles[1] == {(0, row, column) for row in range(2) for column in range(2)}
 
 
-def test_programs_that_a_device_cannot_hold_are_refused(monkeypatch):
+def test_programs_that_a_device_cannot_hold_are_refused():
+    problem = random_problem(14, 37, 19, 11)
+    settings = Settings.checked("rmsprop", [0.01], 0.0, "mean", None, False, None)
+    shape, task, device = decide.shape_of(problem, settings), decide.task_of(settings), torch.device("cpu")
     with configs.use(dataclasses.replace(SMALL, occupancy=2), "single", programs=5):
-        lk.local_steps_([random_problem(14, 37, 19, 11)], lr=[0.01], backend="triton")
-    key = kept_plans()[-1].key
-    assert key.programs == 10  # the interpreter takes any number
-    device = SimpleNamespace(multi_processor_count=4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    key = dataclasses.replace(key, interpreted=False)
+        machine = decide.machine_of(device)
+    (decision,) = decide.decide((shape,), task, machine)
+    assert decision.programs == 10  # the interpreter takes any number
     with pytest.raises(ValueError, match="10 programs, but only 8 can be resident"):
-        plan.Plan(key, drivers._resident(key))
-    device.multi_processor_count = 5
-    assert present(plan.Plan(key, drivers._resident(key)).schedule).programs == 10
+        Plan([0], [shape], [decision], task, machine._replace(available=4), device)
+    fits = Plan([0], [shape], [decision], task, machine._replace(available=5), device)
+    assert present(fits.schedule).programs == 10

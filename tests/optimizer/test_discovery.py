@@ -234,7 +234,7 @@ def test_transformer_layers(caplog):
 
 
 def test_only_a_symmetric_hardtanh_has_a_kernel():
-    functions = pytest.importorskip("locoprop_kernels.kernels.functions")
+    functions = pytest.importorskip("locoprop_kernels.kernels.device.functions")
     symmetric, other = (present(transfer_of(nn.Hardtanh(least, 2.0), -1, 2)) for least in (-2.0, -1.0))
     assert functions.lookup(symmetric) is not None
     assert functions.lookup(other) is None

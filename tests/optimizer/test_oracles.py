@@ -61,9 +61,9 @@ def runs():
 
 def few_tiles():
     """In the interpreter a large tile takes no longer than a small one; the layers are small."""
-    from locoprop_kernels.kernels import configs, drivers
+    from locoprop_kernels.kernels import configs, target
 
-    return configs.use(configs.Config(n=32, b=64, k=128, r=64)) if drivers.interpreted() else nullcontext()
+    return configs.use(configs.Config(n=32, b=64, k=128, r=64)) if target.interpreted() else nullcontext()
 
 
 @pytest.mark.parametrize(("backend", "path"), list(runs()))

@@ -129,7 +129,7 @@ def _weight_slice(row_ptr, multiplied, rows, start, when, scales, bad_ptr, trace
 
     Returns the largest |Δ|, for float16 alone.
     """
-    t, last, rate, prox = when
+    t, prox = when[0], when[3]
     loss_scale, old_scale, new_scale, splits = scales
     columns = start + tl.arange(0, multiplied.shape[1])
     n, k = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS)
@@ -162,7 +162,7 @@ def _weight_slice(row_ptr, multiplied, rows, start, when, scales, bad_ptr, trace
 @triton.jit
 def _bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
     """Update of the bias of a block of rows, a matrix of one column."""
-    t, last, rate, prox = when
+    t, prox = when[0], when[3]
     change = tl.zeros_like(rows).to(tl.float32)
     if t > 0:
         if P.form == "gram":
