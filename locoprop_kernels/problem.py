@@ -23,13 +23,17 @@ __all__ = [
     "accumulation_dtype",
     "initial_state",
     "is_number",
-    "rule_state",
+    "rule_states",
     "shown",
 ]
 
 REDUCTIONS = ("mean", "sum")
 State = dict[str, dict[str, Tensor]]
 """A rule's state in a problem: ``{"weight": {slot: tensor}, "bias": {slot: tensor}}``."""
+_TENSORS = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias", "mask_weight", "mask_bias")
+# Descriptions of tensors that have passed the checks: in a training loop they are the same in every step.
+_checked_before: set[tuple[Any, ...]] = set()
+_MOST_DESCRIPTIONS = 4096
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -110,8 +114,7 @@ class LocalProblem:
             value = getattr(self, name)
             return value.group(index) if isinstance(value, Rows) else None if value is None else value[index]
 
-        names = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias", "mask_weight", "mask_bias")
-        return replace(self, **{name: part(name) for name in names}, state={})
+        return replace(self, **{name: part(name) for name in _TENSORS}, state={})
 
     def scale(self, reduction: str) -> float:
         """Factor of the matching loss: one over the number of examples for ``"mean"``, 1 for ``"sum"``."""
@@ -137,6 +140,27 @@ class LocalProblem:
             TypeError: something that should be a tensor is not.
             ValueError: a shape, dtype, device or layout does not fit.
         """
+        described = self._description()
+        if described is None or described not in _checked_before:
+            self._check_tensors(label)
+            if len(_checked_before) >= _MOST_DESCRIPTIONS:
+                _checked_before.clear()
+            if described is not None:
+                _checked_before.add(described)
+        self._check_values(label)
+
+    def _description(self) -> tuple[Any, ...] | None:
+        """Everything that the checks of the tensors look at; ``None`` where something is not a tensor."""
+        try:
+            return tuple(
+                # Rows have no memory layout.
+                None if v is None else (type(v), v.shape, v.dtype, v.device, getattr(v, "layout", None))
+                for v in map(self.__dict__.get, _TENSORS)
+            )
+        except AttributeError:
+            return None
+
+    def _check_tensors(self, label: str) -> None:
         tensors = self._tensors(label)
         if self.weight.dim() not in (2, 3) or len(self.x.shape) != self.weight.dim():
             raise ValueError(
@@ -174,6 +198,9 @@ class LocalProblem:
             )
         if not self.trained():
             raise ValueError(f"{label}: grad_weight or grad_bias must be given, got neither")
+
+    def _check_values(self, label: str) -> None:
+        """Check what is not a tensor."""
         if self.examples is not None and (isinstance(self.examples, bool) or not isinstance(self.examples, Integral)):
             raise TypeError(f"{label}: examples must be an integer or None, got {shown(self.examples)}")
         if self.examples is not None and self.examples < 1:
@@ -187,10 +214,9 @@ class LocalProblem:
     def _tensors(self, label: str) -> dict[str, Tensor | Rows]:
         """What is given, by name."""
         tensors: dict[str, Tensor | Rows] = {}
-        names = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias", "mask_weight", "mask_bias")
-        for name in names:
+        for name in _TENSORS:
             tensor = getattr(self, name)
-            if tensor is None and name not in names[:3]:
+            if tensor is None and name not in _TENSORS[:3]:
                 continue
             if name in ("x", "preactivation") and isinstance(tensor, Rows):
                 tensors[name] = tensor
@@ -226,32 +252,35 @@ def initial_state(rule: Rule, parameter: Tensor) -> dict[str, Tensor]:
     return state
 
 
-def rule_state(problem: LocalProblem, name: str, rule: Rule, label: str) -> dict[str, Tensor]:
-    """The rule's state for the parameter ``name`` of ``problem``, created where there is none yet; never written to.
+def rule_states(problem: LocalProblem, rule: Rule, label: str) -> State:
+    """The rule's state in a problem, created where there is none yet; never written to.
 
     State that was kept on another device or in another dtype (the model was moved) is converted.
 
     Raises:
         ValueError: the state has other slots or shapes than ``rule`` needs.
     """
-    parameter = getattr(problem, name)
-    stored = problem.state.get(name) or {}
-    wanted = [*rule.slots, *(["step"] if rule.counts_steps else [])]
-    if stored and set(stored) != set(wanted):
-        raise ValueError(
-            f"{label}: state of {name} must have {wanted or 'no entries'} for {rule}, got {sorted(stored)}"
-        )
-    if not stored:
-        return initial_state(rule, parameter)
-    dtype = accumulation_dtype(parameter.dtype)
-    state: dict[str, Tensor] = {}
-    for slot in rule.slots:
-        if stored[slot].shape != parameter.shape:
-            raise ValueError(
-                f"{label}: state {slot!r} of {name} must have shape {list(parameter.shape)}, "
-                f"got {list(stored[slot].shape)}"
-            )
-        state[slot] = stored[slot].to(device=parameter.device, dtype=dtype)
-    if rule.counts_steps:
-        state["step"] = stored["step"].to(device=parameter.device)
-    return state
+    slots = rule.slots
+    wanted = {*slots, "step"} if rule.counts_steps else slots.keys()
+    states: State = {}
+    for name, (parameter, _) in problem.trained().items():
+        stored = problem.state.get(name)
+        if not stored:
+            states[name] = initial_state(rule, parameter)
+            continue
+        if stored.keys() != wanted:
+            expected = ", ".join(sorted(wanted)) or "no entries"
+            raise ValueError(f"{label}: state of {name} must have {expected} for {rule}, got {sorted(stored)}")
+        dtype, device, shape = accumulation_dtype(parameter.dtype), parameter.device, parameter.shape
+        states[name] = {}
+        for slot, value in stored.items():
+            if slot == "step":
+                states[name][slot] = value.to(device=device)
+                continue
+            if value.shape != shape:
+                raise ValueError(
+                    f"{label}: state {slot!r} of {name} must have shape {list(shape)}, got {list(value.shape)}"
+                )
+            same = value.dtype == dtype and value.device == device
+            states[name][slot] = value if same else value.to(device=device, dtype=dtype)
+    return states

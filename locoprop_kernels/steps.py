@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import reference, rules
-from locoprop_kernels.problem import LocalProblem, State, rule_state, shown
+from locoprop_kernels.problem import LocalProblem, State, rule_states, shown
 from locoprop_kernels.regularisers import Regulariser
 from locoprop_kernels.reports import ProblemReport, StepReport
 from locoprop_kernels.settings import Settings
@@ -140,7 +140,7 @@ def _checked(problems: list[LocalProblem], rule: rules.Rule) -> list[State]:
             raise ValueError(
                 f"{label} must be on the device of problem 0, {problems[0].weight.device}, got {problem.weight.device}"
             )
-        states.append({name: rule_state(problem, name, rule, label) for name in problem.trained()})
+        states.append(rule_states(problem, rule, label))
         for name, (parameter, _) in problem.trained().items():
             other = owners.setdefault(id(parameter), label)
             if other != label:

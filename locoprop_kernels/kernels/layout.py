@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,7 @@ def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+@lru_cache(maxsize=1024)
 def float_bits(value: float) -> int:
     """``value`` as float32, for a column of the table."""
     bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
@@ -211,7 +213,7 @@ class Layout:
             table[cells] += buffer.data_ptr()
         for place, own in zip(self.rows, inputs, strict=True):
             rows = table[place]
-            rows[:, list(own.values)] = list(own.values.values())
+            rows[:, np.fromiter(own.values, np.int64)] = np.fromiter(own.values.values(), np.int64)
             if own.steps:
                 rows[:, list(own.steps)] += np.arange(len(rows))[:, None] * list(own.steps.values())
         return table
