@@ -122,12 +122,12 @@ def test_the_papers_autoencoder():
 
 def test_large_networks_are_fast():
     layers = [(4096, 4096, 4096)] * 100
-    start = time.perf_counter()
+    start = time.process_time()
     schedule = build(layers, Tiles(128, 64, 64), 132)
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     assert len(schedule.activation_tiles) == 100 * 32 * 64
     assert schedule.efficiency > 0.999
-    assert elapsed < 5, f"took {elapsed:.1f} s"  # 0.6 s alone; the machine may be shared
+    assert elapsed < 5, f"took {elapsed:.1f} s"  # 0.6 s; time of this process, so others may be busy
 
 
 @settings(deadline=None, max_examples=60)

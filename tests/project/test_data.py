@@ -58,9 +58,9 @@ def test_curves_vary():
 
 
 def test_curves_are_drawn_fast():
-    start = time.perf_counter()
+    start = time.process_time()
     curves(3000, seed=0)
-    assert time.perf_counter() - start < 10  # a fraction of a second on an idle machine
+    assert time.process_time() - start < 10  # a fraction of a second; time of this process, so others may be busy
 
 
 def test_no_curves():
