@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize, prune
 
 from locoprop_kernels import rules
 from locoprop_torch import LocoProp
-from tests.helpers import loss_of, mlp, moved, present, weights
+from tests.helpers import mlp, moved, present, steps, weights
 
 RULES = {"sgd": rules.SGD(), "rmsprop": rules.RMSprop(), "adam": rules.Adam()}
 
@@ -19,13 +19,6 @@ class Masked(nn.Module):
 
     def forward(self, weight):
         return weight * self.mask
-
-
-def steps(model, opt, count=4):
-    for seed in range(count):
-        opt.zero_grad()
-        loss_of(model, seed=seed).backward()
-        opt.step()
 
 
 def mask_like(parameter):
@@ -40,7 +33,7 @@ def test_masks_of_prune(rule, local_loss):
     prune.custom_from_mask(model[0], "bias", torch.tensor([1.0, 0, 1, 0, 1]).double())
     opt = LocoProp(model, lr=1e-3, rule=RULES[rule], local_loss=local_loss)
     original, bias = model[2].weight_orig.detach().clone(), model[0].bias_orig.detach().clone()
-    steps(model, opt)
+    steps(model, opt, 4)
     mask = model[2].weight_mask.bool()
     assert torch.equal(model[2].weight_orig[~mask], original[~mask])
     assert (model[2].weight_orig[mask] != original[mask]).all()
@@ -76,7 +69,7 @@ def test_a_masked_parametrization():
     opt = LocoProp(model, lr=1e-3)
     assert "0  6 -> 5  tanh" in repr(opt)
     original = model[0].parametrizations.weight.original.detach().clone()
-    steps(model, opt)
+    steps(model, opt, 4)
     mask = mask_like(original).bool()
     now = model[0].parametrizations.weight.original
     assert torch.equal(now[~mask], original[~mask])
@@ -90,7 +83,7 @@ def test_other_parametrizations_go_to_aux():
         LocoProp(model)
     opt = LocoProp(model, aux="adamw")
     before = weights(model)
-    steps(model, opt)
+    steps(model, opt, 4)
     assert all(moved(model, before))
 
 
@@ -113,10 +106,10 @@ def test_masks_by_name_are_looked_at_in_every_step():
     opt = LocoProp(model, lr=1e-3, masks={"2.weight": mask})
     mask[1] = False
     before = model[2].weight.detach().clone()
-    steps(model, opt)
+    steps(model, opt, 4)
     assert ((model[2].weight != before).all(1)).tolist() == [True, False, True, True]
     mask[1] = True
-    steps(model, opt)
+    steps(model, opt, 4)
     assert (model[2].weight != before).all()
 
 
@@ -124,10 +117,10 @@ def test_a_mask_holds_against_momentum_of_earlier_steps():
     model = mlp()
     mask = torch.ones(4, 5, dtype=torch.bool)
     opt = LocoProp(model, lr=1e-3, masks={"2.weight": mask})
-    steps(model, opt)
+    steps(model, opt, 4)
     mask[:] = False
     before = model[2].weight.detach().clone()
-    steps(model, opt)
+    steps(model, opt, 4)
     assert torch.equal(model[2].weight, before)
 
 

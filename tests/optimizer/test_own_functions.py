@@ -92,6 +92,10 @@ def test_registered_transfer_in_a_model(registered):
         opt.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_the_kernels_refuse_what_has_no_triton_function(registered):
+    pytest.importorskip("triton")
     problem, _ = problem_and_residual("own")
     single = copied(problem, torch.float32)
     with pytest.raises(ValueError, match="'own' has no Triton function"):
