@@ -24,14 +24,14 @@ from tests.problems import copied, problem_for, random_layer
 pytestmark = pytest.mark.skipif(not target.interpreted(), reason="needs TRITON_INTERPRET=1")
 
 
-def random_problem(seed, b, k, n, groups=None, bias=True, transfer="tanh", masks=False, **options):
+def random_problem(seed, b, k, n, groups=None, masks=False, bias=True, **options):
     """A local problem in float32, with random masks where they are asked for."""
     if masks:
         generator = torch.Generator().manual_seed(seed)
         lead = [] if groups is None else [groups]
         options["mask_weight"] = torch.rand(*lead, n, k, generator=generator) > 0.5
         options["mask_bias"] = torch.rand(*lead, n, generator=generator) > 0.5 if bias else None
-    return problem_for(*random_layer(seed, b, k, n, bias, torch.float32, groups), transfer, **options)
+    return problem_for(*random_layer(seed, b, k, n, bias, torch.float32, groups), **{"transfer": "tanh", **options})
 
 
 def stacked(tensor, rng):
