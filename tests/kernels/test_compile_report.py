@@ -12,10 +12,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from locoprop_kernels.compile_report.variants import variants
-
 from locoprop_kernels import compile_report
 from locoprop_kernels.compile_report.inspection import Record, gpu_target
+from locoprop_kernels.compile_report.variants import variants
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 GOOD = Record(
