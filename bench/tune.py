@@ -46,7 +46,7 @@ def shapes() -> list[Config]:
 
 
 def options(shape: Config, precision: str, shared: int) -> Iterator[Config]:
-    """Launch options for a shape, the most promising first: deep pipelines, then few parts."""
+    """Launch options for a shape, the most promising first: deep pipelines, then few slices."""
     row = 256 // _OPERAND_BYTES[precision]  # two swizzled rows of 128 bytes
     widest = shape.n * max(shape.b, shape.k)
     for warps in (8, 4) if widest > 64 * 128 else (4, 8):
@@ -59,9 +59,9 @@ def options(shape: Config, precision: str, shared: int) -> Iterator[Config]:
             if shape.b % r or shape.k % r:
                 continue
             for elements in (32, 16):
-                parts = max(1, accumulators // elements)
-                if parts <= 8 and min(shape.b, shape.k) // parts >= 8:
-                    yield replace(shape, r=r, warps=warps, stages=stages, parts=parts)
+                slices = max(1, accumulators // elements)
+                if slices <= 8 and min(shape.b, shape.k) // slices >= 8:
+                    yield replace(shape, r=r, warps=warps, stages=stages, slices=slices)
 
 
 def _try(config: Config, target: str, precision: str) -> dict[str, Any]:
@@ -74,7 +74,9 @@ def _try(config: Config, target: str, precision: str) -> dict[str, Any]:
     found: dict[str, Any] = {"kernels": [], "drivers": []}
     for driver, variants in (("grouped", least), ("single", rest)):
         # What is most likely to spill comes first.
-        for variant in sorted(variants, key=lambda one: (one.kernel != "update in parts", one.kernel != "local_steps")):
+        for variant in sorted(
+            variants, key=lambda one: (one.kernel != "update in splits", one.kernel != "local_steps")
+        ):
             try:
                 record = compile_variant(variant, target)
             except Exception as error:  # the compiler gave up: as bad as a spill
@@ -197,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print(console: Console, precision: str, found: Sequence[dict[str, Any]], picked: Sequence[dict[str, Any]]) -> None:
-    table = Table("tiles n x b x k x r", "warps", "stages", "parts", "registers", "drivers", title=precision)
+    table = Table("tiles n x b x k x r", "warps", "stages", "slices", "registers", "drivers", title=precision)
     cases = list(found[0]["milliseconds"]) if found else []
     for case in cases:
         table.add_column(case, justify="right")
@@ -205,7 +207,7 @@ def _print(console: Console, precision: str, found: Sequence[dict[str, Any]], pi
         config = Config(**result["config"])
         table.add_row(
             f"{config.n} x {config.b} x {config.k} x {config.r}",
-            *(str(value) for value in (config.warps, config.stages, config.parts)),
+            *(str(value) for value in (config.warps, config.stages, config.slices)),
             str(max(kernel["registers"] for kernel in result["kernels"])),
             "+".join(result["drivers"]),
             *(f"{min(result['milliseconds'][case].values()):.3g}" for case in cases),

@@ -12,10 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from locoprop_kernels.constants import (
+    DILOGARITHM_SERIES,
+    QUADRATURE_NODES,
+    QUADRATURE_WEIGHTS,
+    SELU_ALPHA,
+    SELU_SCALE,
+)
 
 __all__ = ["Transfer", "available", "get", "register_transfer"]
 
@@ -37,25 +44,12 @@ def _softplus(a: Tensor) -> Tensor:
     return torch.clamp_min(a, 0) + torch.log1p(torch.exp(-a.abs()))
 
 
-# Bernoulli numbers over factorials, B_n / (n + 1)!, for even n: Li2(1 - e^x) = sum_n B_n (-x)^(n+1) / (n+1)!.
-_DILOGARITHM_SERIES = (
-    2.777777777777778e-02,
-    -2.7777777777777778e-04,
-    4.72411186696901e-06,
-    -9.185773074661964e-08,
-    1.8978869988971e-09,
-    -4.0647616451442256e-11,
-    8.921691020456452e-13,
-    -1.9939295860721074e-14,
-)
-
-
 def _softplus_potential(a: Tensor) -> Tensor:
     """``-Li2(-exp(a))``, the integral of ``log(1 + exp(a))`` from minus infinity."""
     y = torch.log1p(torch.exp(-a.abs()))
     y2 = y.square()
     series = torch.zeros_like(a)
-    for coefficient in reversed(_DILOGARITHM_SERIES):
+    for coefficient in reversed(DILOGARITHM_SERIES):
         series = (series + coefficient) * y2
     tail = y + y2 / 4 + series * y  # -Li2(-exp(-|a|))
     return torch.where(a > 0, a.square() / 2 + math.pi**2 / 6 - tail, tail)
@@ -73,11 +67,6 @@ def _squared_relu(a: Tensor) -> Tensor:
 def _elu_potential(a: Tensor, alpha: float) -> Tensor:
     negative = torch.clamp_max(a, 0)
     return torch.relu(a).square() / 2 + alpha * (torch.expm1(negative) - negative)
-
-
-# The constants of self-normalising networks (Klambauer et al., 2017), as torch has them.
-_SELU_ALPHA = 1.6732632423543772
-_SELU_SCALE = 1.0507009873554805
 
 
 def _celu_potential(a: Tensor, alpha: float) -> Tensor:
@@ -129,7 +118,7 @@ _DEFINITIONS: dict[str, _Definition] = {
         (("beta", 1.0),),
     ),
     "elu": _Definition(lambda a, alpha: F.elu(a, alpha), _elu_potential, (("alpha", 1.0),)),
-    "selu": _Definition(torch.selu, lambda a: _SELU_SCALE * _elu_potential(a, _SELU_ALPHA)),
+    "selu": _Definition(torch.selu, lambda a: SELU_SCALE * _elu_potential(a, SELU_ALPHA)),
     "celu": _Definition(lambda a, alpha: F.celu(a, alpha), _celu_potential, (("alpha", 1.0),)),
     "softsign": _Definition(F.softsign, _softsign_potential),
     "hardtanh": _Definition(F.hardtanh, _clamp_potential, (("min_val", -1.0), ("max_val", 1.0))),
@@ -227,11 +216,10 @@ class Transfer:
 
     def _quadrature(self, a: Tensor, reference: Tensor, target: Tensor) -> Tensor:
         """The matching loss without a potential: Gauss-Legendre along the segment from ``reference`` to ``a``."""
-        nodes, weights = np.polynomial.legendre.leggauss(32)
         difference = a - reference
         mean = torch.zeros_like(a)
-        for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-            mean += float(weight) * self(reference + float(node) * difference)
+        for node, weight in zip(QUADRATURE_NODES, QUADRATURE_WEIGHTS, strict=True):
+            mean += weight * self(reference + node * difference)
         losses = difference * (mean - target)
         return losses if self.elementwise else losses.sum(-1)
 

@@ -33,7 +33,7 @@ def contestants(gpu: bool) -> list[Contestant]:
 
 def with_config(config: Config, precision: str = "bf16", driver: str | None = None) -> Contestant:
     """Ours with a configuration of the Triton kernels, to tune them."""
-    name = f"{config.n}x{config.b}x{config.k}-r{config.r}-w{config.warps}-s{config.stages}-p{config.parts}"
+    name = f"{config.n}x{config.b}x{config.k}-r{config.r}-w{config.warps}-s{config.stages}-p{config.slices}"
     use = {"config": config, "driver": driver}
     build = partial(_build, precision=precision, backend="triton", use=use)
     return Contestant(f"ours-{precision}-{driver or 'auto'}-{name}", build, precision=precision)

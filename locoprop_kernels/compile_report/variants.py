@@ -69,7 +69,7 @@ def of_config(config: configs.Config, precision: str, brief: bool = False) -> It
     yield _variant("commit", commit._commit_kernel, plan, f"{plan.spec.U.slots} slots")
     in_splits = _plan(config, precision, rules.RMSprop(), splits=2)
     yield _variant("partial", phases._partial_kernel, in_splits, "")
-    yield _variant("update in parts", phases._update_kernel, in_splits, "rmsprop")
+    yield _variant("update in splits", phases._update_kernel, in_splits, "rmsprop")
     if not config.general:
         return
     if precision != "fp16":
@@ -91,7 +91,7 @@ def _masked(config: configs.Config, precision: str) -> Iterator[Variant]:
 
 def _prepare(config: configs.Config, precision: str) -> Variant:
     plan = _plan(config, precision, rules.RMSprop())
-    return _variant("prepare", prepare._prepare_kernel, plan, "with transpose")
+    return _variant("prepare", prepare._prepare_kernel, plan, "with transpose" if plan.spec.P.transposed else "")
 
 
 def _plan(

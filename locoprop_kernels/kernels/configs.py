@@ -28,7 +28,7 @@ class Config:
         r: length of a step along the reduction; divides ``b`` and ``k``, so that whole tiles are whole steps.
         warps: warps per program.
         stages: depth of the load pipeline.
-        parts: into how many parts (1, 2, 4, 8) the epilogues cut a tile, to save registers.
+        slices: into how many slices (1, 2, 4, 8) the epilogues cut a tile, to save registers.
         occupancy: programs of the single launch that a multiprocessor holds at once: while one waits for its loads or
             writes a tile, another multiplies.
         general: whether every kernel may use it. Where some would spill, only the launches per phase of the product
@@ -41,7 +41,7 @@ class Config:
     r: int
     warps: int = 8
     stages: int = 3
-    parts: int = 1
+    slices: int = 1
     occupancy: int = 1
     general: bool = True
 
@@ -55,7 +55,7 @@ class Config:
         return schedule.Tiles(self.n, self.b, self.k)
 
     def __str__(self) -> str:
-        slices = f", epilogues in {self.parts} slices" if self.parts > 1 else ""
+        slices = f", epilogues in {self.slices} slices" if self.slices > 1 else ""
         return (
             f"tiles of {self.n} x {self.b} x {self.k} in steps of {self.r}, "
             f"{self.warps} warps, {self.stages} stages{slices}"
@@ -72,32 +72,32 @@ _INTERPRETER = Config(n=16, b=64, k=128, r=32)
 
 # Chosen with `python -m bench.tune` for their predicted times, among those that neither spill nor exceed the shared
 # memory. Nothing is measured.
-_EXACT = Config(n=64, b=64, k=64, r=16, warps=8, stages=2, parts=4)
-_SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, parts=8)
-_SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, parts=8)
-_AMD = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, parts=4)
+_EXACT = Config(n=64, b=64, k=64, r=16, warps=8, stages=2, slices=4)
+_SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, slices=8)
+_SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, slices=8)
+_AMD = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, slices=4)
 _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_80", "bf16"): (_SQUARE,),
     ("sm_80", "fp16"): (_SQUARE,),
     ("sm_80", "tf32"): (_SQUARE,),
     ("sm_90", "bf16"): (
-        Config(n=128, b=128, k=64, r=64, warps=8, stages=4, parts=2),
-        Config(n=64, b=64, k=64, r=64, warps=4, stages=4, parts=4, occupancy=2),
-        Config(n=128, b=256, k=256, r=64, warps=8, stages=4, parts=8, general=False),
+        Config(n=128, b=128, k=64, r=64, warps=8, stages=4, slices=2),
+        Config(n=64, b=64, k=64, r=64, warps=4, stages=4, slices=4, occupancy=2),
+        Config(n=128, b=256, k=256, r=64, warps=8, stages=4, slices=8, general=False),
     ),
     ("sm_90", "fp16"): (
-        Config(n=128, b=128, k=64, r=64, warps=8, stages=4, parts=2),
-        Config(n=64, b=64, k=64, r=64, warps=4, stages=4, parts=4, occupancy=2),
+        Config(n=128, b=128, k=64, r=64, warps=8, stages=4, slices=2),
+        Config(n=64, b=64, k=64, r=64, warps=4, stages=4, slices=4, occupancy=2),
     ),
     ("sm_90", "tf32"): (
-        Config(n=128, b=128, k=64, r=32, warps=8, stages=4, parts=2),
-        Config(n=64, b=64, k=64, r=32, warps=4, stages=4, parts=4, occupancy=2),
-        Config(n=128, b=256, k=256, r=32, warps=8, stages=4, parts=8, general=False),
+        Config(n=128, b=128, k=64, r=32, warps=8, stages=4, slices=2),
+        Config(n=64, b=64, k=64, r=32, warps=4, stages=4, slices=4, occupancy=2),
+        Config(n=128, b=256, k=256, r=32, warps=8, stages=4, slices=8, general=False),
     ),
-    ("sm_100", "bf16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, parts=4),),
-    ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=4, stages=3, parts=4),),
+    ("sm_100", "bf16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=4),),
+    ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=4, stages=3, slices=4),),
     ("sm_100", "tf32"): (_SQUARE,),
-    ("sm_100", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=4, stages=2, parts=4),),
+    ("sm_100", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=4, stages=2, slices=4),),
     ("sm_120", "tf32"): (_SQUARE,),
     ("gfx90a", "bf16"): (_AMD,),
     ("gfx90a", "fp16"): (_AMD,),
@@ -106,7 +106,7 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
 }
 # Where the above would spill registers with a mask.
 _MASKED: dict[tuple[str, str], tuple[Config, ...]] = {
-    ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, parts=8),),
+    ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8),),
 }
 _OTHERS = {"bf16": (_SMALL,), "fp16": (_SMALL,), "tf32": (_SMALL,), "ieee": (_EXACT,)}
 

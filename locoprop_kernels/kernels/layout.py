@@ -260,8 +260,8 @@ class Layout:
             self._lay_out_activations(index, layer, n, b, b_blocks)
         self.trace_ranges.append(
             [
-                self._lay_out_trace(index, c.TRACE_ACTIVATION, n_blocks * b_blocks * config.parts),
-                self._lay_out_trace(index, c.TRACE_UPDATE, n_blocks * (k_blocks * config.parts + 1)),
+                self._lay_out_trace(index, c.TRACE_ACTIVATION, n_blocks * b_blocks * config.slices),
+                self._lay_out_trace(index, c.TRACE_UPDATE, n_blocks * (k_blocks * config.slices + 1)),
             ]
         )
 

@@ -167,7 +167,7 @@ def _layer(shape: LayerShape, decision: Decision, operand: torch.dtype, transpos
         inputs=shape.inputs,
         outputs=shape.outputs,
         rows=shape.batch,
-        function=None if shape.transfer.name == "identity" else function,
+        function=function,
         divergence=divergence,
         parameter=shape.transfer.parameters[0] if shape.transfer.parameters else 0.0,
         weight=shape.weight,
@@ -190,7 +190,7 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
     tiles = (config.n, config.b, config.k, config.r, interpreted)
     products = Products(
         *tiles,
-        slices=config.parts,
+        slices=config.slices,
         operand=operand,
         precision=exact,
         preactivation=preactivation,
@@ -212,7 +212,7 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
         U=Update(
             *stored, device_rules.lookup(task.rule), task.rule, task.regulariser, any(one.masked for one in shapes)
         ),
-        tiles=Products(*tiles),
+        tiles=Products(config.n, 0, config.k, 0, interpreted),
         stored=Update(*stored),
         copy_x=Copy(*x_columns, x, operand, exact, interpreted, COPY_BLOCK),
         copy_chunks=Copy(*x_columns, operand, operand, exact, interpreted, COPY_BLOCK),

@@ -16,19 +16,18 @@ def _prepare_kernel(table_ptr, tiles_ptr, C: tl.constexpr):
     row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
     rows = tl.load(tile_ptr + 1) * C.block + tl.arange(0, C.block)
     columns = tl.load(tile_ptr + 2) * C.block + tl.arange(0, C.block)
-    long_rows, long_columns = rows.to(tl.int64)[:, None], columns.to(tl.int64)
     valid = (rows < tl.load(row_ptr + c.BATCH))[:, None] & (columns < tl.load(row_ptr + C.width))[None, :]
-    row_stride, column_stride = tl.load(row_ptr + C.source + 1), tl.load(row_ptr + C.source + 2)
-    offsets = long_rows * row_stride + long_columns[None, :] * column_stride
+    offsets = rows.to(tl.int64)[:, None] * tl.load(row_ptr + C.source + 1)
+    offsets += columns.to(tl.int64)[None, :] * tl.load(row_ptr + C.source + 2)
     value = tl.load(callers_address(row_ptr, C.source, C.dtype) + offsets, valid, 0.0)
     value = as_operand(value.to(tl.float32), C)
-    inside = columns < tl.load(row_ptr + C.padded_width)
-    padded = (rows < tl.load(row_ptr + c.E_STRIDE))[:, None] & inside[None, :]
+    padded = (rows < tl.load(row_ptr + c.E_STRIDE))[:, None]
+    padded &= (columns < tl.load(row_ptr + C.padded_width))[None, :]
     if C.plain >= 0:
-        target = long_rows * stride(row_ptr, C.plain + 1) + columns[None, :]
+        target = rows.to(tl.int64)[:, None] * stride(row_ptr, C.plain + 1) + columns[None, :]
         tl.store(address(row_ptr, C.plain, C.operand) + target, value, padded)
     if C.transposed >= 0:
-        target = long_columns[:, None] * stride(row_ptr, C.transposed_stride) + rows[None, :]
+        target = columns.to(tl.int64)[:, None] * stride(row_ptr, C.transposed_stride) + rows[None, :]
         tl.store(address(row_ptr, C.transposed, C.operand) + target, tl.trans(value), tl.trans(padded))
 
 

@@ -9,7 +9,7 @@ from tests.problems import TRANSFERS, problem_for, random_layer, relative_error
 
 ELEMENTWISE = [t for t in TRANSFERS if t.elementwise]
 #: Different in every dimension, small enough for several ragged tiles.
-SMALL = configs.Config(n=8, b=32, k=16, r=4, parts=2)
+SMALL = configs.Config(n=8, b=32, k=16, r=4, slices=2)
 ULP = 2.0**-23
 
 

@@ -14,7 +14,7 @@ from locoprop_kernels.kernels.choose import choose, gram_pays, predicted
 from locoprop_kernels.kernels.configs import Config
 
 NARROW = Config(n=128, b=64, k=64, r=64)
-WIDE = Config(n=128, b=256, k=256, r=64, parts=8, general=False)
+WIDE = Config(n=128, b=256, k=256, r=64, slices=8, general=False)
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 
 
@@ -66,7 +66,7 @@ def test_every_target_has_a_configuration_of_each_precision():
             assert found
             assert len(set(found)) == len(found)
             assert any(config.general for config in found)
-            assert all(config.parts in (1, 2, 4, 8) for config in found)
+            assert all(config.slices in (1, 2, 4, 8) for config in found)
 
 
 def test_a_small_gram_form_is_not_worth_its_launches():

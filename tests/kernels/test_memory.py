@@ -33,11 +33,11 @@ CASES: dict[str, dict[str, Any]] = {
     "float16 operands, traced": {"compute_dtype": torch.float16, "trace": True},
     "bfloat16 operands, halved epilogues, no state": {
         "compute_dtype": torch.bfloat16,
-        "config": configs.Config(n=16, b=64, k=128, r=32, parts=2),
+        "config": configs.Config(n=16, b=64, k=128, r=32, slices=2),
         "rule": rules.SGD(),
     },
     "quartered epilogues, three slots": {
-        "config": configs.Config(n=16, b=64, k=128, r=32, parts=4),
+        "config": configs.Config(n=16, b=64, k=128, r=32, slices=4),
         "rule": rules.RMSprop(centered=True),
     },
     "single launch, counted steps": {"driver": "single", "rule": rules.Adam()},

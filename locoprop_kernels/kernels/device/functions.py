@@ -7,10 +7,10 @@ live. Polynomials are near-minimax fits (iteratively reweighted least squares in
 
 from typing import Any
 
-import numpy as np
 import triton
 import triton.language as tl
 
+from locoprop_kernels import constants
 from locoprop_kernels.transfers import Transfer
 
 ROOT_HALF = tl.constexpr(0.7071067811865476)
@@ -18,10 +18,12 @@ ROOT_TWO_OVER_PI = tl.constexpr(0.7978845608028654)
 ROOT_HALF_OVER_PI = tl.constexpr(0.3989422804014327)
 HALF_PI = tl.constexpr(1.5707963267948966)
 QUARTER_PI = tl.constexpr(0.7853981633974483)
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
-NODES = tl.constexpr(tuple(float(x) for x in (_NODES + 1) / 2))
-WEIGHTS = tl.constexpr(tuple(float(x) for x in _WEIGHTS / 2))
-SELU_SCALE = tl.constexpr(1.0507009873554805)
+NODES = tl.constexpr(constants.QUADRATURE_NODES)
+WEIGHTS = tl.constexpr(constants.QUADRATURE_WEIGHTS)
+SELU_ALPHA = tl.constexpr(constants.SELU_ALPHA)
+SELU_SCALE = tl.constexpr(constants.SELU_SCALE)
+# In the order of Horner's scheme.
+DILOGARITHM_SERIES = tl.constexpr(constants.DILOGARITHM_SERIES[::-1])
 DILOGARITHM_AT_ONE = tl.constexpr(1.6449340668482264)  # π²/6
 
 
@@ -47,11 +49,6 @@ def _log1p_unit(u):
     p = p * z + 0.19999438873165157
     p = p * z + 0.3333333781096087
     return 2.0 * s + 2.0 * s * z * p
-
-
-@triton.jit
-def identity(a, p):
-    return a
 
 
 @triton.jit
@@ -101,7 +98,7 @@ def elu(a, p):
 
 @triton.jit
 def selu(a, p):
-    return elu(a, 1.6732632423543772) * SELU_SCALE
+    return elu(a, SELU_ALPHA) * SELU_SCALE
 
 
 @triton.jit
@@ -161,11 +158,6 @@ def arctan(a, p):
 
 
 @triton.jit
-def identity_divergence(a, a0, p, F: tl.constexpr):
-    return (a - a0) * (a - a0) * 0.5
-
-
-@triton.jit
 def tanh_divergence(a, a0, p, F: tl.constexpr):
     size, size0 = tl.abs(a), tl.abs(a0)
     u, u0 = tl.exp(-2.0 * size), tl.exp(-2.0 * size0)
@@ -204,14 +196,9 @@ def _dilogarithm(a):
     """``-Li2(-exp(a))``, from the Bernoulli series in ``log(1 + exp(-|a|))`` and the inversion formula."""
     y = tl.log(1.0 + tl.exp(-tl.abs(a)))
     y2 = y * y
-    s = -1.9939295860721074e-14
-    s = s * y2 + 8.921691020456452e-13
-    s = s * y2 - 4.0647616451442256e-11
-    s = s * y2 + 1.8978869988971e-09
-    s = s * y2 - 9.185773074661964e-08
-    s = s * y2 + 4.72411186696901e-06
-    s = s * y2 - 2.7777777777777778e-04
-    s = s * y2 + 2.777777777777778e-02
+    s = 0.0 * y
+    for i in tl.static_range(8):
+        s = s * y2 + DILOGARITHM_SERIES[i]
     tail = y + y2 * 0.25 + s * y2 * y
     return tl.where(a > 0, a * a * 0.5 + DILOGARITHM_AT_ONE - tail, tail)
 
@@ -234,7 +221,7 @@ def elu_divergence(a, a0, p, F: tl.constexpr):
 
 @triton.jit
 def selu_divergence(a, a0, p, F: tl.constexpr):
-    return elu_divergence(a, a0, 1.6732632423543772, F) * SELU_SCALE
+    return elu_divergence(a, a0, SELU_ALPHA, F) * SELU_SCALE
 
 
 @triton.jit
@@ -344,7 +331,8 @@ def quadrature_divergence(a, a0, p, F: tl.constexpr):
 
 
 FUNCTIONS = {
-    "identity": (identity, identity_divergence),
+    # The kernels know it without a function.
+    "identity": (None, None),
     "tanh": (tanh, tanh_divergence),
     "sigmoid": (sigmoid, sigmoid_divergence),
     "relu": (relu, relu_divergence),
