@@ -11,7 +11,6 @@ from locoprop_kernels import devices, rules, transfers
 from locoprop_kernels.compile_report.inspection import Variant
 from locoprop_kernels.kernels import commit, configs, phases, prepare, single, softmax
 from locoprop_kernels.kernels.decide import LayerShape, Machine, Task
-from locoprop_kernels.kernels.device import functions
 from locoprop_kernels.kernels.plan import Plan
 from locoprop_kernels.kernels.spec import Spec
 from locoprop_kernels.solution import Decision
@@ -112,7 +111,7 @@ def _plan(
             outputs=500,
             groups=1,
             transfer=transfers.get(name),
-            functions=functions.FUNCTIONS.get(name),
+            own_function=None,
             weight=True,
             bias=True,
             masked=masked,

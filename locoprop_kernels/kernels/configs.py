@@ -106,6 +106,7 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
 }
 # Where the above would spill registers with a mask.
 _MASKED: dict[tuple[str, str], tuple[Config, ...]] = {
+    ("sm_80", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=8, stages=2, slices=4),),
     ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8),),
 }
 _OTHERS = {"bf16": (_SMALL,), "fp16": (_SMALL,), "tf32": (_SMALL,), "ieee": (_EXACT,)}

@@ -16,7 +16,6 @@ from locoprop_kernels import devices
 from locoprop_kernels.devices import DeviceModel
 from locoprop_kernels.gram import gram_is_cheaper
 from locoprop_kernels.kernels import choose, configs, target
-from locoprop_kernels.kernels.device import functions
 from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.rules import Rule
 from locoprop_kernels.settings import Settings
@@ -35,7 +34,7 @@ class LayerShape(NamedTuple):
         outputs: ``N``, of a group.
         groups: 1 where there are none.
         transfer: the transfer function.
-        functions: it and its divergence as Triton functions; ``None`` for softmax.
+        own_function: its Triton function where the user has registered it, who may do so again with another.
         weight: whether the weight is trained.
         bias: whether the bias is trained.
         masked: whether either has a mask.
@@ -53,7 +52,7 @@ class LayerShape(NamedTuple):
     outputs: int
     groups: int
     transfer: Transfer
-    functions: tuple[Any, Any] | None
+    own_function: Any
     weight: bool
     bias: bool
     masked: bool
@@ -133,7 +132,7 @@ def shape_of(problem: LocalProblem, settings: Settings) -> LayerShape:
         outputs=n,
         groups=problem.groups or 1,
         transfer=transfer,
-        functions=functions.lookup(transfer),
+        own_function=transfer.triton_fn,
         weight=weight,
         bias=bias,
         masked=(weight and problem.mask_weight is not None) or (bias and problem.mask_bias is not None),

@@ -20,7 +20,10 @@ _OLD, _STEP, _MASK, _RATE = c.OLD.value, c.STEP.value, c.MASK.value, c.RATE.valu
 
 
 class Inputs:
-    """The cells of a problem in the layer table, and the tensors whose addresses they hold.
+    """The cells of a problem in the layer table, and copies that they hold the addresses of.
+
+    What is the caller's lives as long as the launches need it without being held: a device's allocator reuses memory in
+    the order of the stream.
 
     Args:
         problem: the problem.
@@ -53,7 +56,6 @@ class Inputs:
     def _put(self, column: int, tensor: Tensor) -> tuple[int, ...]:
         """The address of ``tensor``; returns its strides within a group."""
         self.cells.values[column] = tensor.data_ptr()
-        self.alive.append(tensor)
         strides = tensor.stride()
         if not self._grouped:
             return strides
@@ -69,17 +71,23 @@ class Inputs:
         base, values = _BASES[name], self.cells.values
         if name == "weight" and grad.stride(-1) != 1:
             grad = grad.contiguous()
+            self.alive.append(grad)
         values[base + _GRAD_ROW] = self._put(base + _GRAD, grad)[0]
         row, *column = self._put(base + _VALUE, value)
         values[base + c.VALUE_ROW.value], values[base + c.VALUE_COLUMN.value] = row, column[0] if column else 0
         mask = problem.mask(name)
         if mask is not None:
-            self._put(base + _MASK, mask.contiguous())
+            mask = mask.contiguous()
+            self.alive.append(mask)
+            self._put(base + _MASK, mask)
         values[base + _RATE] = float_bits(problem.rate(name))
 
     def _put_state(self, base: int, state: dict[str, Tensor], slots: tuple[str, ...]) -> None:
-        for i, slot in enumerate(slots):
-            self._put(base + _OLD + i, state[slot])
+        for column, slot in enumerate(slots, base + _OLD):
+            if self._grouped:
+                self._put(column, state[slot])
+            else:
+                self.cells.values[column] = state[slot].data_ptr()
         if "step" in state:
             self.cells.values[base + _STEP] = state["step"].data_ptr()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from locoprop_kernels.kernels.decide import LayerShape, Machine, Task
 from locoprop_kernels.kernels.device import columns as c
+from locoprop_kernels.kernels.device import functions
 from locoprop_kernels.kernels.device import rules as device_rules
 from locoprop_kernels.kernels.layout import COPY_BLOCK, Cells, Kind, LayerPlan, Layout
 from locoprop_kernels.kernels.spec import NOWHERE, Copy, Products, Spec, Update
@@ -97,8 +98,8 @@ class Plan:
         self.tiles = {name: self._upload(tiles) for name, tiles in self.layout.tiles.items()}
         self.spec = _spec(self.layout, shapes, task, precision, machine.interpreted)
         self.captured = False
-        self._tables: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
-        self._kept_for_graphs: list[tuple[Tensor, Tensor]] = []
+        self._tables: OrderedDict[Any, _Uploaded] = OrderedDict()
+        self._kept_for_graphs: list[_Uploaded] = []
 
     def _upload(self, values: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
@@ -135,28 +136,36 @@ class Plan:
             self._tables.move_to_end(content)
         else:
             table = self.layout.table(results, scratch, inputs)
-            known = self._tables[content] = self._uploaded_once(table, np.array(rates, np.float32))
+            known = self._tables[content] = _upload_both(table, np.array(rates, np.float32), self.device)
             if len(self._tables) > _KEPT_TABLES:
                 self._tables.popitem(last=False)
         if on_gpu and torch.cuda.is_current_stream_capturing():
             self.captured = True
             self._kept_for_graphs.append(known)
-        split = self.layout.template.nbytes
-        return known[0][:split].view(torch.int64), known[0][split:].view(torch.float32)
+        return known.table, known.rates
 
-    def _uploaded_once(self, table: NDArray[np.int64], rates: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-        """Both in one copy: the tensor on the device, and the one on the host that it is copied from."""
-        host = torch.frombuffer(bytearray(table.tobytes() + rates.tobytes()), dtype=torch.uint8)
-        if self.device.type != "cuda":
-            return host, host
+
+class _Uploaded(NamedTuple):
+    """A layer table and learning rates on the device, and the tensor on the host that both are copied from."""
+
+    table: Tensor
+    rates: Tensor
+    host: Tensor
+
+
+def _upload_both(table: NDArray[np.int64], rates: NDArray[np.float32], device: torch.device) -> _Uploaded:
+    """Both in one copy, for which the host does not wait."""
+    host = both = torch.frombuffer(bytearray(table.tobytes() + rates.tobytes()), dtype=torch.uint8)
+    if device.type == "cuda":
         host = host.pin_memory()
-        return host.to(self.device, non_blocking=True), host
+        both = host.to(device, non_blocking=True)
+    return _Uploaded(both[: table.nbytes].view(torch.int64), both[table.nbytes :].view(torch.float32), host)
 
 
 def _layer(shape: LayerShape, decision: Decision, operand: torch.dtype, transposed: bool) -> LayerPlan:
     """What the layout needs to know about a problem."""
     config = decision.config
-    function, divergence = shape.functions or (None, None)
+    function, divergence = functions.lookup(shape.transfer) or (None, None)
     gram = decision.form == "gram"
     batch = shape.inputs if gram else shape.batch
     whole_tiles = batch % config.b == 0 and shape.inputs % config.k == 0
