@@ -95,11 +95,10 @@ def local_steps_(
     return report
 
 
-@torch.no_grad()
 def solve(
     problems: Sequence[LocalProblem], settings: Settings, backend: str, done: Callable[[int], None] | None = None
 ) -> StepReport:
-    """:func:`local_steps_` up to the commit, which ``report.commit_()`` is.
+    """:func:`local_steps_` up to the commit, which ``report.commit_()`` is; to be called without gradients enabled.
 
     Args:
         problems: the layers' local problems, all on one device.

@@ -10,9 +10,10 @@ import torch
 from locoprop_kernels import devices, rules, transfers
 from locoprop_kernels.compile_report.inspection import Variant
 from locoprop_kernels.kernels import commit, configs, phases, prepare, single, softmax
-from locoprop_kernels.kernels.decide import LayerShape, Machine, Task
+from locoprop_kernels.kernels.decide import LayerShape, Machine, task_of
 from locoprop_kernels.kernels.plan import Plan
 from locoprop_kernels.kernels.spec import Spec
+from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision
 
 __all__ = ["of_config", "variants"]
@@ -31,7 +32,8 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
         target: backend and architecture.
         brief: without kernels that differ from others in little: float16 with the tile sizes of bfloat16 differs in
             the type that the matrix instructions read, a rule of two slots needs fewer registers than one of three,
-            and a mask takes a few more.
+            and a mask takes a few more,
+            where it does not have tiles of its own.
     """
     found: list[Variant] = []
     for precision in _OPERANDS:
@@ -42,8 +44,9 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
             chosen = tuple(config for config in chosen if config not in configs.candidates(target, "bf16"))
         for config in chosen:
             found += of_config(config, precision, brief)
-        for config in () if brief else configs.candidates(target, precision, masked=True):
-            found += _masked(config, precision)
+        for config in configs.candidates(target, precision, masked=True):
+            if not brief or config not in configs.candidates(target, precision):
+                found += _masked(config, precision)
         if chosen:
             found.append(_prepare(chosen[-1], precision))  # does not depend on the tiles
     return list({_compiled_from(variant): variant for variant in reversed(found)}.values())[::-1]
@@ -127,10 +130,10 @@ def _plan(
     ]
     programs = _PROGRAMS if form == "product" and splits == 1 else 0
     decision = Decision(form, form, config, programs, splits)
-    task = Task(iterations=10, rule=rule, compute_dtype=operand, trace=False, regulariser=None)
+    settings = Settings.checked(rule, [1.0] * 10, 0.0, "mean", operand, trace=False, regulariser=None)
     float32 = "ieee" if precision == "ieee" else "tf32"
     machine = Machine("any", devices.UNKNOWN, available=_PROGRAMS, float32=float32)
-    return Plan(range(len(shapes)), shapes, [decision] * len(shapes), task, machine, torch.device("cpu"))
+    return Plan(range(len(shapes)), shapes, [decision] * len(shapes), task_of(settings), machine, torch.device("cpu"))
 
 
 def _constants(spec: Spec, function: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from locoprop_kernels import devices
 from locoprop_kernels.devices import DeviceModel
 from locoprop_kernels.gram import gram_is_cheaper
 from locoprop_kernels.kernels import choose, configs, target
+from locoprop_kernels.kernels.spec import Update
 from locoprop_kernels.problem import LocalProblem
-from locoprop_kernels.rules import Rule
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision
 from locoprop_kernels.transfers import Transfer
@@ -74,17 +74,15 @@ class Task(NamedTuple):
 
     Attributes:
         iterations: ``T``.
-        rule: the update rule.
         compute_dtype: dtype of the products' operands; ``None`` for the parameters'.
         trace: whether to evaluate the local objectives.
-        regulariser: its gradient as a Triton function, or ``None``.
+        update: how kernels update a parameter.
     """
 
     iterations: int
-    rule: Rule
     compute_dtype: torch.dtype | None
     trace: bool
-    regulariser: Any
+    update: Update
 
 
 class Machine(NamedTuple):
@@ -148,8 +146,7 @@ def shape_of(problem: LocalProblem, settings: Settings) -> LayerShape:
 
 def task_of(settings: Settings) -> Task:
     """The task that settings set."""
-    regulariser = None if settings.regulariser is None else settings.regulariser.triton_fn
-    return Task(settings.iterations, settings.rule, settings.compute_dtype, settings.trace, regulariser)
+    return Task(settings.iterations, settings.compute_dtype, settings.trace, Update.of(settings))
 
 
 def machine_of(device: torch.device) -> Machine:
@@ -189,7 +186,7 @@ def _forms(shapes: Sequence[LayerShape], task: Task, machine: Machine) -> list[s
     )
     if grams and not machine.interpreted:
         found = machine.candidates(shapes[0].operand(task.compute_dtype))
-        slots = len(task.rule.slots)
+        slots = task.update.slots
         if not choose.gram_pays(found, grams, task.iterations, slots, machine.model):
             return ["product" if form == "gram" else form for form in forms]
     return forms
@@ -219,7 +216,7 @@ def _launches(shapes: Sequence[LayerShape], form: str, together: int, task: Task
     if masked and operand == torch.float16:  # the single launch would spill registers
         driver = "grouped"
     found = machine.candidates(operand, masked)
-    slots = len(task.rule.slots)
+    slots = task.update.slots
     config, programs, splits = choose.choose(found, tuple(sizes), form, slots, machine.model, driver)
     name = "single" if programs else {"product": "grouped"}.get(form, form)
     return [

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,7 +23,6 @@ from torch import Tensor
 from locoprop_kernels.kernels.decide import LayerShape, Machine, Task
 from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device import functions
-from locoprop_kernels.kernels.device import rules as device_rules
 from locoprop_kernels.kernels.layout import COPY_BLOCK, Cells, Kind, LayerPlan, Layout
 from locoprop_kernels.kernels.spec import NOWHERE, Copy, Products, Spec, Update
 from locoprop_kernels.schedule import Schedule, build, most_expensive_first, validate
@@ -40,7 +40,6 @@ class Plan:
     Attributes:
         members: which problems of the step these are.
         form: of all of them.
-        rule: the update rule.
         layout: where everything lies.
         spec: compile-time arguments and options of the kernels.
         schedule: the work lists of the single launch; ``None`` for a launch for each phase.
@@ -74,11 +73,11 @@ class Plan:
         config = decision.config
         operand = first.operand(task.compute_dtype)
         precision = machine.precision(operand)
-        self.members, self.form, self.rule, self.device = tuple(members), decision.form, task.rule, device
+        self.members, self.form, self.device = tuple(members), decision.form, device
         layers = tuple(
             _layer(shape, own, operand, precision == "tf32") for shape, own in zip(shapes, decisions, strict=True)
         )
-        slots = tuple(task.rule.slots)
+        slots = tuple(task.update.hyper.slots)
         self.layout = Layout(
             layers, Kind(decision.form, config, operand, first.preactivation, slots, precision == "tf32")
         )
@@ -210,7 +209,7 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
         transfers=tuple(function for function, _ in layout.functions),
         divergences=tuple(divergence for _, divergence in layout.functions) if task.trace else (),
     )
-    stored = (_TRITON_DTYPES[shape.parameter], len(task.rule.slots), task.rule.counts_steps)
+    parameter = _TRITON_DTYPES[shape.parameter]
     xt = c.XT.value if kind.transposed else NOWHERE
     x_columns = (c.X_SOURCE.value, c.INPUTS.value, c.WEIGHT_STRIDE.value, c.X.value, xt, c.XT_STRIDE.value)
     a0_columns = (c.A0_SOURCE.value, c.OUTPUTS.value, c.ROW_SUMS_STRIDE.value, NOWHERE, c.A0.value, c.E_STRIDE.value)
@@ -218,11 +217,9 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
     x = operand if kind.form == "gram" else _TRITON_DTYPES[shape.x]
     return Spec(
         P=products,
-        U=Update(
-            *stored, device_rules.lookup(task.rule), task.rule, task.regulariser, any(one.masked for one in shapes)
-        ),
+        U=replace(task.update, parameter=parameter, masked=any(one.masked for one in shapes)),
         tiles=Products(config.n, 0, config.k, 0, interpreted),
-        stored=Update(*stored),
+        stored=Update(task.update.slots, task.update.counts_steps, parameter=parameter),
         copy_x=Copy(*x_columns, x, operand, exact, interpreted, COPY_BLOCK),
         copy_chunks=Copy(*x_columns, operand, operand, exact, interpreted, COPY_BLOCK),
         copy_a0=Copy(*a0_columns, preactivation, preactivation, "ieee", interpreted, COPY_BLOCK),

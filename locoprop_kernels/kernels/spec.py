@@ -14,6 +14,9 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
+from locoprop_kernels.kernels.device import rules
+from locoprop_kernels.settings import Settings
+
 __all__ = ["NOWHERE", "Copy", "Products", "Spec", "StepArguments", "Update"]
 
 NOWHERE = -1
@@ -21,7 +24,7 @@ NOWHERE = -1
 
 
 class _Constants:
-    """Base of the compile-time objects: equal, hashed and shown by all that they hold, sources of functions included.
+    """Base of the compile-time objects: shown by a hash of all that they hold, sources of functions included.
 
     Triton keeps compiled kernels by the ``repr`` of their constants, and knows a function inside a tuple or an object
     by its name alone; without the hash of its source, a kernel compiled from another version would be taken.
@@ -36,12 +39,6 @@ class _Constants:
     def __repr__(self) -> str:
         return f"{type(self).__name__}_{self.digest}"
 
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.digest == self.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
 
 def _content(value: Any) -> Any:
     if isinstance(value, tuple):
@@ -49,7 +46,7 @@ def _content(value: Any) -> Any:
     return str(value), str(getattr(value, "cache_key", ""))
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, repr=False)
 class Products(_Constants):
     """``P``: how products are computed, and on what.
 
@@ -88,30 +85,42 @@ class Products(_Constants):
     divergences: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, repr=False)
 class Update(_Constants):
     """``U``: how a parameter is updated.
 
     Attributes:
-        parameter: dtype of parameters and their gradients.
         slots: how many tensors the rule's state has.
         counts_steps: whether the state has a counter of steps.
         rule: the update rule as a Triton function.
         hyper: the rule itself, a frozen dataclass: its hyper-parameters by name.
         regulariser: gradient of the regulariser as a Triton function, or ``None``.
+        parameter: dtype of parameters and their gradients.
         masked: whether any parameter has a mask.
     """
 
-    parameter: Any
     slots: int
     counts_steps: bool
     rule: Any = None
     hyper: Any = None
     regulariser: Any = None
+    parameter: Any = tl.float32
     masked: bool = False
 
+    @classmethod
+    def of(cls, settings: Settings) -> Update:
+        """What the settings ask for; dtype and masks are the problems'."""
+        rule, regulariser = settings.rule, settings.regulariser
+        return cls(
+            slots=len(rule.slots),
+            counts_steps=rule.counts_steps,
+            rule=rules.lookup(rule),
+            hyper=rule,
+            regulariser=None if regulariser is None else regulariser.triton_fn,
+        )
 
-@dataclass(frozen=True, eq=False, repr=False)
+
+@dataclass(frozen=True, repr=False)
 class Copy(_Constants):
     """``C``: which matrix ``[B, width]`` of the layer table is copied where; columns of the table, or ``NOWHERE``.
 

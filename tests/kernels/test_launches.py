@@ -154,7 +154,7 @@ def test_offsets_beyond_32_bits():
         return wrapper
 
     products = Products(SMALL.n, SMALL.b, SMALL.k, SMALL.r, interpreted=True, slices=2)
-    update = Update(tl.float32, slots=0, counts_steps=False)
+    update = Update(slots=0, counts_steps=False)
     no_copy = Copy(NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHERE, tl.float32, tl.float32, "ieee", True, 64)
     spec = Spec(products, update, products, update, no_copy, no_copy, no_copy)
     tiles = torch.tensor([[0, n_block, 5]], dtype=torch.int32)
