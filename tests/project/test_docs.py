@@ -44,6 +44,36 @@ def test_no_block_escapes():
         assert len(BLOCK.findall(text)) == len(re.findall(r"^\s*```\s*(?:python|py)\b", text, re.MULTILINE)), page
 
 
+def tree():
+    """Every file and folder of the project, as ``/path/from/its/root``; folders end with a slash."""
+    tops = [ROOT / name for name in ("bench", "docs", "locoprop_kernels", "python", "tests")]
+    return [
+        f"/{path.relative_to(ROOT).as_posix()}{'/' if path.is_dir() else ''}"
+        for path in (*tops, *(path for top in tops for path in top.rglob("*")))
+    ]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    """Files and folders go by their path or the end of it: ``kernels/plan.py``, ``device/``."""
+    named = set(re.findall(r"(?<![\w/.*])([\w/]+\.py|[a-z_/]+/)(?=[`\s,)])", page.read_text(encoding="utf-8")))
+    found = tree()
+    made_by_make = {"bench_out/", "demo_out/", "site/"}
+    assert not [name for name in named - made_by_make if not any(path.endswith(f"/{name}") for path in found)]
+
+
+def test_names_in_the_life_of_a_step_exist():
+    """Functions, classes and values go by the names that they have in the code."""
+    page = (ROOT / "docs/life-of-a-step.md").read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    named = {part for name in re.findall(r"`([A-Za-z_][\w.]*)`", prose) for part in re.split(r"\.(?!py\b)", name)}
+    names = {name for name in named if not name.endswith(".py")}
+    files = (path for top in ("locoprop_kernels", "python") for path in (ROOT / top).rglob("*.py"))
+    known = {word for path in files for word in [path.stem, *re.findall(r"\w+", path.read_text(encoding="utf-8"))]}
+    assert len(names) > 50
+    assert not names - known
+
+
 def test_figures_are_drawn(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["figures.py", "--out", str(tmp_path)])
