@@ -94,9 +94,9 @@ def most_expensive_first(
 
 
 def splits(layers: Sequence[Layer], tiles: Tiles, programs: int, device: DeviceModel = H100) -> tuple[int, ...]:
-    """Into how many parts to cut the batch in the products of each layer's update tiles, in launches per phase.
+    """Into how many splits to cut the batch in the products of each layer's update tiles, in launches per phase.
 
-    A layer of few tiles and many examples keeps most programs waiting; its products are then computed in parts, which
+    A layer of few tiles and many examples keeps most programs waiting; its products are then computed in splits, which
     the update adds up. Even shares of several sizes are tried.
 
     Args:

@@ -93,10 +93,10 @@ class LocoProp(Optimizer):
         trace: also evaluate every layer's local objective, into ``last_reports``; costs one more product a step.
 
     Attributes:
-        last_reports: what the last step did: a :class:`locoprop_kernels.StepReport` for each parameter group, one more
-            for layers with a gradient but no rows (``driver`` is ``"rule"``: the rule's own step on ``γ · grad``) and
-            one for layers without a gradient (``"none"``). ``report.problems`` has an entry for each layer, by
-            ``name``.
+        last_reports: what the last step did: a :class:`locoprop_kernels.StepReport` for each call of the backend
+            (usually for each parameter group), one more for layers with a gradient but no rows (``driver`` is
+            ``"rule"``: the rule's own step on ``γ · grad``) and one for layers without a gradient (``"none"``).
+            ``report.problems`` has an entry for each layer, by ``name``; printed, a report has a line for each.
 
     Raises:
         TypeError, ValueError: an argument is out of range, the model has no supported layer, or trainable parameters
