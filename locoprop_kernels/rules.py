@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SGD", "Adagrad", "Adam", "RMSprop", "Rule", "get"]
+__all__ = ["SGD", "Adagrad", "Adam", "RMSprop", "Rule", "available", "get"]
 
 _FLAVORS = ("torch", "tensorflow")
 
@@ -226,6 +226,11 @@ _BY_NAME: dict[str, Rule] = {
     "adam": Adam(),
     "adagrad": Adagrad(),
 }
+
+
+def available() -> tuple[str, ...]:
+    """Names of the known rules."""
+    return tuple(_BY_NAME)
 
 
 def get(rule: str | Rule) -> Rule:

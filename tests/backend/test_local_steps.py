@@ -1,5 +1,6 @@
 """The interface of ``local_steps_``: what it refuses, what it reports, and how accurate low precision is."""
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -15,9 +16,10 @@ from torch import nn
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules, transfers
+from locoprop_kernels.settings import Settings
 from locoprop_kernels.testing import TextbookLayer
 from locoprop_torch import LocoProp
-from tests.problems import relative_error
+from tests.problems import RULES, relative_error
 
 FIELDS = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias")
 
@@ -228,3 +230,11 @@ def test_bfloat16_step_of_the_papers_autoencoder():
         steps.append([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
     for full, low in zip(*steps, strict=True):
         assert relative_error(low, full) < 1e-2
+
+
+def test_every_rule_and_every_setting_is_tested():
+    """Who adds a rule or a setting finds here what else has to know of it."""
+    assert {type(rule) for rule in RULES} == {type(rules.get(name)) for name in rules.available()}
+    # Kernels get these by decide.Task, spec.Update or spec.StepArguments; "reduction" is in the shape of a layer.
+    reaches_kernels = {"rule", "rates", "prox", "reduction", "compute_dtype", "trace", "regulariser"}
+    assert {field.name for field in dataclasses.fields(Settings)} == reaches_kernels

@@ -11,7 +11,7 @@ import torch
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules, transfers
-from tests.problems import copied, problem_for
+from tests.problems import RULES, copied, problem_for
 
 INTERPRETED = os.environ.get("LOCOPROP_GPU_TESTS") == "interpreter"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -24,11 +24,6 @@ pytestmark = [
 # Relative error of the increment after T steps against float64, for problems that are as smooth as a network's.
 BUDGET = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 SHAPES = [(1, 1, 1), (33, 65, 17), (200, 130, 70), (257, 128, 129)]
-RULES = [rules.get(name) for name in ("sgd", "momentum", "nesterov", "rmsprop", "adam", "adagrad")] + [
-    rules.RMSprop(flavor="tensorflow"),
-    rules.RMSprop(centered=True, momentum=0.5),
-    rules.Adam(flavor="tensorflow"),
-]
 
 
 @pytest.fixture(autouse=True)
