@@ -206,6 +206,8 @@ class LocalProblem:
         if self.examples is not None and self.examples < 1:
             raise ValueError(f"{label}: examples must be >= 1, got {self.examples}")
         for name, rate in (("rate_weight", self.rate_weight), ("rate_bias", self.rate_bias)):
+            if type(rate) is float and 0 <= rate < math.inf:
+                continue
             if not is_number(rate) or not (math.isfinite(rate) and rate >= 0):
                 raise ValueError(f"{label}: {name} must be a finite number >= 0, got {shown(rate)}")
         if not isinstance(self.state, dict):

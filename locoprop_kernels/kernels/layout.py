@@ -198,7 +198,7 @@ class Layout:
             name: np.concatenate([np.zeros((0, width), np.int32), *tiles[name]]) for name, width in _TILE_LISTS.items()
         }
         self.results_bytes, self.scratch_bytes = self._results.size, self._scratch.size
-        self._relative = (np.nonzero(self._results.offsets), np.nonzero(self._scratch.offsets))
+        self._relative = (np.flatnonzero(self._results.offsets), np.flatnonzero(self._scratch.offsets))
 
     def table(self, results: Tensor, scratch: Tensor, inputs: Iterable[Cells]) -> NDArray[np.int64]:
         """The layer table with all addresses.
@@ -209,13 +209,21 @@ class Layout:
             inputs: per layer, addresses and strides of the caller's.
         """
         table = self.template.copy()
+        flat = table.reshape(-1)
+        places: list[int] = []
+        values: list[int] = []
         for buffer, cells in zip((results, scratch), self._relative, strict=True):
-            table[cells] += buffer.data_ptr()
+            flat[cells] += buffer.data_ptr()
         for place, own in zip(self.rows, inputs, strict=True):
-            rows = table[place]
-            rows[:, np.fromiter(own.values, np.int64)] = np.fromiter(own.values.values(), np.int64)
             if own.steps:
+                rows = table[place]
+                rows[:, list(own.values)] = list(own.values.values())
                 rows[:, list(own.steps)] += np.arange(len(rows))[:, None] * list(own.steps.values())
+            else:
+                first = place.start * c.WIDTH.value
+                places += [first + column for column in own.values]
+                values += own.values.values()
+        flat[places] = values
         return table
 
     def _lay_out(self, index: int, layer: LayerPlan) -> None:
