@@ -30,7 +30,7 @@ class GramForm:
             self.sum_x += chunk.sum(-2, dtype=accumulate)
         self.gram = rounded(total, operands)
 
-    def change(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
+    def change(self, delta: dict[str, Tensor], t: int = 0) -> dict[str, Tensor]:
         weight = product(rounded(delta["weight"], self.operands), self.gram, self.sum_x.dtype)
         if "bias" not in delta:
             return {"weight": weight}
@@ -38,7 +38,7 @@ class GramForm:
         bias.add_(delta["bias"], alpha=self.rows)
         return {"weight": _add_outer_(weight, delta["bias"], self.sum_x), "bias": bias}
 
-    def divergence(self, delta: dict[str, Tensor]) -> Tensor:
+    def divergence(self, delta: dict[str, Tensor], t: int = 0) -> Tensor:
         change = self.change(delta)
         products = [(d.double() * change[name]).sum() for name, d in delta.items()]
         return torch.stack(products).sum() / 2

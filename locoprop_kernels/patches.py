@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_BYTES", "KEPT_BYTES", "Patches", "Rows", "Stacked", "row_chunks"]
+__all__ = ["CHUNK_BYTES", "KEPT_BYTES", "Patches", "Rows", "Stacked", "every", "row_chunks"]
 
 CHUNK_BYTES = 16 * 2**20
 KEPT_BYTES = 256 * 2**20  # that one layer at a time may hold over its local loop: few layers need more
@@ -53,6 +53,14 @@ class Rows(ABC):
         Each chunk is of at most ``max_bytes`` (but of at least one row) where it has to be formed.
         """
 
+    def every(self, start: int, step: int) -> Tensor:
+        """Rows ``start``, ``start + step``, ...: ``[b, K]`` or ``[G, b, K]``."""
+        found, first = [], 0
+        for chunk in self.chunks():
+            found.append(chunk[..., (start - first) % step :: step, :])
+            first += chunk.shape[-2]
+        return torch.cat(found, -2)
+
     def group(self, index: int) -> Rows:
         """The rows ``[B, K]`` of one group.
 
@@ -68,6 +76,11 @@ def row_chunks(x: Tensor | Rows, max_bytes: int = CHUNK_BYTES) -> Iterator[Tenso
         yield x
     else:
         yield from x.chunks(max_bytes)
+
+
+def every(x: Tensor | Rows, start: int, step: int) -> Tensor:
+    """Rows ``start``, ``start + step``, ... of ``x``; of a tensor a view, of :class:`Rows` only these are formed."""
+    return x[..., start::step, :] if isinstance(x, Tensor) else x.every(start, step)
 
 
 class Stacked(Rows):
@@ -94,6 +107,14 @@ class Stacked(Rows):
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
         for part in self.parts:
             yield from row_chunks(part, max_bytes)
+
+    def every(self, start: int, step: int) -> Tensor:
+        found, first = [], 0
+        for part in self.parts:
+            if (place := (start - first) % step) < part.shape[-2]:
+                found.append(every(part, place, step))
+            first += part.shape[-2]
+        return torch.cat(found, -2)
 
     def group(self, index: int) -> Stacked:
         return Stacked([part[index] if isinstance(part, Tensor) else part.group(index) for part in self.parts])
@@ -173,6 +194,11 @@ class Patches(Rows):
                 yield patches.permute(*groups, *rows, *columns).reshape(*groups_size, -1, k)
             else:  # as [K, b]: the copy then runs along the output, which is mostly longer than a row of the kernel
                 yield patches.permute(*groups, *columns, *rows).reshape(*groups_size, k, -1).mT
+
+    def every(self, start: int, step: int) -> Tensor:
+        rows = torch.arange(start, self.shape[-2], step, device=self.device)
+        patches = self.view[torch.unravel_index(rows, self._positions)].flatten(1 if self._groups is None else 2)
+        return patches if self._groups is None else patches.movedim(0, 1)
 
     def group(self, index: int) -> Patches:
         if self._groups is None:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from locoprop_kernels.gram import GramForm, gram_is_cheaper
-from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Rows, Stacked, row_chunks
+from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Rows, Stacked, every, row_chunks
 from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
 from locoprop_kernels.products import Operand, product, rounded
 from locoprop_kernels.settings import Settings
@@ -37,11 +38,14 @@ _CACHED_BYTES = 4 * 2**20  # of E at a time on CPUs: among 1 to 16 MiB the best,
 class _Form(Protocol):
     """Evaluates the part of the local gradient that changes with the increment."""
 
-    def change(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``EᵀX`` ``[N, K]`` and ``Σ_batch E`` ``[N]`` at ``delta``: new tensors, none for what is frozen."""
+    def change(self, delta: dict[str, Tensor], t: int) -> dict[str, Tensor]:
+        """``EᵀX`` ``[N, K]`` and ``Σ_batch E`` ``[N]`` at ``delta``, for local step ``t``: new tensors.
 
-    def divergence(self, delta: dict[str, Tensor]) -> Tensor:
-        """Matching loss between ``f(A)`` and ``f(A0)``, summed over the batch; float64."""
+        There is none for what is frozen.
+        """
+
+    def divergence(self, delta: dict[str, Tensor], t: int) -> Tensor:
+        """Matching loss between ``f(A)`` and ``f(A0)`` before local step ``t``, summed over the batch; float64."""
 
 
 class _ProductForm:
@@ -93,7 +97,7 @@ class _ProductForm:
         a = product(rounded(delta["weight"], self.operands), x.t(), a0.dtype).add_(a0)
         return a.add_(delta["bias"].unsqueeze(-1)) if "bias" in delta else a
 
-    def change(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
+    def change(self, delta: dict[str, Tensor], t: int) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
         for x, rows in self._chunks():
             difference = self._f_(self._preactivation(delta, x, rows)).sub_(self.activation[..., rows])
@@ -105,12 +109,34 @@ class _ProductForm:
             total = {name: total[name].add_(value) if total else value for name, value in part.items()}
         return total
 
-    def divergence(self, delta: dict[str, Tensor]) -> Tensor:
+    def divergence(self, delta: dict[str, Tensor], t: int) -> Tensor:
         losses = []
         for x, rows in self._chunks():
             a, a0 = self._preactivation(delta, x, rows), self.preactivation[..., rows]
             losses.append(self.transfer.matching_loss(a.mT.double(), a0.mT.double()).sum())
         return torch.stack(losses).sum()
+
+
+class _SampledForm:
+    """The product form on one set of the batch's rows in each local step, which counts for all of them."""
+
+    def __init__(self, problem: LocalProblem, settings: Settings) -> None:
+        self.problem, self.operands = problem, settings.operands(problem)
+        self.sets = settings.sets(problem)
+        self.order = settings.set_order(self.sets)
+
+    def _form(self, t: int) -> _ProductForm:
+        start = self.order[t - 1]
+        x, preactivation = (every(rows, start, self.sets) for rows in (self.problem.x, self.problem.preactivation))
+        return _ProductForm(replace(self.problem, x=x, preactivation=preactivation), self.operands)
+
+    def change(self, delta: dict[str, Tensor], t: int) -> dict[str, Tensor]:
+        return {name: value.mul_(self.sets) for name, value in self._form(t).change(delta, t).items()}
+
+    def divergence(self, delta: dict[str, Tensor], t: int) -> Tensor:
+        if t == 0:
+            return torch.zeros((), dtype=torch.float64, device=self.problem.weight.device)
+        return self._form(t).divergence(delta, t) * self.sets
 
 
 def _cached_rows(problem: LocalProblem) -> int:
@@ -138,6 +164,8 @@ def decide(problem: LocalProblem, settings: Settings) -> Decision:
     """Which form a problem is solved in; a function of its sizes and the settings."""
     assert isinstance(problem.transfer, Transfer)
     identity = problem.transfer.name == "identity" and problem.grad_weight is not None
+    if settings.sets(problem) > 1:  # few rows are cheaper than XᵀX of all
+        return Decision("product", "product", rows=settings.rows)
     form = "gram" if identity and gram_is_cheaper(problem.shape, settings.iterations) else "product"
     return Decision(form, form)
 
@@ -171,12 +199,12 @@ class _Loop:
         values: list[Tensor] = []
         for t, lr in enumerate(self.settings.rates):
             if self.settings.trace:
-                values.append(self._objective())
+                values.append(self._objective(t))
             for name, grad in _masked(self._gradient(t), self.frozen).items():
                 rule.update_(delta[name], grad, self.state[name], lr * problem.rate(name), self.steps[name] + t + 1)
             _masked(delta, self.frozen)  # momentum of earlier steps may move what has no gradient
         if self.settings.trace:
-            values.append(self._objective())
+            values.append(self._objective(self.settings.iterations))
         if rule.counts_steps:
             for slots in self.state.values():
                 slots["step"] += self.settings.iterations
@@ -187,7 +215,7 @@ class _Loop:
         grads, prox, regulariser = self.start, self.settings.prox, self.settings.regulariser
         if t > 0:
             assert self.form is not None
-            grads = self.form.change(self.delta)
+            grads = self.form.change(self.delta, t)
             for name, grad in grads.items():
                 torch.add(self.start[name], grad, alpha=self.scale, out=grad)
                 if prox:
@@ -198,10 +226,10 @@ class _Loop:
             name: grad + regulariser.gradient(self.trained[name][0], self.delta[name]) for name, grad in grads.items()
         }
 
-    def _objective(self) -> Tensor:
-        """The local objective now, relative to its value at the start."""
+    def _objective(self, t: int) -> Tensor:
+        """The local objective before local step ``t``, relative to its value at the start."""
         assert self.form is not None
-        value = self.form.divergence(self.delta) * self.scale
+        value = self.form.divergence(self.delta, t) * self.scale
         for name, d in self.delta.items():
             half_prox = self.settings.prox / 2
             value = value + (d.double() * self.start[name]).sum() + d.double().square().sum() * half_prox
@@ -228,8 +256,11 @@ def local_loop(
         return _group_by_group(problem, old, settings, decision)
     form: _Form | None = None
     if settings.iterations > 1 or settings.trace:
-        kind = GramForm if decision.form == "gram" else _ProductForm
-        form = kind(problem, settings.operands(problem))
+        if decision.rows is not None:
+            form = _SampledForm(problem, settings)
+        else:
+            kind = GramForm if decision.form == "gram" else _ProductForm
+            form = kind(problem, settings.operands(problem))
     return _Loop(problem, old, settings, form).run()
 
 

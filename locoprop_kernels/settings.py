@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from locoprop_kernels import rules
 from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, LocalProblem, is_number, shown
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
+from locoprop_kernels.sampling import count_sets, set_order
 
-__all__ = ["Settings", "check_objective"]
+__all__ = ["Settings", "check_objective", "check_rows"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Settings:
         compute_dtype: dtype of the products' operands; ``None`` for the parameters'.
         trace: whether to evaluate the local objectives.
         regulariser: a regulariser beside the proximal term.
+        rows: rows of the batch in each local step; ``None`` for all.
+        rows_seed: which rows these are, see :mod:`locoprop_kernels.sampling`.
     """
 
     rule: rules.Rule
@@ -38,6 +42,8 @@ class Settings:
     compute_dtype: torch.dtype | None
     trace: bool
     regulariser: Regulariser | None
+    rows: int | None = None
+    rows_seed: int = 0
 
     @classmethod
     def checked(
@@ -49,6 +55,8 @@ class Settings:
         compute_dtype: torch.dtype | None,
         trace: bool,
         regulariser: Regulariser | Callable[[Tensor, Tensor], Tensor] | None,
+        rows: int | None = None,
+        rows_seed: int = 0,
     ) -> Settings:
         """The settings of :func:`locoprop_kernels.local_steps_`, whose arguments these are.
 
@@ -62,12 +70,25 @@ class Settings:
             raise ValueError("trace needs the value of the regulariser: give Regulariser(..., value=...)")
         if compute_dtype is not None and compute_dtype not in COMPUTE_DTYPES:
             raise ValueError(f"compute_dtype must be None or one of {COMPUTE_DTYPES}, got {shown(compute_dtype)}")
-        return cls(rules.get(rule), rates, float(prox), reduction, compute_dtype, bool(trace), regulariser)
+        check_rows(rows)
+        if isinstance(rows_seed, bool) or not isinstance(rows_seed, Integral) or rows_seed < 0:
+            raise ValueError(f"rows_seed must be an integer >= 0, got {shown(rows_seed)}")
+        return cls(
+            rules.get(rule), rates, float(prox), reduction, compute_dtype, bool(trace), regulariser, rows, rows_seed
+        )
 
     @property
     def iterations(self) -> int:
         """``T``."""
         return len(self.rates)
+
+    def sets(self, problem: LocalProblem) -> int:
+        """Into how many sets a problem's batch falls, of which a local step takes one; 1 where it takes all rows."""
+        return count_sets(problem.shape[0], self.rows)
+
+    def set_order(self, sets: int) -> tuple[int, ...]:
+        """The set of each local step but the first, which needs none, and of the objective at the end."""
+        return set_order(self.rows_seed, sets, self.iterations)
 
     def operands(self, problem: LocalProblem) -> torch.dtype:
         """Dtype of the products' operands in a problem."""
@@ -83,6 +104,16 @@ def _checked_rates(lr: Any) -> tuple[float, ...]:
     if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
         raise ValueError(f"lr must hold finite numbers >= 0, got {shown(list(rates))}")
     return rates
+
+
+def check_rows(rows: int | None) -> None:
+    """Check the number of rows in each local step.
+
+    Raises:
+        ValueError: it is neither a positive integer nor ``None``.
+    """
+    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1):
+        raise ValueError(f"rows must be a positive integer, or None for all rows of the batch; got {shown(rows)}")
 
 
 def check_objective(prox: float, reduction: str) -> None:

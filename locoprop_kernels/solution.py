@@ -23,6 +23,7 @@ class Decision:
         config: tile sizes and launch options, for kernels.
         programs: programs of the single launch; 0 for other drivers.
         splits: into how many splits the batch is cut in the products of update tiles.
+        rows: rows of the batch in a local step, at most; ``None`` for all.
         together: number of the set of problems of the step that are launched together.
     """
 
@@ -31,10 +32,13 @@ class Decision:
     config: Any = None
     programs: int = 0
     splits: int = 1
+    rows: int | None = None
     together: int = 0
 
     def __str__(self) -> str:
         parts = [f"{self.form} form" if self.form in ("product", "gram", "softmax") else self.form]
+        if self.rows is not None:
+            parts.append(f"{self.rows} rows in a local step")
         if self.programs:
             parts.append(f"single launch of {self.programs} program{'s' if self.programs > 1 else ''}")
         elif self.config is not None:

@@ -63,6 +63,8 @@ def local_steps_(
     commit: bool = True,
     trace: bool = False,
     regulariser: Regulariser | Callable[[Tensor, Tensor], Tensor] | None = None,
+    rows: int | None = None,
+    rows_seed: int = 0,
 ) -> StepReport:
     """Run ``T = len(lr)`` local iterations of every problem, and update weights, biases and state in place.
 
@@ -80,6 +82,9 @@ def local_steps_(
         commit: ``False`` leaves everything as it was and puts the increments into the report.
         trace: also evaluate the local objectives, see :class:`ProblemReport`.
         regulariser: a regulariser beside the proximal term: a :class:`Regulariser`, or its gradient as a function.
+        rows: how many rows of the batch a local step takes at most, other ones in each, to estimate how the gradient
+            has changed since the first; ``None`` for all. See :mod:`locoprop_kernels.sampling`.
+        rows_seed: an integer ``>= 0`` that says which; take another one in each step of training.
 
     Returns:
         A :class:`StepReport`: backend, drivers, whether the step was committed, traces, and with ``commit=False`` the
@@ -88,7 +93,7 @@ def local_steps_(
     Raises:
         TypeError, ValueError: before anything is changed; naming the argument, what was expected and what came.
     """
-    settings = Settings.checked(rule, lr, prox, reduction, compute_dtype, trace, regulariser)
+    settings = Settings.checked(rule, lr, prox, reduction, compute_dtype, trace, regulariser, rows, rows_seed)
     report = solve(problems, settings, backend)
     if commit:
         report.commit_()

@@ -18,6 +18,7 @@ from locoprop_kernels.gram import gram_is_cheaper
 from locoprop_kernels.kernels import choose, configs, target
 from locoprop_kernels.kernels.spec import Update
 from locoprop_kernels.problem import LocalProblem
+from locoprop_kernels.sampling import set_size
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision
 from locoprop_kernels.transfers import Transfer
@@ -45,6 +46,7 @@ class LayerShape(NamedTuple):
         x_aligned: whether kernels may read ``X`` where it is, if its tiles are whole.
         x_chunks: whether ``X`` comes in chunks, which are copied to where kernels read it.
         a0_chunks: the same of ``A0``.
+        sets: into how many sets the batch falls, of which a local step takes one.
     """
 
     batch: int
@@ -63,6 +65,7 @@ class LayerShape(NamedTuple):
     x_aligned: bool
     x_chunks: bool
     a0_chunks: bool
+    sets: int = 1
 
     def operand(self, compute_dtype: torch.dtype | None) -> torch.dtype:
         """Dtype of the products' operands."""
@@ -77,12 +80,14 @@ class Task(NamedTuple):
         compute_dtype: dtype of the products' operands; ``None`` for the parameters'.
         trace: whether to evaluate the local objectives.
         update: how kernels update a parameter.
+        rows: rows of the batch in a local step; ``None`` for all.
     """
 
     iterations: int
     compute_dtype: torch.dtype | None
     trace: bool
     update: Update
+    rows: int | None = None
 
 
 class Machine(NamedTuple):
@@ -141,12 +146,13 @@ def shape_of(problem: LocalProblem, settings: Settings) -> LayerShape:
         x_aligned=isinstance(x, Tensor) and x.is_contiguous() and x.data_ptr() % 16 == 0,
         x_chunks=weight and not isinstance(x, Tensor),
         a0_chunks=not isinstance(problem.preactivation, Tensor),
+        sets=settings.sets(problem),
     )
 
 
 def task_of(settings: Settings) -> Task:
     """The task that settings set."""
-    return Task(settings.iterations, settings.compute_dtype, settings.trace, Update.of(settings))
+    return Task(settings.iterations, settings.compute_dtype, settings.trace, Update.of(settings), settings.rows)
 
 
 def machine_of(device: torch.device) -> Machine:
@@ -166,7 +172,7 @@ def decide(shapes: tuple[LayerShape, ...], task: Task, machine: Machine) -> tupl
     forms = _forms(shapes, task, machine)
     kinds: dict[Any, list[int]] = {}
     for index, (shape, form) in enumerate(zip(shapes, forms, strict=True)):
-        kinds.setdefault((form, shape.parameter, shape.x, shape.preactivation), []).append(index)
+        kinds.setdefault((form, shape.sets > 1, shape.parameter, shape.x, shape.preactivation), []).append(index)
     decisions: dict[int, Decision] = {}
     for together, ((form, *_), members) in enumerate(kinds.items()):
         own = [shapes[index] for index in members]
@@ -197,9 +203,9 @@ def _form(shape: LayerShape, task: Task) -> str:
         return "softmax"
     sizes = (shape.batch, shape.inputs, shape.outputs)
     identity = shape.transfer.name == "identity"
-    # XᵀX grows with the batch, which float16 has no range for.
-    in_range = shape.operand(task.compute_dtype) != torch.float16
-    return "gram" if identity and shape.weight and in_range and gram_is_cheaper(sizes, task.iterations) else "product"
+    # XᵀX grows with the batch, which float16 has no range for; and few rows are cheaper than XᵀX of all.
+    possible = identity and shape.weight and shape.sets == 1 and shape.operand(task.compute_dtype) != torch.float16
+    return "gram" if possible and gram_is_cheaper(sizes, task.iterations) else "product"
 
 
 def _launches(shapes: Sequence[LayerShape], form: str, together: int, task: Task, machine: Machine) -> list[Decision]:
@@ -210,7 +216,7 @@ def _launches(shapes: Sequence[LayerShape], form: str, together: int, task: Task
     first_rows = []
     for shape in shapes:
         first_rows.append(len(sizes))
-        batch = shape.inputs if form == "gram" else shape.batch
+        batch = shape.inputs if form == "gram" else set_size(shape.batch, shape.sets, 0)
         sizes += [(batch, shape.inputs if shape.weight else 1, shape.outputs)] * shape.groups
     driver = machine.asked.driver
     if masked and operand == torch.float16:  # the single launch would spill registers
@@ -218,8 +224,9 @@ def _launches(shapes: Sequence[LayerShape], form: str, together: int, task: Task
     found = machine.candidates(operand, masked)
     slots = task.update.slots
     config, programs, splits = choose.choose(found, tuple(sizes), form, slots, machine.model, driver)
+    rows = task.rows if shapes[0].sets > 1 else None
     name = "single" if programs else {"product": "grouped"}.get(form, form)
     return [
-        Decision(form, name, config, programs, splits[row] if shape.weight else 1, together)
+        Decision(form, name, config, programs, splits[row] if shape.weight else 1, rows, together)
         for shape, row in zip(shapes, first_rows, strict=True)
     ]

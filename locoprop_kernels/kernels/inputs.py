@@ -8,8 +8,9 @@ from torch import Tensor
 from locoprop_kernels.gram import GramForm
 from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.layout import Cells, LayerPlan, Layout, float_bits
-from locoprop_kernels.patches import Rows, row_chunks
+from locoprop_kernels.patches import Rows, every, row_chunks
 from locoprop_kernels.problem import LocalProblem, State
+from locoprop_kernels.settings import Settings
 
 __all__ = ["Inputs", "place_chunks"]
 
@@ -39,10 +40,10 @@ class Inputs:
         self.cells = Cells()
         self.alive: list[Tensor] = []
         self._grouped = problem.groups is not None
-        if isinstance(problem.preactivation, Tensor):
+        if isinstance(problem.preactivation, Tensor) and not layer.a0_chunks:
             self._put_matrix(c.A0_SOURCE.value, problem.preactivation)
         x = problem.x if gram is None else gram.gram.tensor
-        if layer.weight and isinstance(x, Tensor):
+        if layer.weight and isinstance(x, Tensor) and not layer.x_chunks:
             if layer.x_in_place:
                 self._put(c.X.value, x)
             else:
@@ -92,20 +93,27 @@ class Inputs:
             self.cells.values[base + _STEP] = state["step"].data_ptr()
 
 
-def place_chunks(problem: LocalProblem, index: int, layout: Layout, scratch: Tensor) -> None:
-    """Copy what comes in chunks to where kernels will round it, pad it and read it."""
+def place_chunks(problem: LocalProblem, index: int, layout: Layout, scratch: Tensor, settings: Settings) -> None:
+    """Copy what comes in chunks, or is chosen for local steps, to where kernels will round it, pad it and read it."""
     layer, chunks, kind = layout.layers[index], layout.chunks[index], layout.kind
-    if "x" in chunks:
-        assert isinstance(problem.x, Rows)
-        target = chunks["x"].view(scratch, kind.operand, layer.groups, layer.batch, layer.inputs)
-        _copy_rows(problem.x, target)
-    if "a0" in chunks:
-        assert isinstance(problem.preactivation, Rows)
-        target = chunks["a0"].view(scratch, kind.preactivation, layer.groups, layer.outputs, layer.batch)
-        _copy_rows(problem.preactivation, target.mT)
+    row = layout.template[layout.rows[index].start]
+    sizes = {"x": (layer.batch, layer.inputs), "a0": (layer.outputs, layer.batch)}
+    sources = {
+        "x": (problem.x, kind.operand, int(row[c.X_STEP.value])),
+        "a0": (problem.preactivation, kind.preactivation, int(row[c.A0_STEP.value])),
+    }
+    order = settings.set_order(layer.sets)[: kind.samples] if kind.samples else (0,)
+    for name, place in chunks.items():
+        rows, dtype, step = sources[name]
+        for t, number in enumerate(order):
+            target = place.view(scratch, dtype, layer.groups, *sizes[name], offset=t * step)
+            target = target if name == "x" else target.mT
+            chosen = every(rows, number, layer.sets) if kind.samples else rows
+            target[..., chosen.shape[-2] :, :] = 0
+            _copy_rows(chosen, target)
 
 
-def _copy_rows(rows: Rows, target: Tensor) -> None:
+def _copy_rows(rows: Tensor | Rows, target: Tensor) -> None:
     """Copy ``rows`` to ``target``, ``[G, B, columns]`` of the scratch, so that they are never held as a tensor too."""
     start = 0
     for chunk in row_chunks(rows):

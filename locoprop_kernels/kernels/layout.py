@@ -18,6 +18,8 @@ from torch import Tensor
 
 from locoprop_kernels.kernels.configs import Config
 from locoprop_kernels.kernels.device import columns as c
+from locoprop_kernels.sampling import set_size
+from locoprop_kernels.settings import Settings
 
 __all__ = ["ALIGNMENT", "COPY_BLOCK", "Cells", "Kind", "LayerPlan", "Layout", "Piece", "Place", "float_bits"]
 
@@ -27,7 +29,7 @@ COPY_BLOCK = 64
 """Tile size of the copies into the scratch."""
 _NO_CODE = -1
 # Lists of tiles beside those of the schedule, and how many numbers a tile has.
-_TILE_LISTS = {"prepare_x": 3, "chunked_x": 3, "prepare_a0": 3, "softmax": 2, "partial": 4}
+_TILE_LISTS = {"prepare_x": 4, "chunked_x": 4, "prepare_a0": 4, "softmax": 2, "partial": 4}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class LayerPlan:
     """What a layout needs to know about a layer; sizes are those of a group.
 
     Attributes:
-        batch: ``B``; ``K`` in the Gram form, whose ``X`` is ``XᵀX``.
+        batch: ``B``, or the most rows of a local step; ``K`` in the Gram form, whose ``X`` is ``XᵀX``.
         inputs: ``K``.
         outputs: ``N``.
         rows: ``B`` in every form.
@@ -50,6 +52,7 @@ class LayerPlan:
         groups: how many layers of these sizes lie side by side.
         x_chunks: whether ``X`` comes in chunks, which are copied to where kernels read it.
         a0_chunks: the same of ``A0``.
+        sets: into how many sets the batch falls, of which a local step takes one.
     """
 
     batch: int
@@ -67,6 +70,7 @@ class LayerPlan:
     groups: int = 1
     x_chunks: bool = False
     a0_chunks: bool = False
+    sets: int = 1
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Kind:
         preactivation: dtype of ``A0``.
         slots: names of the tensors of the rule's state.
         transposed: whether the update tile reads a transposed copy of ``X``.
+        samples: how many sets of rows local steps have of their own; 0 where all take all rows.
     """
 
     form: str
@@ -88,6 +93,7 @@ class Kind:
     preactivation: torch.dtype
     slots: tuple[str, ...]
     transposed: bool
+    samples: int = 0
 
 
 class _Arena:
@@ -128,10 +134,10 @@ class Place:
     step: int
     stride: int
 
-    def view(self, buffer: Tensor, dtype: torch.dtype, groups: int, rows: int, columns: int) -> Tensor:
-        """``[groups, rows, columns]`` of ``buffer``."""
+    def view(self, buffer: Tensor, dtype: torch.dtype, groups: int, rows: int, columns: int, offset: int = 0) -> Tensor:
+        """``[groups, rows, columns]`` of ``buffer``, ``offset`` elements behind."""
         strides = (self.step // dtype.itemsize, self.stride, 1)
-        return buffer[self.offset :].view(dtype).as_strided((groups, rows, columns), strides)
+        return buffer[self.offset :].view(dtype)[offset:].as_strided((groups, rows, columns), strides)
 
 
 @dataclass(eq=False)
@@ -226,6 +232,16 @@ class Layout:
         flat[places] = values
         return table
 
+    def counts(self, settings: Settings) -> NDArray[np.int32]:
+        """Examples of each row of the table in each local step: ``[rows, iterations + 1]``."""
+        counts = np.zeros((len(self.template), settings.iterations + 1), np.int32)
+        for rows, layer in zip(self.rows, self.layers, strict=True):
+            counts[rows] = layer.batch
+            if layer.sets > 1:
+                sets = settings.set_order(layer.sets)
+                counts[rows, 1:] = [set_size(layer.rows, layer.sets, number) for number in sets]
+        return counts
+
     def _lay_out(self, index: int, layer: LayerPlan) -> None:
         """Reserve what a layer needs in the two buffers, and fill its rows of the template."""
         form, config = self.kind.form, self.kind.config
@@ -249,6 +265,7 @@ class Layout:
             c.TRANSFER: self._code(layer),
             c.PARAMETER: float_bits(layer.parameter),
             c.SCALE: float_bits(layer.scale),
+            c.SETS: float_bits(layer.sets),
             c.E_STRIDE: b,
             c.ROW_SUMS_STRIDE: n,
         }
@@ -276,14 +293,16 @@ class Layout:
     def _lay_out_x(self, index: int, layer: LayerPlan, b: int, k: int) -> None:
         self._set(index, c.REDUCED, layer.inputs)
         self._set(index, c.X_STRIDE, k)
+        steps = max(1, self.kind.samples)
+        self._set(index, c.X_STEP, b * k)
         if not layer.x_in_place:
-            x = self._scratch_place(index, c.X, b * k, self.kind.operand.itemsize, k)
+            x = self._scratch_place(index, c.X, steps * b * k, self.kind.operand.itemsize, k)
             name = "chunked_x" if layer.x_chunks else "prepare_x"
-            self._add_tiles(name, index, -(-b // COPY_BLOCK), -(-k // COPY_BLOCK))
+            self._add_tiles(name, index, steps, -(-b // COPY_BLOCK), -(-k // COPY_BLOCK))
             if layer.x_chunks:
                 self._prepare_in_place(index, "x", c.X_SOURCE, x, (k, 1))
         if self.kind.transposed:
-            self._scratch_place(index, c.XT, b * k, self.kind.operand.itemsize)
+            self._scratch_place(index, c.XT, steps * b * k, self.kind.operand.itemsize)
             self._set(index, c.XT_STRIDE, b)
 
     def _lay_out_products(self, index: int, layer: LayerPlan, n: int, k: int, n_blocks: int, k_blocks: int) -> None:
@@ -302,8 +321,10 @@ class Layout:
             self._add_tiles("partial", index, n_blocks, k_blocks, splits)
 
     def _lay_out_activations(self, index: int, layer: LayerPlan, n: int, b: int, b_blocks: int) -> None:
-        a0 = self._scratch_place(index, c.A0, n * b, self.kind.preactivation.itemsize, b)
-        self._add_tiles("prepare_a0", index, -(-b // COPY_BLOCK), -(-n // COPY_BLOCK))
+        steps = max(1, self.kind.samples)
+        self._set(index, c.A0_STEP, n * b)
+        a0 = self._scratch_place(index, c.A0, steps * n * b, self.kind.preactivation.itemsize, b)
+        self._add_tiles("prepare_a0", index, steps, -(-b // COPY_BLOCK), -(-n // COPY_BLOCK))
         if layer.a0_chunks:
             self._prepare_in_place(index, "a0", c.A0_SOURCE, a0, (1, b))
         self._scratch_place(index, c.E, n * b, self.kind.operand.itemsize)

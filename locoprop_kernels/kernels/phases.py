@@ -14,11 +14,13 @@ from locoprop_kernels.kernels.device.update import partial_tile, update_tile
 from locoprop_kernels.kernels.spec import Spec, StepArguments
 
 
-@triton.jit(do_not_specialize=["t", "trace_stride"])
-def _activation_kernel(table_ptr, tiles_ptr, t, trace_ptr, trace_stride, P: tl.constexpr):
+@triton.jit(do_not_specialize=["t", "iterations", "trace_stride"])
+def _activation_kernel(table_ptr, tiles_ptr, t, iterations, counts_ptr, trace_ptr, trace_stride, P: tl.constexpr):
     tile_ptr = tiles_ptr + tl.program_id(0) * 3
-    row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
-    activation_tile(row_ptr, tl.load(tile_ptr + 1), tl.load(tile_ptr + 2), t, trace_ptr, trace_stride, P)
+    layer = tl.load(tile_ptr)
+    count_ptr = counts_ptr + layer * (iterations + 1)
+    row_ptr = table_ptr + layer * c.WIDTH
+    activation_tile(row_ptr, tl.load(tile_ptr + 1), tl.load(tile_ptr + 2), t, count_ptr, trace_ptr, trace_stride, P)
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -51,7 +53,17 @@ def _update_kernel(
 
 def launch_activation(step: StepArguments, tiles: Tensor, t: int, spec: Spec) -> None:
     """``E`` of all layers before local step ``t``; ``tiles`` ``[count, 3]``, one program each."""
-    _activation_kernel[(len(tiles),)](step.table, tiles, t, step.trace, step.trace_stride, P=spec.P, **spec.options)
+    _activation_kernel[(len(tiles),)](
+        step.table,
+        tiles,
+        t,
+        step.iterations,
+        step.counts,
+        step.trace,
+        step.trace_stride,
+        P=spec.P,
+        **spec.options,
+    )
 
 
 def launch_partial(step: StepArguments, tiles: Tensor, t: int, spec: Spec) -> None:

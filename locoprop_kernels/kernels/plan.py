@@ -25,7 +25,9 @@ from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device import functions
 from locoprop_kernels.kernels.layout import COPY_BLOCK, Cells, Kind, LayerPlan, Layout
 from locoprop_kernels.kernels.spec import NOWHERE, Copy, Products, Spec, Update
+from locoprop_kernels.sampling import set_size
 from locoprop_kernels.schedule import Schedule, build, most_expensive_first, validate
+from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision
 
 __all__ = ["Plan"]
@@ -78,8 +80,10 @@ class Plan:
             _layer(shape, own, operand, precision == "tf32") for shape, own in zip(shapes, decisions, strict=True)
         )
         slots = tuple(task.update.hyper.slots)
+        # The first local step needs no rows, and the objective at the end does.
+        samples = 0 if decision.rows is None else task.iterations - 1 + task.trace
         self.layout = Layout(
-            layers, Kind(decision.form, config, operand, first.preactivation, slots, precision == "tf32")
+            layers, Kind(decision.form, config, operand, first.preactivation, slots, precision == "tf32", samples)
         )
         sizes = [
             size
@@ -117,48 +121,61 @@ class Plan:
         )
 
     def table(
-        self, results: Tensor, scratch: Tensor, inputs: Sequence[Cells], rates: Sequence[float]
-    ) -> tuple[Tensor, Tensor]:
-        """The layer table with all addresses, and the learning rates, on the device.
+        self, results: Tensor, scratch: Tensor, inputs: Sequence[Cells], settings: Settings
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer table with all addresses, the learning rates, and the counts of examples, on the device.
 
         Args:
             results: the buffer for increments and state.
             scratch: the other buffer.
             inputs: per layer, addresses and strides of the caller's.
-            rates: learning rates.
+            settings: the settings of the call.
         """
         on_gpu = self.device.type == "cuda"
         stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else 0
-        content = (results.data_ptr(), scratch.data_ptr(), stream, tuple(rates), *(own.content for own in inputs))
+        seed = settings.rows_seed if self.spec.P.sampled else 0
+        content = (
+            results.data_ptr(),
+            scratch.data_ptr(),
+            stream,
+            seed,
+            settings.rates,
+            *(own.content for own in inputs),
+        )
         known = self._tables.get(content)
         if known is not None:
             self._tables.move_to_end(content)
         else:
             table = self.layout.table(results, scratch, inputs)
-            known = self._tables[content] = _upload_both(table, np.array(rates, np.float32), self.device)
+            counts = self.layout.counts(settings)
+            known = self._tables[content] = _upload(table, np.array(settings.rates, np.float32), counts, self.device)
             if len(self._tables) > _KEPT_TABLES:
                 self._tables.popitem(last=False)
         if on_gpu and torch.cuda.is_current_stream_capturing():
             self.captured = True
             self._kept_for_graphs.append(known)
-        return known.table, known.rates
+        return known.table, known.rates, known.counts
 
 
 class _Uploaded(NamedTuple):
-    """A layer table and learning rates on the device, and the tensor on the host that both are copied from."""
+    """What a step reads on the device, and the tensor on the host that all of it is copied from."""
 
     table: Tensor
     rates: Tensor
+    counts: Tensor
     host: Tensor
 
 
-def _upload_both(table: NDArray[np.int64], rates: NDArray[np.float32], device: torch.device) -> _Uploaded:
-    """Both in one copy, for which the host does not wait."""
-    host = both = torch.frombuffer(bytearray(table.tobytes() + rates.tobytes()), dtype=torch.uint8)
+def _upload(
+    table: NDArray[np.int64], rates: NDArray[np.float32], counts: NDArray[np.int32], device: torch.device
+) -> _Uploaded:
+    """All in one copy, for which the host does not wait."""
+    host = found = torch.frombuffer(bytearray(table.tobytes() + rates.tobytes() + counts.tobytes()), dtype=torch.uint8)
     if device.type == "cuda":
         host = host.pin_memory()
-        both = host.to(device, non_blocking=True)
-    return _Uploaded(both[: table.nbytes].view(torch.int64), both[table.nbytes :].view(torch.float32), host)
+        found = host.to(device, non_blocking=True)
+    first, second, third = found.split([table.nbytes, rates.nbytes, counts.nbytes])
+    return _Uploaded(first.view(torch.int64), second.view(torch.float32), third.view(torch.int32), host)
 
 
 def _layer(shape: LayerShape, decision: Decision, operand: torch.dtype, transposed: bool) -> LayerPlan:
@@ -166,10 +183,11 @@ def _layer(shape: LayerShape, decision: Decision, operand: torch.dtype, transpos
     config = decision.config
     function, divergence = functions.lookup(shape.transfer) or (None, None)
     gram = decision.form == "gram"
-    batch = shape.inputs if gram else shape.batch
+    sets = shape.sets
+    batch = shape.inputs if gram else set_size(shape.batch, sets, 0)
     whole_tiles = batch % config.b == 0 and shape.inputs % config.k == 0
     # The Gram matrix is a tensor of ours, in the operands' dtype.
-    readable = gram or (shape.x_aligned and shape.x == operand)
+    readable = gram or (shape.x_aligned and shape.x == operand and sets == 1)
     return LayerPlan(
         batch=batch,
         inputs=shape.inputs,
@@ -184,8 +202,9 @@ def _layer(shape: LayerShape, decision: Decision, operand: torch.dtype, transpos
         scale=shape.scale,
         splits=decision.splits,
         groups=shape.groups,
-        x_chunks=shape.x_chunks and not gram,
-        a0_chunks=shape.a0_chunks,
+        x_chunks=(shape.x_chunks or (shape.weight and sets > 1)) and not gram,
+        a0_chunks=shape.a0_chunks or sets > 1,
+        sets=sets,
     )
 
 
@@ -205,6 +224,7 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
         form=kind.form,
         split=len(layout.tiles["partial"]) > 0,
         transposed=kind.transposed,
+        sampled=kind.samples > 0,
         trace=task.trace,
         transfers=tuple(function for function, _ in layout.functions),
         divergences=tuple(divergence for _, divergence in layout.functions) if task.trace else (),
@@ -220,9 +240,9 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
         U=replace(task.update, parameter=parameter, masked=any(one.masked for one in shapes)),
         tiles=Products(config.n, 0, config.k, 0, interpreted),
         stored=Update(task.update.slots, task.update.counts_steps, parameter=parameter),
-        copy_x=Copy(*x_columns, x, operand, exact, interpreted, COPY_BLOCK),
-        copy_chunks=Copy(*x_columns, operand, operand, exact, interpreted, COPY_BLOCK),
-        copy_a0=Copy(*a0_columns, preactivation, preactivation, "ieee", interpreted, COPY_BLOCK),
+        copy_x=Copy(*x_columns, c.X_STEP.value, x, operand, exact, interpreted, COPY_BLOCK),
+        copy_chunks=Copy(*x_columns, c.X_STEP.value, operand, operand, exact, interpreted, COPY_BLOCK),
+        copy_a0=Copy(*a0_columns, c.A0_STEP.value, preactivation, preactivation, "ieee", interpreted, COPY_BLOCK),
         options=options,
         wide={**options, "num_warps": 8} if options else {},
     )

@@ -12,26 +12,28 @@ from locoprop_kernels.kernels.spec import Copy
 @triton.jit
 def _prepare_kernel(table_ptr, tiles_ptr, C: tl.constexpr):
     """Copy tiles of ``[B, width]`` matrices to a plain target, a transposed one, or both."""
-    tile_ptr = tiles_ptr + tl.program_id(0) * 3
+    tile_ptr = tiles_ptr + tl.program_id(0) * 4
     row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
-    rows = tl.load(tile_ptr + 1) * C.block + tl.arange(0, C.block)
-    columns = tl.load(tile_ptr + 2) * C.block + tl.arange(0, C.block)
+    # Where each local step has rows of its own, there is a matrix for each.
+    step = tl.load(tile_ptr + 1) * stride(row_ptr, C.step)
+    rows = tl.load(tile_ptr + 2) * C.block + tl.arange(0, C.block)
+    columns = tl.load(tile_ptr + 3) * C.block + tl.arange(0, C.block)
     valid = (rows < tl.load(row_ptr + c.BATCH))[:, None] & (columns < tl.load(row_ptr + C.width))[None, :]
     offsets = rows.to(tl.int64)[:, None] * tl.load(row_ptr + C.source + 1)
     offsets += columns.to(tl.int64)[None, :] * tl.load(row_ptr + C.source + 2)
-    value = tl.load(callers_address(row_ptr, C.source, C.dtype) + offsets, valid, 0.0)
+    value = tl.load(callers_address(row_ptr, C.source, C.dtype) + step + offsets, valid, 0.0)
     value = as_operand(value.to(tl.float32), C)
     padded = (rows < tl.load(row_ptr + c.E_STRIDE))[:, None]
     padded &= (columns < tl.load(row_ptr + C.padded_width))[None, :]
     if C.plain >= 0:
         target = rows.to(tl.int64)[:, None] * stride(row_ptr, C.plain + 1) + columns[None, :]
-        tl.store(address(row_ptr, C.plain, C.operand) + target, value, padded)
+        tl.store(address(row_ptr, C.plain, C.operand) + step + target, value, padded)
     if C.transposed >= 0:
         target = columns.to(tl.int64)[:, None] * stride(row_ptr, C.transposed_stride) + rows[None, :]
-        tl.store(address(row_ptr, C.transposed, C.operand) + target, tl.trans(value), tl.trans(padded))
+        tl.store(address(row_ptr, C.transposed, C.operand) + step + target, tl.trans(value), tl.trans(padded))
 
 
 def launch(table: Tensor, tiles: Tensor, copy: Copy) -> None:
-    """Copy a matrix of every layer; ``tiles`` ``[count, 3]``: layer, rows and columns, one program each."""
+    """Copy a matrix of every layer; ``tiles`` ``[count, 4]``: layer, local step, rows, columns."""
     if len(tiles):
         _prepare_kernel[(len(tiles),)](table, tiles, C=copy)

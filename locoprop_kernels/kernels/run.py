@@ -107,13 +107,14 @@ class _Launched:
         self.results = allocate(layout.results_bytes, device, "the increments and the new state")
         self.scratch = allocate(layout.scratch_bytes, device, "the scratch of the local loop")
         cells = [one.cells for one in self.inputs]
-        table, rates = plan.table(self.results, self.scratch, cells, settings.rates)
+        table, rates, counts = plan.table(self.results, self.scratch, cells, settings)
         trace = (
             torch.zeros(iterations + 1, layout.trace_slots, dtype=torch.float64, device=device)
             if settings.trace
             else torch.empty(1, dtype=torch.float64, device=device)
         )
-        self.step = StepArguments(table, rates, iterations, settings.prox, bad, trace, layout.trace_slots)
+        self.step = StepArguments(table, rates, iterations, settings.prox, counts, bad, trace, layout.trace_slots)
+        self.settings = settings
         self.gram_losses: list[Tensor] | None = None
 
     def run(self) -> None:
@@ -135,7 +136,7 @@ class _Launched:
     def _prepare(self) -> None:
         plan, spec, table = self.plan, self.plan.spec, self.step.table
         for index, problem in enumerate(self.problems):
-            place_chunks(problem, index, plan.layout, self.scratch)
+            place_chunks(problem, index, plan.layout, self.scratch, self.settings)
         prepare.launch(table, plan.tiles["prepare_x"], spec.copy_x)
         prepare.launch(table, plan.tiles["chunked_x"], spec.copy_chunks)
         prepare.launch(table, plan.tiles["prepare_a0"], spec.copy_a0)  # the Gram form has no such tiles
@@ -196,7 +197,8 @@ class _Launched:
         activation, update = (self.step.trace[:, lo:hi].sum(1) for lo, hi in layout.trace_ranges[index])
         if self.gram_losses is not None:
             activation = self.gram_losses[index]
-        return activation * layout.layers[index].scale + update
+        layer = layout.layers[index]
+        return activation * (layer.scale * layer.sets) + update
 
     def commit(self, ok: Tensor) -> None:
         """Apply the results where the bool ``ok`` is true; state that a problem lacked is given to it."""

@@ -46,6 +46,7 @@ def _local_steps_kernel(
     rates_ptr,
     iterations,
     prox,
+    counts_ptr,
     bad_ptr,
     trace_ptr,
     trace_stride,
@@ -65,12 +66,14 @@ def _local_steps_kernel(
     for t in range(0, steps):
         if t > 0:  # E_0 = 0
             for i in range(first_activation, end_activation):
-                row_ptr = table_ptr + tl.load(activation_tiles_ptr + 3 * i) * c.WIDTH
+                layer = tl.load(activation_tiles_ptr + 3 * i)
+                row_ptr = table_ptr + layer * c.WIDTH
                 n_block = tl.load(activation_tiles_ptr + 3 * i + 1)
                 b_block = tl.load(activation_tiles_ptr + 3 * i + 2)
                 block = tl.load(row_ptr + c.FIRST_BLOCK) + n_block
                 _wait(updates_done_ptr + block, t * tl.load(updates_per_block_ptr + block))
-                activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, P)
+                count_ptr = counts_ptr + layer * (iterations + 1)
+                activation_tile(row_ptr, n_block, b_block, t, count_ptr, trace_ptr, trace_stride, P)
                 _signal(activations_done_ptr + block)
         if t < iterations:
             when = (t, t == iterations - 1, tl.load(rates_ptr + t), prox)
@@ -103,6 +106,7 @@ def launch(step: StepArguments, lists: tuple[Tensor, ...], counters: Tensor, spe
         step.rates,
         step.iterations,
         step.prox,
+        step.counts,
         step.bad,
         step.trace,
         step.trace_stride,

@@ -63,6 +63,7 @@ class Products(_Constants):
         form: ``"product"``, ``"gram"`` or ``"softmax"``.
         split: whether products over splits of the batch come from another kernel.
         transposed: whether the update tile reads a transposed copy of ``X``.
+        sampled: whether each local step has rows of its own.
         trace: whether to evaluate the local objectives.
         transfers: the layers' transfer functions; their place is the code in the layer table.
         divergences: their matching losses, with ``trace``.
@@ -80,6 +81,7 @@ class Products(_Constants):
     form: str = "product"
     split: bool = False
     transposed: bool = False
+    sampled: bool = False
     trace: bool = False
     transfers: tuple[Any, ...] = ()
     divergences: tuple[Any, ...] = ()
@@ -131,6 +133,7 @@ class Copy(_Constants):
         plain: address and row stride of a target of the same orientation.
         transposed: address of a transposed target.
         transposed_stride: row stride of that.
+        step: elements from one local step's matrix to the next.
         dtype: of the source.
         operand: dtype of the targets.
         precision: as in :class:`Products`.
@@ -144,6 +147,7 @@ class Copy(_Constants):
     plain: int
     transposed: int
     transposed_stride: int
+    step: int
     dtype: Any
     operand: Any
     precision: str
@@ -187,6 +191,7 @@ class StepArguments:
         rates: learning rates, float32 ``[iterations]``.
         iterations: ``T``.
         prox: proximal coefficient.
+        counts: examples of each layer in each local step, int32 ``[rows of the table, iterations + 1]``.
         bad: int32 ``[1]``, set where something is not finite.
         trace: partial sums of the local objectives, float64 ``[iterations + 1, trace_stride]``.
         trace_stride: partial sums of one local step.
@@ -196,6 +201,7 @@ class StepArguments:
     rates: Tensor
     iterations: int
     prox: float
+    counts: Tensor
     bad: Tensor
     trace: Tensor
     trace_stride: int

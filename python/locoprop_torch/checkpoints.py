@@ -27,6 +27,7 @@ def save(optimizer: LocoProp, saved: dict[str, Any], facts: _Facts) -> dict[str,
             packed.update(facts(group, group["local_iterations"]))
             packed.pop("transfer")
     saved["skipped_steps"] = optimizer.skipped_steps
+    saved["rows_seed"] = optimizer.rows_seed
     if optimizer.aux is not None:
         theirs = optimizer.aux.state_dict()
         places = [i for g in saved["param_groups"] if g.get("aux") for i in g["params"]]

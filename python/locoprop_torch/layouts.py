@@ -152,6 +152,9 @@ class _PaddedPatches(Rows):
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
         return self._patches(self.x, self.module.groups).chunks(max_bytes)
 
+    def every(self, start: int, step: int) -> Tensor:
+        return self._patches(self.x, self.module.groups).every(start, step)
+
     def group(self, index: int) -> Patches:
         return self._patches(self.x.chunk(self.module.groups, 1)[index], 1)
 
@@ -169,6 +172,11 @@ class _Positions(Rows):
         for part in self.a.split(step):
             rows = part.movedim(1, -1).flatten(0, -2)
             yield rows.unflatten(1, (self.groups, -1)).movedim(1, 0) if self.groups > 1 else rows
+
+    def every(self, start: int, step: int) -> Tensor:
+        rows = torch.arange(start, self.shape[-2], step, device=self.device)
+        found = self.a.movedim(1, -1)[torch.unravel_index(rows, (len(self.a), *self.a.shape[2:]))]
+        return found.unflatten(1, (self.groups, -1)).movedim(1, 0) if self.groups > 1 else found
 
     def group(self, index: int) -> _Positions:
         return _Positions(self.a.chunk(self.groups, 1)[index], 1)

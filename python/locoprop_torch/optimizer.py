@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from locoprop_kernels import StepReport, rules, transfers
 from locoprop_kernels.problem import shown
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
 from locoprop_kernels.reports import nothing_done
-from locoprop_kernels.settings import Settings
+from locoprop_kernels.settings import Settings, check_rows
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch import checkpoints
 from locoprop_torch.auxiliary import (
@@ -28,9 +27,9 @@ from locoprop_torch.auxiliary import (
     trained_ids,
 )
 from locoprop_torch.capture import CapturedLayer
-from locoprop_torch.checks import as_list, check_arguments, check_one_process, checked_hyperparameters, is_compiled
+from locoprop_torch.checks import as_list, check_arguments, check_one_process, checked_hyperparameters
 from locoprop_torch.layers import ModelLayers, described, transfer_in_use
-from locoprop_torch.problems import LayerWork, layer_work
+from locoprop_torch.problems import layer_work
 from locoprop_torch.rates import default_lr_decay, local_rates
 from locoprop_torch.step import (
     Call,
@@ -41,14 +40,13 @@ from locoprop_torch.step import (
     decay_weights,
     places,
     solve,
+    tell_without_rows,
     trained,
     validate,
 )
 from locoprop_torch.targets import Target, check_target
 
 __all__ = ["LocoProp", "default_lr_decay"]
-
-_log = logging.getLogger("locoprop_torch")
 
 
 class LocoProp(Optimizer):
@@ -91,8 +89,11 @@ class LocoProp(Optimizer):
             parameter as it is. The tensors are looked at anew in every step. Those of ``torch.nn.utils.prune`` and of
             parametrizations that multiply by zeros and ones are found without being named.
         trace: also evaluate every layer's local objective, into ``last_reports``; costs one more product a step.
+        rows: how many rows of the batch a local step takes at most, other ones in each, to estimate how the gradient
+            has changed; ``None`` for all, the published method. A row is an example, a token or an output position.
 
     Attributes:
+        rows_seed: says which rows the next step takes; counts the steps, and is in ``state_dict``.
         last_reports: what the last step did: a :class:`locoprop_kernels.StepReport` for each call of the backend
             (usually for each parameter group), one more for layers with a gradient but no rows (``driver`` is
             ``"rule"``: the rule's own step on ``γ · grad``) and one for layers without a gradient (``"none"``).
@@ -124,7 +125,9 @@ class LocoProp(Optimizer):
         param_groups: Iterable[dict[str, Any]] = (),
         masks: Mapping[str, Tensor] | None = None,
         trace: bool = False,
+        rows: int | None = None,
     ) -> None:
+        check_rows(rows)
         check_arguments(model, local_loss, reduction, backend, compute_dtype, lr_decay)
         check_aux(aux)
         check_target(target)
@@ -146,6 +149,7 @@ class LocoProp(Optimizer):
         self.target = target
         self.regulariser = as_regulariser(regulariser)
         self.trace = trace
+        self.rows, self.rows_seed = rows, 0
         self.last_reports: list[StepReport] = []
         self._skipped = SkipCounter()
         # The layers whose gradients without rows were logged.
@@ -248,6 +252,7 @@ class LocoProp(Optimizer):
         calls, idle = self._calls(where)
         validate(calls)
         reports = [self._solve(call) for call in calls]
+        self.rows_seed += 1
         finite = all_finite(reports, loss, self.aux)
         # The host decides whether aux steps, so with aux a step waits for the device.
         if self.aux is not None and finite:
@@ -277,7 +282,7 @@ class LocoProp(Optimizer):
             target = self._model_layers.target(name)
             work = layer_work(layer, parts, lr, transfer, target, place.group, self.state)
             if not work.rows:
-                self._tell_without_rows(work)
+                tell_without_rows(work, self.model, self._told)
             key = (place.number, lr, work.rows > 0)
             if key not in calls:
                 iterations = place.group["local_iterations"]
@@ -296,25 +301,10 @@ class LocoProp(Optimizer):
             compute_dtype=self.compute_dtype,
             trace=self.trace and call.with_rows,
             regulariser=self.regulariser,
+            rows=self.rows,
+            rows_seed=self.rows_seed,
         )
         return solve(call, settings, self.backend)
-
-    def _tell_without_rows(self, work: LayerWork) -> None:
-        """Say once for each layer that its gradient came without rows, unless it is zero as for an unused expert."""
-        name = work.layer.name
-        if name in self._told or not any(bool(part.gradient.any()) for part in work.trained.values()):
-            return
-        if not work.layer.called and is_compiled(self.model):
-            raise ValueError(
-                f"layer {name!r} has a gradient, but its hook has never run: the model was compiled and called before "
-                "the optimiser was built. Build the optimiser first, or call torch._dynamo.reset() after it"
-            )
-        self._told.add(name)
-        _log.warning(
-            "layer %r has a gradient but no captured rows, so it takes one step of the rule on activation_lr * "
-            "gradient. Its rows are captured when it is called as a module and loss.backward() adds to .grad",
-            name,
-        )
 
     @property
     def skipped_steps(self) -> int:
@@ -360,6 +350,7 @@ class LocoProp(Optimizer):
         checkpoints.restore_state(self, state_dict)
         link_groups(self.param_groups, self.aux)
         self._skipped = SkipCounter(state_dict.get("skipped_steps", self.skipped_steps))
+        self.rows_seed = state_dict.get("rows_seed", self.rows_seed)
         self._model_layers.forget(release=True)
 
     def _facts(self, group: Mapping[str, Any], iterations: int) -> dict[str, str]:

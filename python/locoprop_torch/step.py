@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from locoprop_kernels import StepReport, steps
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision
 from locoprop_torch.capture import CapturedLayer
+from locoprop_torch.checks import is_compiled
 from locoprop_torch.problems import LayerWork, Trained
 
 __all__ = [
@@ -26,10 +28,12 @@ __all__ = [
     "decay_weights",
     "places",
     "solve",
+    "tell_without_rows",
     "trained",
     "validate",
 ]
 
+_log = logging.getLogger("locoprop_torch")
 # What the groups of a layer's weight and bias must agree in.
 _SHARED = ("activation_lr", "local_iterations", "prox", "rule", "transfer")
 
@@ -116,6 +120,33 @@ def validate(calls: Sequence[Call]) -> None:
     if len(calls) > 1:
         for work in (work for call in calls for work in call.work):
             work.problem.validate(work.problem.name)
+
+
+def tell_without_rows(work: LayerWork, model: nn.Module, told: set[str]) -> None:
+    """Say once for each layer that its gradient came without rows, unless it is zero as for an unused expert.
+
+    Args:
+        work: the layer in this step.
+        model: the model.
+        told: the layers that it was said of; this one is added.
+
+    Raises:
+        ValueError: the model was compiled and called before the optimiser was built.
+    """
+    name = work.layer.name
+    if name in told or not any(bool(part.gradient.any()) for part in work.trained.values()):
+        return
+    if not work.layer.called and is_compiled(model):
+        raise ValueError(
+            f"layer {name!r} has a gradient, but its hook has never run: the model was compiled and called before "
+            "the optimiser was built. Build the optimiser first, or call torch._dynamo.reset() after it"
+        )
+    told.add(name)
+    _log.warning(
+        "layer %r has a gradient but no captured rows, so it takes one step of the rule on activation_lr * "
+        "gradient. Its rows are captured when it is called as a module and loss.backward() adds to .grad",
+        name,
+    )
 
 
 def solve(call: Call, settings: Settings, backend: str) -> StepReport:

@@ -236,5 +236,15 @@ def test_every_rule_and_every_setting_is_tested():
     """Who adds a rule or a setting finds here what else has to know of it."""
     assert {type(rule) for rule in RULES} == {type(rules.get(name)) for name in rules.available()}
     # Kernels get these by decide.Task, spec.Update or spec.StepArguments; "reduction" is in the shape of a layer.
-    reaches_kernels = {"rule", "rates", "prox", "reduction", "compute_dtype", "trace", "regulariser"}
+    reaches_kernels = {
+        "rule",
+        "rates",
+        "prox",
+        "reduction",
+        "compute_dtype",
+        "trace",
+        "regulariser",
+        "rows",
+        "rows_seed",
+    }
     assert {field.name for field in dataclasses.fields(Settings)} == reaches_kernels

@@ -155,11 +155,13 @@ def test_offsets_beyond_32_bits():
 
     products = Products(SMALL.n, SMALL.b, SMALL.k, SMALL.r, interpreted=True, slices=2)
     update = Update(slots=0, counts_steps=False)
-    no_copy = Copy(NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHERE, tl.float32, tl.float32, "ieee", True, 64)
+    no_copy = Copy(
+        NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHERE, tl.float32, tl.float32, "ieee", True, 64
+    )
     spec = Spec(products, update, products, update, no_copy, no_copy, no_copy)
     tiles = torch.tensor([[0, n_block, 5]], dtype=torch.int32)
     nothing = torch.zeros(1)
-    step = StepArguments(row, nothing, 2, 0.0, nothing, nothing, 0)
+    step = StepArguments(row, nothing, 2, 0.0, nothing, nothing, nothing, 0)
     with (
         replaced(interpreter_builder, "create_masked_load", load),
         replaced(interpreter_builder, "create_masked_store", store),

@@ -34,13 +34,16 @@ def _divergence(a0, change, code, parameter, P: tl.constexpr):
 
 
 @triton.jit
-def _epilogue(row_ptr, multiplied, rows, start, trace_ptr, scale, P: tl.constexpr):
+def _epilogue(row_ptr, multiplied, rows, start, t, count_ptr, trace_ptr, scale, P: tl.constexpr):
     """``E`` of a slice of a tile; returns its sums over the batch."""
     columns = start + tl.arange(0, multiplied.shape[1])
     code = tl.load(row_ptr + c.TRANSFER)
     parameter = bits_to_float(tl.load(row_ptr + c.PARAMETER))
     offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
-    valid = (rows < tl.load(row_ptr + c.OUTPUTS))[:, None] & (columns < tl.load(row_ptr + c.BATCH))[None, :]
+    n, batch = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.BATCH)
+    if P.sampled:
+        batch = tl.load(count_ptr + t)
+    valid = (rows < n)[:, None] & (columns < batch)[None, :]
 
     change = multiplied * (1.0 / scale)
     if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
@@ -49,7 +52,10 @@ def _epilogue(row_ptr, multiplied, rows, start, trace_ptr, scale, P: tl.constexp
     if P.form == "softmax":  # another kernel goes over whole rows
         tl.store(address(row_ptr, c.CHANGE, tl.float32) + offsets, change)
     else:
-        a0 = tl.load(address(row_ptr, c.A0, P.preactivation) + offsets).to(tl.float32)
+        a0_ptr = address(row_ptr, c.A0, P.preactivation)
+        if P.sampled:
+            a0_ptr += (t - 1) * stride(row_ptr, c.A0_STEP)
+        a0 = tl.load(a0_ptr + offsets).to(tl.float32)
         difference = _transfer_difference(a0, change, code, parameter, P)
         difference = tl.where(valid, difference, 0.0)
         tl.store(address(row_ptr, c.E, P.operand) + offsets, as_operand(difference * scale, P))
@@ -60,8 +66,11 @@ def _epilogue(row_ptr, multiplied, rows, start, trace_ptr, scale, P: tl.constexp
 
 
 @triton.jit
-def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, P: tl.constexpr):
-    """``E`` on rows of block ``n_block`` and examples of block ``b_block``, and its sums over these examples."""
+def activation_tile(row_ptr, n_block, b_block, t, count_ptr, trace_ptr, trace_stride, P: tl.constexpr):
+    """``E`` on rows of block ``n_block`` and examples of block ``b_block``, and its sums over these examples.
+
+    ``count_ptr`` is where the layer's numbers of examples in each local step are.
+    """
     SLICES: tl.constexpr = P.slices
     rows = n_block * P.block_n + tl.arange(0, P.block_n)
     examples = b_block * P.block_b + tl.arange(0, P.block_b)
@@ -69,6 +78,8 @@ def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, P: tl
     delta_ptr = address(row_ptr, c.WEIGHT + c.COPY, P.operand)
     delta_ptrs = delta_ptr + rows.to(tl.int64)[:, None] * stride(row_ptr, c.WEIGHT + c.STRIDE) + inner[None, :]
     x_ptr = address(row_ptr, c.X, P.operand)
+    if P.sampled:
+        x_ptr += (t - 1) * stride(row_ptr, c.X_STEP)
     x_ptrs = x_ptr + examples.to(tl.int64)[None, :] * stride(row_ptr, c.X_STRIDE) + inner[:, None]
     accumulator = tl.zeros((rows.shape[0], examples.shape[0]), tl.float32)
     length = tl.load(row_ptr + c.REDUCED)
@@ -84,7 +95,7 @@ def activation_tile(row_ptr, n_block, b_block, t, trace_ptr, trace_stride, P: tl
     slices = sliced(multiplied, SLICES)
     for i in tl.static_range(SLICES):
         start = b_block * P.block_b + i * (P.block_b // SLICES)
-        sums += _epilogue(row_ptr, slices[i], rows, start, trace_ptr + b_block * SLICES + i, scale, P)
+        sums += _epilogue(row_ptr, slices[i], rows, start, t, count_ptr, trace_ptr + b_block * SLICES + i, scale, P)
     if P.form != "softmax":
         sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + b_block * stride(row_ptr, c.ROW_SUMS_STRIDE)
         tl.store(sums_ptr + rows, sums)

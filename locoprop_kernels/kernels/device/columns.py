@@ -38,6 +38,9 @@ SPLITS = tl.constexpr(32)  # into how many splits the batch is cut in the produc
 SPLIT_ROWS = tl.constexpr(33)  # examples of such a split
 PARTIALS = tl.constexpr(34)  # the splits' products [SPLITS, N, K], float32, padded and with strides as DELTA
 GROUP = tl.constexpr(35)  # which group of its layer the row is
+X_STEP = tl.constexpr(36)  # elements from one local step's X to the next, where each has rows of its own
+A0_STEP = tl.constexpr(37)  # likewise of A0
+SETS = tl.constexpr(38)  # how many times a local step's rows count, float32 bits
 
 WEIGHT = tl.constexpr(40)  # start of the weight's columns, below
 BIAS = tl.constexpr(64)  # start of the bias' columns; a bias is a matrix [N, 1] to the epilogue

@@ -142,6 +142,8 @@ def _weight_slice(row_ptr, multiplied, rows, start, when, scales, bad_ptr, trace
                 multiplied += tl.load(partials_ptrs)
                 partials_ptrs += stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
     change = multiplied * (1.0 / old_scale)
+    if P.sampled:
+        change *= bits_to_float(tl.load(row_ptr + c.SETS))
     if P.form == "gram":
         if (t > 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
             change += gram.old_bias(row_ptr, rows, t)[:, None] * gram.sum_x(row_ptr, columns, k)[None, :]
@@ -174,6 +176,8 @@ def _bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr, P: tl.conste
                 blocks = start + tl.arange(0, 16)[:, None]
                 offsets = blocks * stride(row_ptr, c.ROW_SUMS_STRIDE)
                 change += tl.sum(tl.load(sums_ptrs + offsets, blocks < count, 0.0), 0)
+            if P.sampled:
+                change *= bits_to_float(tl.load(row_ptr + c.SETS))
     place = (rows, tl.arange(0, 1), tl.load(row_ptr + c.OUTPUTS), 1, 1)
     delta, gradient = _step(row_ptr + c.BIAS, change[:, None], place, when, loss_scale, bad_ptr, P, U)
     if P.form == "gram":
@@ -192,13 +196,14 @@ def _gradient_product(row_ptr, rows, columns, start, length, t, P: tl.constexpr)
     else:
         e_ptr, e_stride = address(row_ptr, c.E, P.operand), stride(row_ptr, c.E_STRIDE)
     e_ptrs = e_ptr + rows.to(tl.int64)[:, None] * e_stride + inner[None, :]
+    x_ptr = address(row_ptr, c.XT if P.transposed else c.X, P.operand)
+    if P.sampled:
+        x_ptr += (t - 1) * stride(row_ptr, c.X_STEP)
     if P.transposed:
-        x_ptrs = address(row_ptr, c.XT, P.operand) + columns.to(tl.int64)[None, :] * stride(row_ptr, c.XT_STRIDE)
-        x_ptrs += inner[:, None]
+        x_ptrs = x_ptr + columns.to(tl.int64)[None, :] * stride(row_ptr, c.XT_STRIDE) + inner[:, None]
         x_step = tl.full((), P.block_r, tl.int64)
     else:
-        x_ptrs = address(row_ptr, c.X, P.operand) + inner.to(tl.int64)[:, None] * stride(row_ptr, c.X_STRIDE)
-        x_ptrs += columns[None, :]
+        x_ptrs = x_ptr + inner.to(tl.int64)[:, None] * stride(row_ptr, c.X_STRIDE) + columns[None, :]
         x_step = stride(row_ptr, c.X_STRIDE) * P.block_r
     accumulator = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     return product(e_ptrs, x_ptrs, P.block_r, x_step, length, accumulator, P)
