@@ -23,6 +23,7 @@ _RULES: dict[str, rules.Rule] = {"rmsprop": rules.RMSprop(), "rmsprop centered":
 _TRANSFERS = ("tanh", "relu", "sigmoid")
 _POINTERS = {"table_ptr": "*i64", "rates_ptr": "*fp32", "trace_ptr": "*fp64", "ok_ptr": "*u8"}
 _PROGRAMS = 100
+_BATCH, _SETS = 1000, 32
 
 
 def variants(target: str, brief: bool = False) -> list[Variant]:
@@ -33,7 +34,7 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
         brief: without kernels that differ from others in little: float16 with the tile sizes of bfloat16 differs in
             the type that the matrix instructions read, a rule of two slots needs fewer registers than one of three,
             and a mask takes a few more,
-            where it does not have tiles of its own.
+            where it does not have tiles of its own; and so do rows of the batch that a local step has to itself.
     """
     found: list[Variant] = []
     for precision in _OPERANDS:
@@ -44,6 +45,8 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
             chosen = tuple(config for config in chosen if config not in configs.candidates(target, "bf16"))
         for config in chosen:
             found += of_config(config, precision, brief)
+        for config in () if brief else chosen:
+            found += _with_rows(config, precision)
         for config in configs.candidates(target, precision, masked=True):
             if not brief or config not in configs.candidates(target, precision):
                 found += _masked(config, precision)
@@ -91,6 +94,18 @@ def _masked(config: configs.Config, precision: str) -> Iterator[Variant]:
     yield _variant("commit", commit._commit_kernel, plan, f"{plan.spec.U.slots} slots")
 
 
+def _with_rows(config: configs.Config, precision: str) -> Iterator[Variant]:
+    """The kernels of a step in which each local step has rows of its own, as far as others do not have them."""
+    rule = rules.RMSprop(centered=config.general)
+    plan = _plan(config, precision, rule, sets=_SETS)
+    if config.general:
+        yield _variant("local_steps", single._local_steps_kernel, plan, "few rows")
+        softmax_plan = _plan(config, precision, rule, "softmax", sets=_SETS)
+        yield _variant("softmax", softmax._softmax_kernel, softmax_plan, "few rows")
+    yield _variant("update", phases._update_kernel, plan, "few rows")
+    yield _variant("activation", phases._activation_kernel, plan, "few rows")
+
+
 def _prepare(config: configs.Config, precision: str) -> Variant:
     plan = _plan(config, precision, rules.RMSprop())
     return _variant("prepare", prepare._prepare_kernel, plan, "with transpose" if plan.spec.P.transposed else "")
@@ -103,13 +118,14 @@ def _plan(
     form: str = "product",
     splits: int = 1,
     masked: bool = False,
+    sets: int = 1,
 ) -> Plan:
-    """A plan of a step with three layers, as a GPU would get it."""
+    """A plan of a step as a GPU would get it: of three layers, or of one in the other forms."""
     operand = _OPERANDS[precision]
     names = {"gram": ("identity",), "softmax": ("softmax",)}.get(form, _TRANSFERS)
     shapes = [
         LayerShape(
-            batch=1000,
+            batch=_BATCH,
             inputs=784,
             outputs=500,
             groups=1,
@@ -125,11 +141,13 @@ def _plan(
             x_aligned=False,
             x_chunks=False,
             a0_chunks=False,
+            sets=sets,
         )
         for name in names
     ]
     programs = _PROGRAMS if form == "product" and splits == 1 else 0
-    decision = Decision(form, form, config, programs, splits)
+    rows = None if sets == 1 else -(-_BATCH // sets)
+    decision = Decision(form, form, config, programs, splits, rows)
     settings = Settings.checked(rule, [1.0] * 10, 0.0, "mean", operand, trace=False, regulariser=None)
     float32 = "ieee" if precision == "ieee" else "tf32"
     machine = Machine("any", devices.UNKNOWN, available=_PROGRAMS, float32=float32)
