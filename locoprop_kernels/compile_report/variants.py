@@ -45,11 +45,9 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
             chosen = tuple(config for config in chosen if config not in configs.candidates(target, "bf16"))
         for config in chosen:
             found += of_config(config, precision, brief)
-        for config in () if brief else chosen:
-            found += _with_rows(config, precision)
-        for config in configs.candidates(target, precision, masked=True):
+        for config in configs.candidates(target, precision, lean=True):
             if not brief or config not in configs.candidates(target, precision):
-                found += _masked(config, precision)
+                found += [*_masked(config, precision), *_with_rows(config, precision)]
         if chosen:
             found.append(_prepare(chosen[-1], precision))  # does not depend on the tiles
     return list({_compiled_from(variant): variant for variant in reversed(found)}.values())[::-1]
@@ -96,12 +94,12 @@ def _masked(config: configs.Config, precision: str) -> Iterator[Variant]:
 
 def _with_rows(config: configs.Config, precision: str) -> Iterator[Variant]:
     """The kernels of a step in which each local step has rows of its own, as far as others do not have them."""
-    rule = rules.RMSprop(centered=config.general)
+    rule = rules.RMSprop(centered=True)
     plan = _plan(config, precision, rule, sets=_SETS)
-    if config.general:
+    if precision != "fp16":  # which has no single launch then
         yield _variant("local_steps", single._local_steps_kernel, plan, "few rows")
-        softmax_plan = _plan(config, precision, rule, "softmax", sets=_SETS)
-        yield _variant("softmax", softmax._softmax_kernel, softmax_plan, "few rows")
+    softmax_plan = _plan(config, precision, rule, "softmax", sets=_SETS)
+    yield _variant("softmax", softmax._softmax_kernel, softmax_plan, "few rows")
     yield _variant("update", phases._update_kernel, plan, "few rows")
     yield _variant("activation", phases._activation_kernel, plan, "few rows")
 

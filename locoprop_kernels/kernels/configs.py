@@ -104,10 +104,11 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ("gfx942", "bf16"): (_AMD,),
     ("gfx942", "fp16"): (_AMD,),
 }
-# Where the above would spill registers with a mask.
-_MASKED: dict[tuple[str, str], tuple[Config, ...]] = {
+# Where the above would spill registers with a mask, or with rows that a local step has to itself.
+_LEAN: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_80", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=8, stages=2, slices=4),),
     ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8),),
+    ("sm_100", "tf32"): (_SMALL,),
 }
 _OTHERS = {"bf16": (_SMALL,), "fp16": (_SMALL,), "tf32": (_SMALL,), "ieee": (_EXACT,)}
 
@@ -124,18 +125,18 @@ class Asked:
 _asked = Asked()
 
 
-def candidates(target: str, precision: str, masked: bool = False) -> tuple[Config, ...]:
+def candidates(target: str, precision: str, lean: bool = False) -> tuple[Config, ...]:
     """The configurations for a target (``"sm_90"``, ``"gfx942"``, ``"interpreter"``), to choose from by size.
 
     Args:
         target: backend and architecture.
         precision: ``"bf16"``, ``"fp16"``, ``"tf32"`` or ``"ieee"`` (float32).
-        masked: those that do not spill registers where a parameter has a mask.
+        lean: those that leave registers for a mask, or for rows that a local step has to itself.
     """
     others = (_INTERPRETER,) if target == "interpreter" else _OTHERS[precision]
     found = _TABLE.get((target, precision), others)
-    if masked:
-        return _MASKED.get((target, precision), tuple(config for config in found if config.general))
+    if lean:
+        return _LEAN.get((target, precision), tuple(config for config in found if config.general))
     return found
 
 

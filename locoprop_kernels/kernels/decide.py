@@ -116,11 +116,11 @@ class Machine(NamedTuple):
         """Precision of products, as the table of configurations calls it, by the dtype of their operands."""
         return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(operand) or self.float32
 
-    def candidates(self, operand: torch.dtype, masked: bool = False) -> tuple[configs.Config, ...]:
-        """The configurations to choose from."""
+    def candidates(self, operand: torch.dtype, lean: bool = False) -> tuple[configs.Config, ...]:
+        """The configurations to choose from; ``lean`` as of :func:`configs.candidates`."""
         if self.asked.config is not None:
             return (self.asked.config,)
-        return configs.candidates(self.target, self.precision(operand), masked)
+        return configs.candidates(self.target, self.precision(operand), lean)
 
 
 def shape_of(problem: LocalProblem, settings: Settings) -> LayerShape:
@@ -211,7 +211,7 @@ def _form(shape: LayerShape, task: Task) -> str:
 def _launches(shapes: Sequence[LayerShape], form: str, together: int, task: Task, machine: Machine) -> list[Decision]:
     """Decisions for problems that are launched together."""
     operand = shapes[0].operand(task.compute_dtype)
-    masked = any(shape.masked for shape in shapes)
+    lean = shapes[0].sets > 1 or any(shape.masked for shape in shapes)
     sizes: list[tuple[int, int, int]] = []
     first_rows = []
     for shape in shapes:
@@ -219,9 +219,9 @@ def _launches(shapes: Sequence[LayerShape], form: str, together: int, task: Task
         batch = shape.inputs if form == "gram" else set_size(shape.batch, shape.sets, 0)
         sizes += [(batch, shape.inputs if shape.weight else 1, shape.outputs)] * shape.groups
     driver = machine.asked.driver
-    if masked and operand == torch.float16:  # the single launch would spill registers
+    if lean and operand == torch.float16:  # the single launch would spill registers
         driver = "grouped"
-    found = machine.candidates(operand, masked)
+    found = machine.candidates(operand, lean)
     slots = task.update.slots
     config, programs, splits = choose.choose(found, tuple(sizes), form, slots, machine.model, driver)
     rows = task.rows if shapes[0].sets > 1 else None
