@@ -71,6 +71,11 @@ class LayerShape(NamedTuple):
         """Dtype of the products' operands."""
         return compute_dtype or self.parameter
 
+    def tiled(self, form: str) -> tuple[int, int, int]:
+        """``(B, K, N)`` as it is cut into tiles: the rows of a local step, or ``XᵀX`` in their place."""
+        batch = self.inputs if form == "gram" else set_size(self.batch, self.sets, 0)
+        return batch, self.inputs if self.weight else 1, self.outputs
+
 
 class Task(NamedTuple):
     """What a decision and a plan need to know about the settings.
@@ -216,8 +221,7 @@ def _launches(shapes: Sequence[LayerShape], form: str, together: int, task: Task
     first_rows = []
     for shape in shapes:
         first_rows.append(len(sizes))
-        batch = shape.inputs if form == "gram" else set_size(shape.batch, shape.sets, 0)
-        sizes += [(batch, shape.inputs if shape.weight else 1, shape.outputs)] * shape.groups
+        sizes += [shape.tiled(form)] * shape.groups
     driver = machine.asked.driver
     if lean and operand == torch.float16:  # the single launch would spill registers
         driver = "grouped"

@@ -96,6 +96,8 @@ class Inputs:
 def place_chunks(problem: LocalProblem, index: int, layout: Layout, scratch: Tensor, settings: Settings) -> None:
     """Copy what comes in chunks, or is chosen for local steps, to where kernels will round it, pad it and read it."""
     layer, chunks, kind = layout.layers[index], layout.chunks[index], layout.kind
+    if not chunks:
+        return
     row = layout.template[layout.rows[index].start]
     sizes = {"x": (layer.batch, layer.inputs), "a0": (layer.outputs, layer.batch)}
     sources = {

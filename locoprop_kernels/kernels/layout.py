@@ -233,11 +233,13 @@ class Layout:
         return table
 
     def counts(self, settings: Settings) -> NDArray[np.int32]:
-        """Examples of each row of the table in each local step: ``[rows, iterations + 1]``."""
-        counts = np.zeros((len(self.template), settings.iterations + 1), np.int32)
-        for rows, layer in zip(self.rows, self.layers, strict=True):
-            counts[rows] = layer.batch
-            if layer.sets > 1:
+        """Examples of each row of the table in each local step: ``[rows, iterations + 1]``.
+
+        It is empty where all local steps take all rows, and no kernel reads it.
+        """
+        counts = np.zeros((len(self.template) if self.kind.samples else 0, settings.iterations + 1), np.int32)
+        if self.kind.samples:
+            for rows, layer in zip(self.rows, self.layers, strict=True):
                 sets = settings.set_order(layer.sets)
                 counts[rows, 1:] = [set_size(layer.rows, layer.sets, number) for number in sets]
         return counts

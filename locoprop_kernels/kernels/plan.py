@@ -25,7 +25,6 @@ from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device import functions
 from locoprop_kernels.kernels.layout import COPY_BLOCK, Cells, Kind, LayerPlan, Layout
 from locoprop_kernels.kernels.spec import NOWHERE, Copy, Products, Spec, Update
-from locoprop_kernels.sampling import set_size
 from locoprop_kernels.schedule import Schedule, build, most_expensive_first, validate
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision
@@ -85,11 +84,7 @@ class Plan:
         self.layout = Layout(
             layers, Kind(decision.form, config, operand, first.preactivation, slots, precision == "tf32", samples)
         )
-        sizes = [
-            size
-            for layer in layers
-            for size in [(layer.batch, layer.inputs if layer.weight else 1, layer.outputs)] * layer.groups
-        ]
+        sizes = [size for shape in shapes for size in [shape.tiled(decision.form)] * shape.groups]
         self.schedule: Schedule | None = None
         if decision.programs:
             self.schedule = build(sizes, config.tiles, decision.programs, machine.model)
@@ -148,7 +143,8 @@ class Plan:
         else:
             table = self.layout.table(results, scratch, inputs)
             counts = self.layout.counts(settings)
-            known = self._tables[content] = _upload(table, np.array(settings.rates, np.float32), counts, self.device)
+            rates = np.array(settings.rates, np.float32)
+            known = self._tables[content] = _upload_together(table, rates, counts, self.device)
             if len(self._tables) > _KEPT_TABLES:
                 self._tables.popitem(last=False)
         if on_gpu and torch.cuda.is_current_stream_capturing():
@@ -166,7 +162,7 @@ class _Uploaded(NamedTuple):
     host: Tensor
 
 
-def _upload(
+def _upload_together(
     table: NDArray[np.int64], rates: NDArray[np.float32], counts: NDArray[np.int32], device: torch.device
 ) -> _Uploaded:
     """All in one copy, for which the host does not wait."""
@@ -184,7 +180,7 @@ def _layer(shape: LayerShape, decision: Decision, operand: torch.dtype, transpos
     function, divergence = functions.lookup(shape.transfer) or (None, None)
     gram = decision.form == "gram"
     sets = shape.sets
-    batch = shape.inputs if gram else set_size(shape.batch, sets, 0)
+    batch, _, _ = shape.tiled(decision.form)
     whole_tiles = batch % config.b == 0 and shape.inputs % config.k == 0
     # The Gram matrix is a tensor of ours, in the operands' dtype.
     readable = gram or (shape.x_aligned and shape.x == operand and sets == 1)
@@ -214,9 +210,12 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
     config, operand = kind.config, _TRITON_DTYPES[kind.operand]
     preactivation = _TRITON_DTYPES[kind.preactivation]
     exact = precision if kind.operand == torch.float32 else "ieee"
-    tiles = (config.n, config.b, config.k, config.r, interpreted)
     products = Products(
-        *tiles,
+        config.n,
+        config.b,
+        config.k,
+        config.r,
+        interpreted,
         slices=config.slices,
         operand=operand,
         precision=exact,
