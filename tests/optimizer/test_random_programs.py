@@ -33,7 +33,7 @@ class Programs(RuleBasedStateMachine):
             layer: [] for layer in LAYERS
         }  # identities of the passes whose rows are in the gradient
         self.sizes = {}  # rows by pass
-        self.used = set()  # passes that a step has used
+        self.used: set[tuple[int, int]] = set()  # layers and passes whose rows were let go of
         self.seed = 0
 
     def fresh(self, rows):
@@ -45,7 +45,7 @@ class Programs(RuleBasedStateMachine):
         for layer in layers:
             if isinstance(self.expected[layer], _Discarded):
                 self.expected[layer] = []
-            if number not in self.expected[layer] and number not in self.used:
+            if number not in self.expected[layer] and (layer, number) not in self.used:
                 self.expected[layer].append(number)
 
     @rule(target=graphs, rows=ROWS)
@@ -113,8 +113,8 @@ class Programs(RuleBasedStateMachine):
 
     def release(self):
         """Whatever the optimiser still holds goes, and a second backward pass does not bring it back."""
-        for numbers in self.expected.values():
-            self.used |= {*numbers, *getattr(numbers, "held", ())}
+        for layer, numbers in self.expected.items():
+            self.used |= {(layer, number) for number in (*numbers, *getattr(numbers, "held", ()))}
         self.expected = {layer: [] for layer in LAYERS}
 
     def discarded(self, layers, at_once=False):
