@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from locoprop_kernels.form import ChangeForm
 from locoprop_kernels.patches import row_chunks
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype
 from locoprop_kernels.products import gram, product, rounded
@@ -15,7 +16,7 @@ from locoprop_kernels.products import gram, product, rounded
 __all__ = ["GramForm", "gram_is_cheaper"]
 
 
-class GramForm:
+class GramForm(ChangeForm):
     """Identity transfer: one product with ``XᵀX``, whatever the batch."""
 
     def __init__(self, problem: LocalProblem, operands: torch.dtype) -> None:

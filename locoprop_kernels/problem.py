@@ -23,6 +23,7 @@ __all__ = [
     "accumulation_dtype",
     "initial_state",
     "is_number",
+    "of_outputs",
     "rule_states",
     "shown",
 ]
@@ -115,6 +116,15 @@ class LocalProblem:
             return value.group(index) if isinstance(value, Rows) else None if value is None else value[index]
 
         return replace(self, **{name: part(name) for name in _TENSORS}, state={})
+
+    def outputs(self, some: slice) -> LocalProblem:
+        """The problem of some of the ``N`` outputs, on views of this one's parameters; ``x`` and ``A0`` are as here."""
+        views: dict[str, Any] = {
+            prefix + kind: None if (tensor := getattr(self, prefix + kind)) is None else of_outputs(kind, tensor, some)
+            for kind in ("weight", "bias")
+            for prefix in ("", "grad_", "mask_")
+        }
+        return replace(self, **views, state={})
 
     def scale(self, reduction: str) -> float:
         """Factor of the matching loss: one over the number of examples for ``"mean"``, 1 for ``"sum"``."""
@@ -238,6 +248,16 @@ class LocalProblem:
         low_precision = name in ("x", "preactivation") and dtype in (torch.bfloat16, torch.float16)
         if dtype != self.weight.dtype and not low_precision:
             raise ValueError(f"{label}: {name} must have the weight's dtype {self.weight.dtype}, got {dtype}")
+
+
+def of_outputs(kind: str, tensor: Tensor, some: slice) -> Tensor:
+    """A view of what belongs to some outputs, of a tensor ``[.., N, K]`` of the weight or ``[.., N]`` of the bias.
+
+    A number of steps, ``[]``, belongs to all of them.
+    """
+    if not tensor.dim():
+        return tensor
+    return tensor[..., some, :] if kind == "weight" else tensor[..., some]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

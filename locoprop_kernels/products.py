@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Operand", "gram", "product", "rounded"]
+__all__ = ["Operand", "added_product", "gram", "product", "rounded"]
 
 _PANEL = 384  # columns of XᵀX at a time on CPUs
 
@@ -48,6 +48,17 @@ def product(left: Operand, right: Operand, result: torch.dtype) -> Tensor:
     if left.exponent is not None and right.exponent is not None:
         value = torch.ldexp(value, left.exponent + right.exponent)
     return value
+
+
+def added_product(to: Tensor, left: Operand, right: Operand, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """``to + alpha * left @ right``: in ``out``, which may be ``to`` itself, or in a new tensor.
+
+    For products so small that the sum costs as much as they do; all are matrices, or batches of as many.
+    """
+    if left.exponent is None and left.tensor.dtype is right.tensor.dtype is to.dtype:
+        multiply = torch.addmm if to.dim() == 2 else torch.baddbmm
+        return multiply(to, left.tensor, right.tensor, alpha=alpha, out=out)
+    return torch.add(to, product(left, right, to.dtype), alpha=alpha, out=out)
 
 
 def gram(x: Operand, result: torch.dtype) -> Tensor:

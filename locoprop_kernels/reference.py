@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from locoprop_kernels.few_rows import FewRowsForm, blocks_of_outputs
+from locoprop_kernels.folding import can_fold, folded, unfolded
+from locoprop_kernels.form import ChangeForm, Form
 from locoprop_kernels.gram import GramForm, gram_is_cheaper
-from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Rows, Stacked, every, row_chunks
-from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
+from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Rows, Stacked, row_chunks
+from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype, of_outputs
 from locoprop_kernels.products import Operand, product, rounded
+from locoprop_kernels.scratch import copy_of, give_back, take
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision, Increment
 from locoprop_kernels.transfers import Transfer
@@ -35,20 +37,7 @@ _LARGE_GROUP = 2**22  # multiply-accumulates of a group's product, from which on
 _CACHED_BYTES = 4 * 2**20  # of E at a time on CPUs: among 1 to 16 MiB the best, or close to it, at all measured shapes
 
 
-class _Form(Protocol):
-    """Evaluates the part of the local gradient that changes with the increment."""
-
-    def change(self, delta: dict[str, Tensor], t: int) -> dict[str, Tensor]:
-        """``EᵀX`` ``[N, K]`` and ``Σ_batch E`` ``[N]`` at ``delta``, for local step ``t``: new tensors.
-
-        There is none for what is frozen.
-        """
-
-    def divergence(self, delta: dict[str, Tensor], t: int) -> Tensor:
-        """Matching loss between ``f(A)`` and ``f(A0)`` before local step ``t``, summed over the batch; float64."""
-
-
-class _ProductForm:
+class _ProductForm(ChangeForm):
     """Any transfer function: two products per evaluation, over a chunk of the batch at a time.
 
     ``A0``, ``f(A0)`` and ``E`` are stored transposed, ``[N, B]``: then no product needs a transposed copy. Inputs that
@@ -117,28 +106,6 @@ class _ProductForm:
         return torch.stack(losses).sum()
 
 
-class _SampledForm:
-    """The product form on one set of the batch's rows in each local step, which counts for all of them."""
-
-    def __init__(self, problem: LocalProblem, settings: Settings) -> None:
-        self.problem, self.operands = problem, settings.operands(problem)
-        self.sets = settings.sets(problem)
-        self.order = settings.set_order(self.sets)
-
-    def _form(self, t: int) -> _ProductForm:
-        start = self.order[t - 1]
-        x, preactivation = (every(rows, start, self.sets) for rows in (self.problem.x, self.problem.preactivation))
-        return _ProductForm(replace(self.problem, x=x, preactivation=preactivation), self.operands)
-
-    def change(self, delta: dict[str, Tensor], t: int) -> dict[str, Tensor]:
-        return {name: value.mul_(self.sets) for name, value in self._form(t).change(delta, t).items()}
-
-    def divergence(self, delta: dict[str, Tensor], t: int) -> Tensor:
-        if t == 0:
-            return torch.zeros((), dtype=torch.float64, device=self.problem.weight.device)
-        return self._form(t).divergence(delta, t) * self.sets
-
-
 def _cached_rows(problem: LocalProblem) -> int:
     """How many rows of the batch to work on at a time: on a CPU what its caches hold, else all."""
     batch, _, outputs = problem.shape
@@ -171,30 +138,34 @@ def decide(problem: LocalProblem, settings: Settings) -> Decision:
 
 
 class _Loop:
-    """The local loop of one problem: its increment, the state of the rule, and where both are evaluated.
+    """The local loop of one problem, or of some of its outputs.
 
     Args:
         problem: a validated problem; it is read, and nothing that belongs to it is written.
-        old: the rule's state before the loop.
         settings: the settings of the call.
         form: of the local gradient; ``None`` where a single local step needs none.
+        start: ``G_0`` and ``g_0``, scaled.
+        increment: zeros and the rule's state before the loop; written to.
     """
 
-    def __init__(self, problem: LocalProblem, old: State, settings: Settings, form: _Form | None) -> None:
+    def __init__(
+        self,
+        problem: LocalProblem,
+        settings: Settings,
+        form: Form | None,
+        start: dict[str, Tensor],
+        increment: Increment,
+    ) -> None:
         self.problem, self.settings, self.form = problem, settings, form
-        self.trained = problem.trained()
         self.scale = problem.scale(settings.reduction)
-        accumulate = accumulation_dtype(problem.weight.dtype)
-        self.frozen = {name: ~mask for name in self.trained if (mask := problem.mask(name)) is not None}
-        start = {name: grad.to(accumulate) * self.scale for name, (_, grad) in self.trained.items()}
+        self.delta, self.state = increment.delta, increment.state
+        self.frozen = {name: ~mask for name in self.delta if (mask := problem.mask(name)) is not None}
         self.start = _masked(start, self.frozen)
-        self.delta = {name: torch.zeros_like(grad) for name, grad in self.start.items()}
-        self.state = {name: {slot: value.clone() for slot, value in slots.items()} for name, slots in old.items()}
         counts = settings.rule.counts_steps
-        self.steps = {name: int(self.state[name]["step"]) if counts else 0 for name in self.trained}
+        self.steps = {name: int(self.state[name]["step"]) if counts else 0 for name in self.delta}
 
-    def run(self) -> tuple[Increment, Tensor | None]:
-        """All local iterations; the increment and, if it is asked for, the trace."""
+    def run(self) -> Tensor | None:
+        """All local iterations; the trace, if it is asked for."""
         rule, problem, delta = self.settings.rule, self.problem, self.delta
         values: list[Tensor] = []
         for t, lr in enumerate(self.settings.rates):
@@ -205,25 +176,22 @@ class _Loop:
             _masked(delta, self.frozen)  # momentum of earlier steps may move what has no gradient
         if self.settings.trace:
             values.append(self._objective(self.settings.iterations))
-        if rule.counts_steps:
-            for slots in self.state.values():
-                slots["step"] += self.settings.iterations
-        return Increment(delta, self.state), torch.stack(values) if values else None
+        return torch.stack(values) if values else None
 
     def _gradient(self, t: int) -> dict[str, Tensor]:
         """The gradient of the local objective in local step ``t``."""
         grads, prox, regulariser = self.start, self.settings.prox, self.settings.regulariser
         if t > 0:
             assert self.form is not None
-            grads = self.form.change(self.delta, t)
-            for name, grad in grads.items():
-                torch.add(self.start[name], grad, alpha=self.scale, out=grad)
-                if prox:
+            grads = self.form.gradient(self.delta, t, self.start, self.scale)
+            if prox:
+                for name, grad in grads.items():
                     grad.add_(self.delta[name], alpha=prox)
         if regulariser is None:
             return grads
         return {
-            name: grad + regulariser.gradient(self.trained[name][0], self.delta[name]) for name, grad in grads.items()
+            name: grad + regulariser.gradient(getattr(self.problem, name), self.delta[name])
+            for name, grad in grads.items()
         }
 
     def _objective(self, t: int) -> Tensor:
@@ -234,7 +202,7 @@ class _Loop:
             half_prox = self.settings.prox / 2
             value = value + (d.double() * self.start[name]).sum() + d.double().square().sum() * half_prox
             if self.settings.regulariser is not None:
-                value = value + self.settings.regulariser.increase(self.trained[name][0], d)
+                value = value + self.settings.regulariser.increase(getattr(self.problem, name), d)
         return value
 
 
@@ -254,14 +222,64 @@ def local_loop(
     """
     if problem.groups is not None and problem.weight.device.type == "cpu" and math.prod(problem.shape) >= _LARGE_GROUP:
         return _group_by_group(problem, old, settings, decision)
-    form: _Form | None = None
-    if settings.iterations > 1 or settings.trace:
-        if decision.rows is not None:
-            form = _SampledForm(problem, settings)
-        else:
+    few = decision.rows is not None and settings.iterations + settings.trace > 1
+    fold = few and can_fold(problem, old, settings)
+    begin = folded if fold else _beginning
+    start, increment = begin(problem, old, problem.scale(settings.reduction))
+    if few:
+        trace = _in_blocks(problem, settings, FewRowsForm(problem, settings, fold), start, increment)
+    else:
+        form: Form | None = None
+        if settings.iterations > 1 or settings.trace:
             kind = GramForm if decision.form == "gram" else _ProductForm
             form = kind(problem, settings.operands(problem))
-    return _Loop(problem, old, settings, form).run()
+        trace = _Loop(problem, settings, form, start, increment).run()
+    if few:
+        give_back(*start.values())
+    if settings.rule.counts_steps:
+        for slots in increment.state.values():
+            slots["step"] += settings.iterations
+    return unfolded(increment) if fold else increment, trace
+
+
+def _beginning(problem: LocalProblem, old: State, scale: float) -> tuple[dict[str, Tensor], Increment]:
+    """The scaled gradients at the start, and an increment of zeros with a copy of the state."""
+    accumulate = accumulation_dtype(problem.weight.dtype)
+    start, delta = {}, {}
+    for name, (_, grad) in problem.trained().items():
+        start[name] = take(grad.shape, accumulate, grad.device).copy_(grad).mul_(scale)
+        delta[name] = take(grad.shape, accumulate, grad.device).zero_()
+    state = {name: {slot: copy_of(value) for slot, value in slots.items()} for name, slots in old.items()}
+    memory = [*delta.values(), *(value for slots in state.values() for value in slots.values() if value.dim())]
+    return start, Increment(delta, state, memory)
+
+
+def _in_blocks(
+    problem: LocalProblem, settings: Settings, form: FewRowsForm, start: dict[str, Tensor], increment: Increment
+) -> Tensor | None:
+    """The local loop on few rows, a block of outputs after the other where that can be; the trace, if asked for."""
+    blocks = blocks_of_outputs(problem, settings)
+    if len(blocks) == 1:
+        trace = _Loop(problem, settings, form, start, increment).run()
+        form.release()
+        return trace
+    traces = []
+    for some in blocks:
+        part = form.outputs(some)
+        traces.append(_Loop(problem.outputs(some), settings, part, *_part(start, increment, some)).run())
+        part.release()
+    form.release()
+    return torch.stack([trace for trace in traces if trace is not None]).sum(0) if settings.trace else None
+
+
+def _part(start: dict[str, Tensor], increment: Increment, some: slice) -> tuple[dict[str, Tensor], Increment]:
+    """What belongs to some outputs, as views."""
+    state = {
+        kind: {slot: of_outputs(kind, value, some) for slot, value in slots.items()}
+        for kind, slots in increment.state.items()
+    }
+    delta = {kind: of_outputs(kind, value, some) for kind, value in increment.delta.items()}
+    return {kind: of_outputs(kind, value, some) for kind, value in start.items()}, Increment(delta, state)
 
 
 def _group_by_group(
@@ -276,7 +294,7 @@ def _group_by_group(
         if trace is not None:
             traces.append(trace)
     first = parts[0]
-    together = Increment(
+    stacked = Increment(
         {name: torch.stack([part.delta[name] for part in parts]) for name in first.delta},
         {
             name: {
@@ -286,7 +304,9 @@ def _group_by_group(
             for name, slots in first.state.items()
         },
     )
-    return together, torch.stack(traces).sum(0) if traces else None
+    for part in parts:
+        give_back(*part.memory)
+    return stacked, torch.stack(traces).sum(0) if traces else None
 
 
 class Solved:
@@ -297,16 +317,22 @@ class Solved:
         self.decisions: list[Decision] = []
         self.traces: list[Tensor | None] = []
         self.increments: list[Increment] = []
+        # The problems whose increments somebody else may hold.
+        self._lent: set[int] = set()
 
     def increment(self, index: int) -> Increment:
         """The increment of a problem."""
+        self._lent.add(index)
         return self.increments[index]
 
     @property
     def finite(self) -> Tensor:
         """Whether a commit would write finite numbers only; on the device, without waiting for it."""
+        pairs = list(zip(self.problems, self.increments, strict=True))
+        if all(_is_small(problem, increment) for problem, increment in pairs):
+            return torch.tensor(True)
         extremes: list[Tensor] = []
-        for problem, increment in zip(self.problems, self.increments, strict=True):
+        for problem, increment in pairs:
             for name, delta in increment.delta.items():
                 parameter = getattr(problem, name)
                 written = [(parameter + delta).to(parameter.dtype), *increment.state[name].values()]
@@ -318,7 +344,8 @@ class Solved:
     def commit(self, ok: Tensor) -> None:
         """Apply increments and new state where ``ok`` is true; on a GPU the decision stays on the device."""
         on_host = ok.device.type == "cpu"
-        for problem, before, increment in zip(self.problems, self.states, self.increments, strict=True):
+        for index, (problem, before) in enumerate(zip(self.problems, self.states, strict=True)):
+            increment = self.increments[index]
             for name, delta in increment.delta.items():
                 parameter = getattr(problem, name)
                 if on_host:
@@ -331,7 +358,9 @@ class Solved:
                     if old[slot] is stored.get(slot):
                         old[slot].copy_(value)
                     else:
-                        stored[slot] = value
+                        stored[slot] = value.clone(memory_format=torch.contiguous_format)
+            if index not in self._lent and self.decisions[index].rows is not None:
+                give_back(*increment.memory)
 
 
 def solve(
@@ -355,6 +384,21 @@ def solve(
         if done is not None:
             done(i)
     return solved
+
+
+def _is_small(problem: LocalProblem, increment: Increment) -> bool:
+    """Whether the largest numbers alone say that all that a commit writes is finite; asked on CPUs only."""
+    if problem.weight.device.type != "cpu" or not increment.memory:
+        return False
+    total = sum(_largest(getattr(problem, name)) for name in increment.delta) + sum(map(_largest, increment.memory))
+    # A NaN, which a sum keeps, makes this false.
+    return total < torch.finfo(problem.weight.dtype).max
+
+
+def _largest(tensor: Tensor) -> float:
+    """The greatest absolute value; NaN if there is one."""
+    least, most = torch.aminmax(tensor)
+    return abs(float(least)) + abs(float(most))
 
 
 def _masked(values: dict[str, Tensor], frozen: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SGD", "Adagrad", "Adam", "RMSprop", "Rule", "available", "get"]
+from locoprop_kernels import fused
+
+__all__ = ["SGD", "Adagrad", "Adam", "RMSprop", "Rule", "available", "get", "is_elementwise"]
 
 _FLAVORS = ("torch", "tensorflow")
 
@@ -130,6 +132,9 @@ class RMSprop(Rule):
         return slots
 
     def update_(self, delta: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
+        if not self.centered and self.flavor == "torch" and fused.usable(delta, grad, *state.values()):
+            fused.rmsprop_(delta, grad, state["square_avg"], state.get("momentum_buffer"), lr, self)
+            return
         mean_square = state["square_avg"].mul_(self.alpha).addcmul_(grad, grad, value=1 - self.alpha)
         if self.centered:
             mean = state["grad_avg"].lerp_(grad, 1 - self.alpha)
@@ -183,6 +188,10 @@ class Adam(Rule):
 
     def update_(self, delta: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
         beta1, beta2 = self.betas
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        if fused.usable(delta, grad, *moments):
+            fused.adam_(delta, grad, *moments, lr, step, self)
+            return
         mean = state["exp_avg"].lerp_(grad, 1 - beta1)
         mean_square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         correction1, root_correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
@@ -247,3 +256,8 @@ def get(rule: str | Rule) -> Rule:
     if rule not in _BY_NAME:
         raise ValueError(f"rule must be one of {', '.join(_BY_NAME)}, or a Rule; got {rule!r}")
     return _BY_NAME[rule]
+
+
+def is_elementwise(rule: Rule) -> bool:
+    """Whether the rule is known to update every element by itself: the package's own are, a user's may not be."""
+    return type(rule) in {type(known) for known in _BY_NAME.values()}

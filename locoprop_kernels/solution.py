@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -57,10 +57,12 @@ class Increment:
     Attributes:
         delta: ``{"weight": Δ, "bias": δ}``, without what is frozen; float32 (float64 for float64 parameters).
         state: the rule's state after the loop, in the form of ``LocalProblem.state``.
+        memory: what the tensors are views of, where it came from :mod:`locoprop_kernels.scratch`.
     """
 
     delta: dict[str, Tensor]
     state: dict[str, dict[str, Tensor]]
+    memory: list[Tensor] = field(default_factory=list)
 
 
 class Solution(Protocol):

@@ -1,0 +1,115 @@
+"""Update rules in one pass over memory, by the kernels of torch's own fused optimisers.
+
+A local step with few rows costs little more than the update of the weights. Written out, an update is five or six
+operations that each read and write all of them; ``torch._fused_adam_`` and its relatives, which run
+``torch.optim.Adam(fused=True)``, are one. On GPUs the local loop has kernels of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from locoprop_kernels.rules import Adam, RMSprop
+
+__all__ = ["adam_", "rmsprop_", "usable"]
+
+_AVAILABLE = hasattr(torch, "_fused_adam_") and hasattr(torch, "_fused_adamw_")
+# So many steps that Adam's bias corrections are exactly one.
+_MANY = 2.0**100
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the fused kernels can work on these: on a CPU, contiguous, all float32 or all float64."""
+    dtype = tensors[0].dtype
+    if not _AVAILABLE or dtype not in (torch.float32, torch.float64):
+        return False
+    # A loop, as this is asked in every local step of every layer.
+    for tensor in tensors:
+        if tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            return False
+    return True
+
+
+def adam_(delta: Tensor, grad: Tensor, mean: Tensor, mean_square: Tensor, lr: float, step: int, rule: Adam) -> None:
+    """One step of :class:`locoprop_kernels.rules.Adam`, in place on ``delta`` and its two moments.
+
+    Args:
+        delta: increment, any shape; likewise the following.
+        grad: gradient; left as it is.
+        mean: the mean of gradients.
+        mean_square: the mean of their squares.
+        lr: learning rate.
+        step: number of steps so far, this one included.
+        rule: the hyper-parameters.
+    """
+    beta1, beta2 = rule.betas
+    if rule.flavor == "tensorflow":
+        # Its eps is not corrected, so neither may the mean square be: all corrections go into the rate.
+        lr, count = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step), _MANY
+    else:
+        count = float(step)
+    _adam((delta, grad, mean, mean_square), lr, (beta1, beta2), rule.eps, count)
+
+
+def rmsprop_(
+    delta: Tensor, grad: Tensor, mean_square: Tensor, momentum: Tensor | None, lr: float, rule: RMSprop
+) -> None:
+    """One step of :class:`locoprop_kernels.rules.RMSprop` in torch's arithmetic, not centered; in place.
+
+    RMSprop is Adam with ``β1 = 0`` and no bias correction, whose mean is the gradient itself. With momentum, the buffer
+    ``buf = μ buf + g / (√v + eps)`` is what AdamW does to a parameter at a learning rate of -1, with ``μ - 1`` for its
+    weight decay.
+
+    Args:
+        delta: increment, any shape; likewise the following.
+        grad: gradient; left as it is.
+        mean_square: the mean of its squares.
+        momentum: the momentum buffer; ``None`` without momentum.
+        lr: learning rate.
+        rule: the hyper-parameters.
+    """
+    betas = (0.0, rule.alpha)
+    if momentum is None:
+        _adam((delta, grad, grad, mean_square), lr, betas, rule.eps, _MANY)
+        return
+    _adam((momentum, grad, grad, mean_square), -1.0, betas, rule.eps, _MANY, weight_decay=rule.momentum - 1)
+    delta.add_(momentum, alpha=-lr)
+
+
+def _adam(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """AdamW on ``(parameter, gradient, mean, mean square)``."""
+    parameter, grad, mean, mean_square = tensors
+    torch._fused_adamw_(
+        [parameter],
+        [grad],
+        [mean],
+        [mean_square],
+        [],
+        [_count(step)],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+@lru_cache(maxsize=64)
+def _count(step: float) -> Tensor:
+    """A number of steps as the kernels take it: a tensor, which they only read."""
+    return torch.tensor(step, dtype=torch.float32)
