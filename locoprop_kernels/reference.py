@@ -24,7 +24,7 @@ from torch import Tensor
 from locoprop_kernels.gram import GramForm, gram_is_cheaper
 from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Rows, Stacked, every, row_chunks
 from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
-from locoprop_kernels.products import Operand, product, rounded
+from locoprop_kernels.products import Operand, held, product, rounded
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision, Increment
 from locoprop_kernels.transfers import Transfer
@@ -68,7 +68,8 @@ class _ProductForm:
         self.held = isinstance(problem.x, Tensor) or (
             isinstance(problem.x, Stacked) and all(isinstance(part, Tensor) for part in problem.x.parts)
         )
-        kept = self.held or groups * batch * inputs * operands.itemsize <= KEPT_BYTES
+        itemsize = held(operands, problem.weight.device).itemsize
+        kept = self.held or groups * batch * inputs * itemsize <= KEPT_BYTES
         self.parts: list[Operand] = list(self._formed()) if kept else []
 
     def _formed(self) -> Iterator[Operand]:

@@ -58,7 +58,8 @@ def test_a_convnet_has_the_products_that_its_case_counts():
 
 @pytest.mark.parametrize("case", [SMALL, CONVNET], ids=["linear", "convnet"])
 def test_the_floor_multiplies_what_the_case_counts(monkeypatch, case):
-    monkeypatch.setattr("locoprop_kernels.products._onednn_linear", None)  # torch's counter does not know that operator
+    monkeypatch.setattr("locoprop_kernels.routes._onednn_linear", None)  # torch's counter does not know that operator
+    monkeypatch.setattr("locoprop_kernels.routes._chosen", {})
     entry = next(one for one in all_contestants(CPU) if one.name == "floor-fp32").build(Work(case, CPU))
     with FlopCounterMode(display=False) as counter:
         entry.run()
