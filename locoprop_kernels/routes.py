@@ -78,7 +78,8 @@ def choose(operands: torch.dtype) -> Choice:
         ValueError: ``LOCOPROP_CPU_PRODUCTS`` asks for a route that there is not.
     """
     if operands not in _chosen:
-        _chosen[operands] = choice = _forced(operands) or _found(operands)
+        # Of several threads that got here, the first decides.
+        choice = _chosen.setdefault(operands, _forced(operands) or _found(operands))
         _log.info("products with %s operands on this CPU: route %r (%s)", _name(operands), *choice)
     return _chosen[operands]
 
@@ -213,7 +214,8 @@ def _one_thread() -> Iterator[None]:
 def _measure(operands: torch.dtype, routes: list[str]) -> tuple[dict[str, float], bool]:
     """Seconds of the two products of a local step by each route, and whether the samples agree on them.
 
-    Routes that a small layer shows to be far slower than another are left out: one sample of them would take too long.
+    Routes that a small layer shows to be far slower than another are left out: one sample of them may take as long as
+    all others.
     """
     trial = {by: min(_samples(operands, by, (64, 64, 64), 3)) for by in routes}
     works = {by: _products(operands, by, _LAYER) for by in routes if trial[by] < 4 * min(trial.values())}
