@@ -87,7 +87,7 @@ def measure(
 def _runs(left: Tensor, right: Tensor) -> dict[str, Callable[[], Tensor]]:
     """What there is to time: each route by its name, and with ``upcast`` the one that float32 takes."""
     dtype = left.dtype
-    runs = {
+    runs: dict[str, Callable[[], Tensor]] = {
         route: partial(routes.multiply, left, right, route)
         for route in routes.available(dtype)
         if route != "upcast" and routes.runs(dtype, route)
