@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -169,10 +170,11 @@ def _found(operands: torch.dtype) -> Choice:
     if (kept := route_cache.read(key)) is not None:
         return Choice(kept, "measured before, kept in a cache file")
     with torch.no_grad(), _without_modes(), _one_thread():
-        seconds, settled = _measure(operands, [by for by in routes if by == "upcast" or runs(operands, by)])
+        seconds, medians, settled = _measure(operands, [by for by in routes if by == "upcast" or runs(operands, by)])
     best = min(seconds, key=lambda by: seconds[by])
-    if routes[0] in seconds and seconds[routes[0]] <= (CLEARLY if settled else _SURELY) * seconds[best]:
-        best = routes[0]
+    margin, default = CLEARLY if settled else _SURELY, routes[0]
+    if default in seconds and any(times[default] <= margin * times[best] for times in (seconds, medians)):
+        best = default
     if not settled:
         return Choice(best, "measured on a busy machine, and not kept")
     # Processes that measure at the same time take what the first of them has found.
@@ -211,8 +213,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _measure(operands: torch.dtype, routes: list[str]) -> tuple[dict[str, float], bool]:
-    """Seconds of the two products of a local step by each route, and whether the samples agree on them.
+def _measure(operands: torch.dtype, routes: list[str]) -> tuple[dict[str, float], dict[str, float], bool]:
+    """Least and median seconds of the two products of a local step by each route, and whether the samples agree.
 
     Routes that a small layer shows to be far slower than another are left out: one sample of them may take as long as
     all others.
@@ -227,12 +229,13 @@ def _measure(operands: torch.dtype, routes: list[str]) -> tuple[dict[str, float]
     while not (settled := _settled(samples)) and _now() - begin < _SECONDS:
         for which, run in runs.items():
             samples[which].append(_clock(run))
-    return {by: min(samples[by, 0]) + min(samples[by, 1]) for by in works}, settled
+    least, medians = ({by: f(samples[by, 0]) + f(samples[by, 1]) for by in works} for f in (min, median))
+    return least, medians, settled
 
 
 def _settled(samples: dict[tuple[str, int], list[float]]) -> bool:
     """Whether there are enough samples, and the third best of everything is about as good as the best."""
-    return all(len(times) >= _ROUNDS and sorted(times)[2] <= 1.2 * min(times) for times in samples.values())
+    return all(len(times) >= _ROUNDS and sorted(times)[2] <= CLEARLY * min(times) for times in samples.values())
 
 
 def _samples(operands: torch.dtype, by: str, layer: tuple[int, int, int], count: int) -> list[float]:
