@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from locoprop_kernels import route_cache, routes
 from locoprop_kernels.products import product, rounded
 
 __all__ = ["CLOCKS", "available_memory", "clock", "commit", "describe", "multiply", "rates", "synchronize", "versions"]
@@ -21,6 +22,9 @@ __all__ = ["CLOCKS", "available_memory", "clock", "commit", "describe", "multipl
 #: Host clocks: ``"cpu"`` is processor time of this process, which other processes hardly disturb; it means something
 #: with one thread. GPUs are timed by their own events.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+_ROUTED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -36,23 +40,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         }
     return {
         "type": "cpu",
-        "name": _cpu_name(),
+        "name": route_cache.processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "memory_bytes": available_memory(device),
+        "routes": {name: routes.route(dtype) for name, dtype in _ROUTED.items()},
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
-    return (
-        f"{facts.get('model name', platform.machine())} (family {facts.get('cpu family')}, model {facts.get('model')})"
-    )
 
 
 def versions() -> dict[str, str]:

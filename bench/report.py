@@ -48,6 +48,8 @@ def print_device(console: Console, results: dict[str, Any]) -> None:
     console.print(f"[bold]{device['name']}[/], {device['capability']}{threads}{clock}; commit {results['commit']}")
     console.print(", ".join(f"{name} {version}" for name, version in results["versions"].items()))
     products = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items() if name != "copy")
+    for name, route in device.get("routes", {}).items():
+        products += f"; {name} by {route}" if name in rates else ""
     console.print(f"measured here: copy {rates['copy'] / 1e9:,.1f} GB/s; products {products}")
 
 

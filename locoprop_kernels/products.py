@@ -1,20 +1,24 @@
-"""Matrix products with rounded operands: which of torch's routines runs them, and how float16 keeps its range."""
+"""Matrix products with rounded operands, and how float16 keeps its range.
+
+Which of torch's routines multiplies on a CPU is decided in :mod:`locoprop_kernels.routes`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Operand", "added_product", "gram", "product", "rounded"]
+from locoprop_kernels import routes
+
+__all__ = ["Operand", "added_product", "gram", "held", "product", "rounded"]
 
 _PANEL = 384  # columns of XᵀX at a time on CPUs
 
 
 class Operand(NamedTuple):
-    """A matrix, or a batch of them, in the dtype of the products.
+    """A matrix, or a batch of them, rounded to the dtype of the products' operands and held as :func:`held` says.
 
     Its value is ``tensor * 2**exponent``; ``exponent`` is ``None`` for 0.
     """
@@ -27,16 +31,29 @@ class Operand(NamedTuple):
         return Operand(self.tensor.mT, self.exponent)
 
 
+def held(operands: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that holds operands rounded to ``operands``.
+
+    It is float32 on CPUs that multiply fastest in it: the same numbers, and what is multiplied again and again is
+    converted once. Products of two bfloat16 numbers are exact there, so no result is less accurate.
+    """
+    upcast = device.type == "cpu" and routes.route(operands) == "upcast"
+    return torch.float32 if upcast else operands
+
+
 def rounded(matrix: Tensor, dtype: torch.dtype) -> Operand:
-    """``matrix`` rounded to ``dtype``; no copy where it has that dtype already.
+    """``matrix`` rounded to ``dtype``; no copy where it has that dtype, and is held in it, already.
 
     Increments can lie far below float16's normal range, and sums over a batch above it: such operands carry an exact
     power of two along.
     """
+    if matrix.dtype is dtype is torch.float32:
+        return Operand(matrix)
     if dtype == torch.float16:
         exponent = torch.frexp(matrix.detach().abs().amax().float()).exponent
-        return Operand(torch.ldexp(matrix.float(), -exponent).to(dtype), exponent)
-    return Operand(matrix.to(dtype))
+        scaled = torch.ldexp(matrix.float(), -exponent)
+        return Operand(scaled.to(dtype).to(held(dtype, matrix.device)), exponent)
+    return Operand(matrix.to(dtype).to(held(dtype, matrix.device)))
 
 
 def product(left: Operand, right: Operand, result: torch.dtype) -> Tensor:
@@ -79,23 +96,7 @@ def _mm(left: Tensor, right: Tensor, result: torch.dtype) -> Tensor:
     if left.is_cuda and left.itemsize == 2:
         multiply = torch.mm if left.dim() == 2 else torch.bmm
         return multiply(left, right, out_dtype=result)
-    if left.device.type == "cpu" and left.dtype == torch.float16:  # few CPUs multiply it, and none torch's way fast
-        left, right = left.float(), right.float()
     if left.dim() > 2:
         return torch.bmm(left, right).to(result)
-    if left.device.type == "cpu" and left.dtype == torch.float32 and _onednn_linear is not None:
-        # torch.mm takes MKL, which leaves AVX-512 unused on AMD: half the speed of oneDNN there, the same on Intel.
-        if not (right.is_contiguous() or right.t().is_contiguous()):
-            right = right.contiguous()  # oneDNN would take a routine a thousand times slower
-        return _onednn_linear(left, right.t(), None, "none", [], "").to(result)
-    return torch.mm(left, right).to(result)
-
-
-def _find_onednn_linear() -> Callable[..., Tensor] | None:
-    """The operator that torch.compile uses for linear layers on CPUs, or ``None`` in a build of torch without it."""
-    if not torch.backends.mkldnn.is_available():
-        return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
-_onednn_linear = _find_onednn_linear()
+    by = routes.route(left.dtype) if left.device.type == "cpu" else "mm"
+    return routes.multiply(left, right, by).to(result)

@@ -25,7 +25,7 @@ from locoprop_kernels.form import ChangeForm, Form
 from locoprop_kernels.gram import GramForm, gram_is_cheaper
 from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Rows, Stacked, row_chunks
 from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype, of_outputs
-from locoprop_kernels.products import Operand, product, rounded
+from locoprop_kernels.products import Operand, held, product, rounded
 from locoprop_kernels.scratch import copy_of, give_back, take
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision, Increment
@@ -57,7 +57,8 @@ class _ProductForm(ChangeForm):
         self.held = isinstance(problem.x, Tensor) or (
             isinstance(problem.x, Stacked) and all(isinstance(part, Tensor) for part in problem.x.parts)
         )
-        kept = self.held or groups * batch * inputs * operands.itemsize <= KEPT_BYTES
+        itemsize = held(operands, problem.weight.device).itemsize
+        kept = self.held or groups * batch * inputs * itemsize <= KEPT_BYTES
         self.parts: list[Operand] = list(self._formed()) if kept else []
 
     def _formed(self) -> Iterator[Operand]:

@@ -1,12 +1,18 @@
 """How tests run: one thread a process; kernels interpreted where there is no GPU, on scratch that is NaN at first."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # Read when torch, NumPy and Triton are imported, here and by the commands that tests start. The products of the tests
 # are small, and the other cores have tests of their own (pytest -n auto).
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+
+# One for all processes of a run, which then take the same routes; the user's own is left alone.
+if "LOCOPROP_CACHE_DIR" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory()
+    os.environ["LOCOPROP_CACHE_DIR"] = CACHE.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

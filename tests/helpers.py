@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from locoprop_kernels import rules
+from locoprop_kernels import routes, rules
 from locoprop_torch import LocoProp
 
 #: Older versions have gaps of their own, in torch.fx and FSDP2.
@@ -129,3 +129,10 @@ def has_hooks(model):
     """Whether any module of the model has forward hooks, for which torch has no public function."""
     names = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks")
     return any(getattr(module, name) for module in model.modules() for name in names)
+
+
+def force_routes(monkeypatch, operands, route):
+    """Let products with such operands on CPUs take ``route`` until the test ends; others take ``torch.mm``."""
+    forced = {torch.float32: f"float32={route}", torch.bfloat16: f"float32=mm,bfloat16={route}"}
+    monkeypatch.setenv("LOCOPROP_CPU_PRODUCTS", forced.get(operands, "mm"))
+    monkeypatch.setattr(routes, "_chosen", {})

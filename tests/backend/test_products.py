@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from locoprop_kernels import products
+from locoprop_kernels import routes
 from locoprop_kernels.products import gram, product, rounded
+from tests.helpers import force_routes
 
-# Rounding of each operand, then accumulation of K terms; the bf16 route on CPUs also rounds the result.
+# Rounding of each operand, then accumulation of K terms; two of the bf16 routes on CPUs also round the result.
 BUDGET = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
-SHAPES = [(1, 1, 1), (1, 9, 5), (7, 1, 3), (33, 65, 17), (128, 100, 64)]
+SHAPES = [(1, 1, 1), (1, 9, 5), (7, 1, 3), (33, 65, 17), (128, 100, 64), (5, 0, 3), (0, 4, 3), (4, 3, 0)]
+ROUTES = [(dtype, route) for dtype in BUDGET for route in routes.available(dtype) if routes.runs(dtype, route)]
 
 
 def layouts(matrix):
@@ -20,12 +22,10 @@ def layouts(matrix):
     yield "columns of a wider one", torch.cat([matrix, matrix], dim=1)[:, : matrix.shape[1]]
 
 
-@pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize(("dtype", "route"), ROUTES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_product_is_the_product(monkeypatch, shape, dtype, onednn):
-    if not onednn:
-        monkeypatch.setattr(products, "_onednn_linear", None)
+def test_product_is_the_product(monkeypatch, shape, dtype, route):
+    force_routes(monkeypatch, dtype, route)
     n, b, k = shape
     result = torch.float64 if dtype == torch.float64 else torch.float32
     left, right = torch.randn(n, b, dtype=result), torch.randn(b, k, dtype=result)
@@ -34,13 +34,41 @@ def test_product_is_the_product(monkeypatch, shape, dtype, onednn):
     for _, a in layouts(left):
         for _, c in layouts(right):
             value = product(rounded(a, dtype), rounded(c, dtype), result)
+            assert value.shape == exact.shape
             assert value.dtype == result
             assert (value.double() - exact).norm() <= BUDGET[dtype] * scale
 
 
-@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize(("dtype", "route"), ROUTES, ids=str)
+def test_product_of_a_batch_is_that_of_its_matrices(monkeypatch, dtype, route):
+    force_routes(monkeypatch, dtype, route)
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    left, right = torch.randn(3, 7, 20, dtype=result), torch.randn(3, 9, 20, dtype=result).mT
+    value = product(rounded(left, dtype), rounded(right, dtype), result)
+    exact = left.double() @ right.double()
+    assert value.dtype == result
+    assert (value.double() - exact).norm() <= BUDGET[dtype] * left.double().norm() * right.double().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_upcast_operands_are_the_rounded_numbers_and_their_product_is_not_rounded(monkeypatch, dtype):
+    force_routes(monkeypatch, dtype, "upcast")
+    left, right = torch.randn(64, 300), torch.randn(300, 48)
+    a, c = rounded(left, dtype), rounded(right, dtype)
+    assert a.tensor.dtype == c.tensor.dtype == torch.float32
+    scale = 1.0 if a.exponent is None else 2.0 ** float(a.exponent)
+    assert torch.equal(a.tensor, (left / scale).to(dtype).float())
+    exact = a.tensor.double() @ c.tensor.double()
+    if c.exponent is not None:
+        exact *= scale * 2.0 ** float(c.exponent)
+    error = (product(a, c, torch.float32).double() - exact).norm()
+    assert error <= BUDGET[torch.float32] * exact.norm()
+
+
+@pytest.mark.parametrize(("dtype", "route"), ROUTES, ids=str)
 @pytest.mark.parametrize("k", [1, 384, 385, 900])
-def test_gram_is_x_transposed_times_x(k, dtype):
+def test_gram_is_x_transposed_times_x(monkeypatch, k, dtype, route):
+    force_routes(monkeypatch, dtype, route)
     result = torch.float64 if dtype == torch.float64 else torch.float32
     for _, x in layouts(torch.randn(40, k, dtype=result)):
         exact = x.double().t() @ x.double()
@@ -50,17 +78,18 @@ def test_gram_is_x_transposed_times_x(k, dtype):
         torch.testing.assert_close(value, value.t(), rtol=0, atol=0)
 
 
-@pytest.mark.skipif(products._onednn_linear is None, reason="this torch has no oneDNN")
+@pytest.mark.skipif("onednn" not in routes.available(torch.float32), reason="this torch has no oneDNN")
 def test_onednn_gets_a_dense_right_operand(monkeypatch):
     """With rows further apart than their length it falls to a routine a thousand times slower."""
-    taken = products._onednn_linear
+    force_routes(monkeypatch, torch.float32, "onednn")
+    taken = routes._onednn_linear
     assert taken is not None
 
     def checked(left, weight, *rest):
         assert weight.is_contiguous() or weight.t().is_contiguous()
         return taken(left, weight, *rest)
 
-    monkeypatch.setattr(products, "_onednn_linear", checked)
+    monkeypatch.setattr(routes, "_onednn_linear", checked)
     for _, right in layouts(torch.randn(33, 17)):
         for operand in (right, right.t()):
             left = torch.randn(5, len(operand))
@@ -78,8 +107,9 @@ def test_float16_operands_keep_their_range(magnitude):
     assert (value.double() - exact).norm() <= 2e-3 * exact.norm()
 
 
-@pytest.mark.parametrize("dtype", BUDGET, ids=str)
-def test_what_is_not_finite_stays_so(dtype):
+@pytest.mark.parametrize(("dtype", "route"), ROUTES, ids=str)
+def test_what_is_not_finite_stays_so(monkeypatch, dtype, route):
+    force_routes(monkeypatch, dtype, route)
     left = torch.ones(3, 4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     left[1, 2] = float("nan")
     value = product(rounded(left, dtype), rounded(left.t(), dtype), left.dtype)

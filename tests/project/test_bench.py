@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from bench import cases, compare, gpu, measure, model, report, scaling  # noqa: E402
+from bench import cases, compare, gpu, measure, model, products, report, scaling  # noqa: E402
 from bench.contestants import all_contestants  # noqa: E402
 from bench.work import Work  # noqa: E402
 
@@ -58,7 +58,8 @@ def test_a_convnet_has_the_products_that_its_case_counts():
 
 @pytest.mark.parametrize("case", [SMALL, CONVNET], ids=["linear", "convnet"])
 def test_the_floor_multiplies_what_the_case_counts(monkeypatch, case):
-    monkeypatch.setattr("locoprop_kernels.products._onednn_linear", None)  # torch's counter does not know that operator
+    monkeypatch.setattr("locoprop_kernels.routes._onednn_linear", None)  # torch's counter does not know that operator
+    monkeypatch.setattr("locoprop_kernels.routes._chosen", {})
     entry = next(one for one in all_contestants(CPU) if one.name == "floor-fp32").build(Work(case, CPU))
     with FlopCounterMode(display=False) as counter:
         entry.run()
@@ -121,3 +122,16 @@ def test_compare_sees_what_got_worse(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("slower -29%", "less accurate", "more"))
     assert compare.main([str(old), str(worse)]) == 0
+
+
+def test_every_route_of_a_product_is_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(products, "LAYERS", [(5, 4, 3)])
+    assert products.main(["--rounds", "1", "--out", str(tmp_path)]) == 0
+    found = report.load(tmp_path / "products.json")
+    assert {(one["product"], one["operands"]) for one in found["products"]} == {
+        (product, operands) for product in ("Δ Xᵀ", "E X") for operands in ("float32", "bfloat16", "float16")
+    }
+    for one in found["products"]:
+        assert found["choices"][one["operands"]]["route"] in one["gflops"]
+        assert all(rate > 0 for rate in one["gflops"].values())
+    assert "5 × 4 → 3" in capsys.readouterr().out
