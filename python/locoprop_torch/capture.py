@@ -243,14 +243,14 @@ class CapturedLayer:
             copy = gradient.detach().clone() if self.keep_gradients else None
             self._seen[kind] = SeenGradient(TensorWeakRef(gradient), gradient._version, copy)
         number = _backward_pass()
-        new = False
-        for captured in self._reached.pop(number, ()):
+        # A backward pass comes to the last call first.
+        found = sorted(self._reached.pop(number, ()), key=lambda captured: captured.number)
+        for captured in found:
             captured.keep(number)
             if not captured.counted and not captured.released:
                 captured.counted = True
                 self.passes.append(captured)
-                new = True
-        if new:
+        if found:
             self._shares.even_out(self.passes, self.sampling, self.weight.dtype)
 
     def _backward_ends(self, number: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class Pass:
         counted: whether a backward pass through it has added to the parameters' gradients.
         gradients: what the backward passes that count have brought.
         arriving: by the number of a backward pass, what it has brought, until it is known to count.
+        number: of the call, counted through the process.
     """
 
     module: nn.Module
@@ -58,6 +60,7 @@ class Pass:
     counted: bool = False
     gradients: Gradients | None = None
     arriving: dict[int, Gradients] | None = None
+    number: int = field(default_factory=itertools.count().__next__)
 
     def arrive(self, number: int, gradients: Gradients) -> None:
         """Gradients have come in a backward pass."""
