@@ -207,7 +207,7 @@ class Patches(Rows):
                 yield patches.permute(*groups, *columns, *rows).reshape(*groups_size, k, -1).mT
 
     def every(self, start: int, step: int) -> Tensor:
-        rows = torch.arange(start, self.shape[-2], step, device=self.device)
+        rows = torch.arange(min(start, self.shape[-2]), self.shape[-2], step, device=self.device)
         patches = self.view[torch.unravel_index(rows, self._positions)].flatten(1 if self._groups is None else 2)
         return patches if self._groups is None else patches.movedim(0, 1)
 

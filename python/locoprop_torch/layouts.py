@@ -181,7 +181,7 @@ class _Positions(Rows):
             yield rows.unflatten(1, (self.groups, -1)).movedim(1, 0) if self.groups > 1 else rows
 
     def every(self, start: int, step: int) -> Tensor:
-        rows = torch.arange(start, self.shape[-2], step, device=self.device)
+        rows = torch.arange(min(start, self.shape[-2]), self.shape[-2], step, device=self.device)
         found = self.a.movedim(1, -1)[torch.unravel_index(rows, (len(self.a), *self.a.shape[2:]))]
         return found.unflatten(1, (self.groups, -1)).movedim(1, 0) if self.groups > 1 else found
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import locoprop_kernels as lk
-from locoprop_kernels.patches import Patches, Stacked, every, row_chunks
 from locoprop_kernels.chosen import ChosenRows, fitted
+from locoprop_kernels.patches import Patches, Stacked, every, row_chunks
 from locoprop_kernels.sampling import count_sets, count_sets_of_parts, set_order, set_size
 from tests.helpers import present
 from tests.problems import copied, problem_for, random_layer
