@@ -268,6 +268,8 @@ class CapturedLayer:
             if release:
                 captured.release()
         self.passes = []
+        if release:
+            self._shares.end()
         # Outside of a backward pass, these are left of some that have raised.
         if self._reached and _backward_pass() < 0:
             self._reached.clear()

@@ -99,6 +99,10 @@ class Shares:
                 x, a = self._layout(captured.module).rows(*captured.restored(self._name, dtype))
                 captured.keep_rows(KeptRows.of(x, a, sampling, sets, captured.offset or 0))
 
+    def end(self) -> None:
+        """A step has been made: of what was called before it, nothing is expected to count any more."""
+        self._open.clear()
+
     def _waiting(self) -> list[Pass]:
         """The passes that may still count."""
         return [captured for captured in self._open if not captured.counted and not captured.released]
