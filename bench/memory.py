@@ -96,6 +96,7 @@ LOOPS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Tensor]] = {
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "Adam": lambda model: torch.optim.Adam(model.parameters()),
     "LocoProp": lambda model: LocoProp(model, lr=1e-6),
+    "LocoProp, rows=32": lambda model: LocoProp(model, lr=1e-6, rows=32),
     "LocoProp-S": lambda model: LocoProp(model, lr=1e-6, local_loss="squared"),
 }
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_BYTES", "KEPT_BYTES", "Patches", "Rows", "Stacked", "every", "row_chunks"]
+__all__ = ["CHUNK_BYTES", "KEPT_BYTES", "Patches", "Rows", "Stacked", "every", "row_chunks", "several"]
 
 CHUNK_BYTES = 16 * 2**20
 KEPT_BYTES = 256 * 2**20  # that one layer at a time may hold over its local loop: few layers need more
@@ -61,6 +61,10 @@ class Rows(ABC):
             first += chunk.shape[-2]
         return torch.cat(found, -2)
 
+    def several(self, starts: Sequence[int], step: int) -> Tensor:
+        """:meth:`every` for each of ``starts``, one after another."""
+        return torch.cat([self.every(start, step) for start in starts], -2)
+
     def group(self, index: int) -> Rows:
         """The rows ``[B, K]`` of one group.
 
@@ -81,6 +85,13 @@ def row_chunks(x: Tensor | Rows, max_bytes: int = CHUNK_BYTES) -> Iterator[Tenso
 def every(x: Tensor | Rows, start: int, step: int) -> Tensor:
     """Rows ``start``, ``start + step``, ... of ``x``; of a tensor a view, of :class:`Rows` only these are formed."""
     return x[..., start::step, :] if isinstance(x, Tensor) else x.every(start, step)
+
+
+def several(x: Tensor | Rows, starts: Sequence[int], step: int) -> Tensor:
+    """:func:`every` for each of ``starts``, one after another: a copy."""
+    if isinstance(x, Tensor):
+        return torch.cat([every(x, start, step) for start in starts], -2)
+    return x.several(starts, step)
 
 
 class Stacked(Rows):
@@ -196,7 +207,7 @@ class Patches(Rows):
                 yield patches.permute(*groups, *columns, *rows).reshape(*groups_size, k, -1).mT
 
     def every(self, start: int, step: int) -> Tensor:
-        rows = torch.arange(start, self.shape[-2], step, device=self.device)
+        rows = torch.arange(min(start, self.shape[-2]), self.shape[-2], step, device=self.device)
         patches = self.view[torch.unravel_index(rows, self._positions)].flatten(1 if self._groups is None else 2)
         return patches if self._groups is None else patches.movedim(0, 1)
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import rules
+from locoprop_kernels.chosen import ChosenRows
+from locoprop_kernels.patches import Stacked
 from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, LocalProblem, is_number, shown
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
-from locoprop_kernels.sampling import count_sets, set_order
+from locoprop_kernels.sampling import count_sets_of_parts, set_order
 
 __all__ = ["Settings", "check_objective", "check_rows"]
 
@@ -83,8 +85,14 @@ class Settings:
         return len(self.rates)
 
     def sets(self, problem: LocalProblem) -> int:
-        """Into how many sets a problem's batch falls, of which a local step takes one; 1 where it takes all rows."""
-        return count_sets(problem.shape[0], self.rows)
+        """Into how many sets a problem's batch falls, of which a local step takes one; 1 where it takes all rows.
+
+        Where rows have been chosen already, the sets that they were chosen from.
+        """
+        if isinstance(problem.x, ChosenRows):
+            return problem.x.sets
+        parts = problem.x.parts if isinstance(problem.x, Stacked) else (problem.x,)
+        return count_sets_of_parts((part.shape[-2] for part in parts), self.rows)
 
     def set_order(self, sets: int) -> tuple[int, ...]:
         """The set of each local step but the first, which needs none, and of the objective at the end."""

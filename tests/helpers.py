@@ -118,6 +118,11 @@ def rows(opt):
     return [sum(len(one.x) for one in passes) for passes in captured(opt).values()]
 
 
+def held(passes):
+    """How many rows of inputs the passes of a layer hold."""
+    return sum(sum(map(len, one.kept.x)) if one.kept else len(one.x) for one in passes)
+
+
 def transfers_of(opt):
     """The transfer function of each layer, as the table of layers in the optimiser's ``repr`` has it."""
     table = repr(opt).partition("layers:\n")[2].splitlines()

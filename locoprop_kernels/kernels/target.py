@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from locoprop_kernels.chosen import ChosenRows
 from locoprop_kernels.kernels import commit
 from locoprop_kernels.kernels.device import functions
 from locoprop_kernels.kernels.device import rules as device_rules
@@ -115,7 +116,7 @@ def _unsupported_problem(problem: LocalProblem, settings: Settings) -> str | Non
 
 def _unfolded_bytes(x: Tensor | Rows) -> int:
     """Size of rows that are formed, and are larger than what they are formed from."""
-    if isinstance(x, Tensor):
+    if isinstance(x, (Tensor, ChosenRows)):
         return 0
     if isinstance(x, Stacked):
         return sum(map(_unfolded_bytes, x.parts))

@@ -25,11 +25,14 @@ from torch.autograd import Variable
 from torch.utils.weak import TensorWeakRef
 
 from locoprop_kernels.patches import Rows, Stacked
+from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.hooks import ForwardHook, attach
+from locoprop_torch.kept import joined
 from locoprop_torch.layouts import Layout, layout_class
 from locoprop_torch.masks import trained_parameters
 from locoprop_torch.passes import Gradients, Pass, SeenGradient
+from locoprop_torch.shares import Shares
 
 __all__ = ["ActivationHook", "CapturedLayer"]
 
@@ -106,6 +109,7 @@ class CapturedLayer:
         transfer: their transfer function.
         keep_gradients: keep ``∂L/∂A`` of each pass.
         reason: why the transfer function could not be read off the model, if so.
+        sampling: says at any time which rows the next step will take; ``None`` for all.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class CapturedLayer:
         transfer: Transfer,
         keep_gradients: bool = False,
         reason: str | None = None,
+        sampling: Callable[[], Sampling | None] = lambda: None,
     ) -> None:
         self.name, self.module = next(iter(modules.items()))
         self.modules, self.paths = dict(modules), {name: paths[name] for name in modules}
@@ -127,6 +132,9 @@ class CapturedLayer:
         self._layout: Callable[[nn.Module], Layout] = layout
         self.parameters: dict[str, nn.Parameter] = {kind: found.parameter for kind, found in parameters.items()}
         self.passes: list[Pass] = []
+        # Other targets need all rows.
+        self._sampling = sampling if not keep_gradients else lambda: None
+        self._shares = Shares(self.name, self._layout)
         self.called = False
         self._latest: tuple[weakref.ref[Tensor], weakref.ref[Pass]] | None = None
         # The passes that a backward pass has come to, by its number.
@@ -175,6 +183,9 @@ class CapturedLayer:
             if id(parameter) not in self._handles:
                 self._watch_gradient(kind, parameter)
         captured = Pass(module, x.detach(), output.detach(), (x._version, output._version))
+        sampling = self._sampling()
+        if sampling is not None:
+            self._shares.begin(captured, self.passes if self._has_gradient() else [], sampling)
         self._latest = weakref.ref(output), weakref.ref(captured)
         output.register_hook(self._hook(CapturedLayer._reach, captured))
         if x.requires_grad:
@@ -209,7 +220,7 @@ class CapturedLayer:
         Returns:
             The number of the backward pass; ``None`` where a step has used the pass already.
         """
-        if captured.x is None:
+        if captured.released:
             return None
         number = _backward_pass()
         if number not in self._reached:
@@ -232,14 +243,15 @@ class CapturedLayer:
             copy = gradient.detach().clone() if self.keep_gradients else None
             self._seen[kind] = SeenGradient(TensorWeakRef(gradient), gradient._version, copy)
         number = _backward_pass()
-        for captured in self._reached.pop(number, ()):
+        # A backward pass comes to the last call first.
+        found = sorted(self._reached.pop(number, ()), key=lambda captured: captured.number)
+        for captured in found:
             captured.keep(number)
-            self._count(captured)
-
-    def _count(self, captured: Pass) -> None:
-        if not captured.counted and captured.x is not None:
-            captured.counted = True
-            self.passes.append(captured)
+            if not captured.counted and not captured.released:
+                captured.counted = True
+                self.passes.append(captured)
+        if found:
+            self._shares.even_out(self.passes, self.sampling, self.weight.dtype)
 
     def _backward_ends(self, number: int) -> None:
         for captured in self._reached.pop(number, ()):
@@ -252,11 +264,12 @@ class CapturedLayer:
             release: their tensors too; without it a later backward pass through the same graph counts them again.
         """
         for captured in self.passes:
-            captured.counted = False
-            captured.gradients = None
+            captured.uncount()
             if release:
                 captured.release()
         self.passes = []
+        if release:
+            self._shares.end()
         # Outside of a backward pass, these are left of some that have raised.
         if self._reached and _backward_pass() < 0:
             self._reached.clear()
@@ -266,45 +279,59 @@ class CapturedLayer:
         if self.passes and all(self._is_discarded(kind, p.grad) for kind, p in self.parameters.items()):
             self.forget()
 
+    def _has_gradient(self) -> bool:
+        return any(p.grad is not None for p in self.parameters.values())
+
     def _is_discarded(self, kind: str, gradient: Tensor | None) -> bool:
         seen = self._seen.get(kind)
         return gradient is None or seen is None or seen.is_discarded(gradient)
 
     # --- what a step reads
 
-    def rows(self, layout: Layout, weight: Tensor) -> tuple[Tensor | Rows, Tensor | Rows] | None:
+    @property
+    def sampling(self) -> Sampling | None:
+        """Which rows a step takes: those that some pass has been cut down to, if there is one."""
+        return next((captured.kept.sampling for captured in self.passes if captured.kept), None) or self._sampling()
+
+    def rows(self, weight: Tensor) -> tuple[Tensor | Rows, Tensor | Rows] | None:
         """Inputs ``[B, K]`` and pre-activations ``[B, N]`` of all captured passes, one row per example.
 
         With groups both begin with ``G``. ``None`` if there are no rows.
 
         Args:
-            layout: of the layer.
             weight: the layer's, in the shape of a local problem.
 
         Raises:
             ValueError: an input was overwritten since the forward pass, or does not fit the weight any more.
         """
-        if not self.passes:
-            return None
+        self._shares.even_out(self.passes, self.sampling, weight.dtype, at_step=True)
+        kept = [captured.kept for captured in self.passes if captured.kept is not None and captured.size]
+        if kept:
+            for part in kept:
+                self._check_shape(weight, part.x[0], part.preactivation[0])
+            return joined(kept, weight.dtype) if any(part.filled for part in kept) else None
         inputs: list[Tensor | Rows] = []
         outputs: list[Tensor | Rows] = []
-        n, k = weight.shape[-2:]
         restored = [captured.restored(self.name, weight.dtype) for captured in self.passes]
         if len(restored) > 1:
             columns = (_of_one_dtype(tensors, weight.dtype) for tensors in zip(*restored, strict=True))
             restored = list(zip(*columns, strict=True))
         for captured, (x, a) in zip(self.passes, restored, strict=True):
-            own = layout if captured.module is self.module else self._layout(captured.module)
-            x_rows, a_rows = own.inputs(x), own.outputs(a)
-            if x_rows.shape[-1] != k or a_rows.shape[-1] != n:
-                raise ValueError(
-                    f"layer {self.name!r} changed shape since the forward: it mapped {x_rows.shape[-1]} to "
-                    f"{a_rows.shape[-1]}, its weight is now {list(self.weight.shape)}"
-                )
+            x_rows, a_rows = self._layout(captured.module).rows(x, a)
+            self._check_shape(weight, x_rows, a_rows)
             if x_rows.shape[-2]:
                 inputs.append(x_rows)
                 outputs.append(a_rows)
         return (_stacked(inputs), _stacked(outputs)) if inputs else None
+
+    def _check_shape(self, weight: Tensor, x: Tensor | Rows, a: Tensor | Rows) -> None:
+        """Check that rows fit the layer's weight, in the shape of a local problem."""
+        n, k = weight.shape[-2:]
+        if x.shape[-1] != k or a.shape[-1] != n:
+            raise ValueError(
+                f"layer {self.name!r} changed shape since the forward: it mapped {x.shape[-1]} to {a.shape[-1]}, "
+                f"its weight is now {list(self.weight.shape)}"
+            )
 
     def residual_parts(self) -> Iterator[tuple[Layout, Tensor, Gradients]]:
         """The layout, pre-activation and gradients of each captured pass, in the order of :meth:`rows`."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import weakref
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from locoprop_kernels import transfers
+from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import ActivationHook, CapturedLayer
 from locoprop_torch.checks import clean_name
@@ -46,6 +48,11 @@ class ModelLayers:
         self._target = {clean_name(n): t for n, t in target.items()} if isinstance(target, Mapping) else target
         self._masks = _checked_masks(model, masks)
         self._activation_handles: list[AttachedHook] = []
+        self._sampling = _Weak()
+
+    def sample_by(self, sampling: Callable[[], Sampling | None]) -> None:
+        """Have the layers keep the rows that a method of the optimiser says, which is not kept alive for it."""
+        self._sampling.method = weakref.WeakMethod(sampling)
 
     def owned(self) -> dict[int, nn.Parameter]:
         """The parameters of captured layers, by ``id``."""
@@ -95,8 +102,16 @@ class ModelLayers:
             name = next(iter(tied))
             if name not in self.captured:
                 transfer, reason = _common_transfer([found[other] for other in tied], list(tied))
-                self.captured[name] = CapturedLayer(tied, paths, transfer, self.target(name) != "dual", reason)
+                self._capture(tied, paths, transfer, reason)
         self._watch_activations()
+
+    def _capture(
+        self, modules: Mapping[str, Any], paths: Mapping[str, str], transfer: Transfer, reason: str | None
+    ) -> None:
+        """Capture a layer: its modules by name, and where they are in the model."""
+        name = next(iter(modules))
+        keep_gradients = self.target(name) != "dual"
+        self.captured[name] = CapturedLayer(modules, paths, transfer, keep_gradients, reason, self._sampling)
 
     def detach(self) -> None:
         """Take all hooks off the model."""
@@ -163,17 +178,29 @@ class ModelLayers:
         masks = [
             (clean_name(name), self._masks[id(p)]) for name, p in self._model.named_parameters() if id(p) in self._masks
         ]
-        return {**self.__dict__, "captured": captured, "_masks": masks, "_activation_handles": []}
+        left_out: dict[str, Any] = {"_activation_handles": [], "_sampling": None}
+        return {**self.__dict__, "captured": captured, "_masks": masks, **left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._sampling = _Weak()
         self.captured = {}
         self._masks = _checked_masks(self._model, dict(state["_masks"]))
         for names, paths, transfer, reason in state["captured"]:
             modules = {name: self._model.get_submodule(paths[name]) for name in names}
-            keep = self.target(names[0]) != "dual"
-            self.captured[names[0]] = CapturedLayer(modules, paths, transfer, keep, reason)
+            self._capture(modules, paths, transfer, reason)
         self._watch_activations()
+
+
+class _Weak:
+    """Asks a method which rows the next step takes; all where there is none, or no longer its object."""
+
+    def __init__(self) -> None:
+        self.method: weakref.WeakMethod[Callable[[], Sampling | None]] | None = None
+
+    def __call__(self) -> Sampling | None:
+        found = None if self.method is None else self.method()
+        return None if found is None else found()
 
 
 def transfer_in_use(layer: CapturedLayer, chosen: str | Transfer | None, local_loss: str) -> Transfer:

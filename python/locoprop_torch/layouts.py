@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,10 @@ class Layout(ABC):
     @abstractmethod
     def outputs(self, a: Tensor) -> Tensor | Rows:
         """Rows ``[B, N]`` or ``[G, B, N]`` of an output of the module."""
+
+    def rows(self, x: Tensor, a: Tensor) -> tuple[Tensor | Rows, Tensor | Rows]:
+        """:meth:`inputs` and :meth:`outputs` of one call of the module."""
+        return self.inputs(x), self.outputs(a)
 
     def view(self, kind: str, tensor: Tensor) -> Tensor:
         """:meth:`weight` or :meth:`bias`, by ``kind``: ``"weight"`` or ``"bias"``."""
@@ -155,6 +159,9 @@ class _PaddedPatches(Rows):
     def every(self, start: int, step: int) -> Tensor:
         return self._patches(self.x, self.module.groups).every(start, step)
 
+    def several(self, starts: Sequence[int], step: int) -> Tensor:
+        return self._patches(self.x, self.module.groups).several(starts, step)
+
     def group(self, index: int) -> Patches:
         return self._patches(self.x.chunk(self.module.groups, 1)[index], 1)
 
@@ -174,7 +181,7 @@ class _Positions(Rows):
             yield rows.unflatten(1, (self.groups, -1)).movedim(1, 0) if self.groups > 1 else rows
 
     def every(self, start: int, step: int) -> Tensor:
-        rows = torch.arange(start, self.shape[-2], step, device=self.device)
+        rows = torch.arange(min(start, self.shape[-2]), self.shape[-2], step, device=self.device)
         found = self.a.movedim(1, -1)[torch.unravel_index(rows, (len(self.a), *self.a.shape[2:]))]
         return found.unflatten(1, (self.groups, -1)).movedim(1, 0) if self.groups > 1 else found
 

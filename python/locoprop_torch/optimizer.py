@@ -13,6 +13,7 @@ from locoprop_kernels import StepReport, rules, transfers
 from locoprop_kernels.problem import shown
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
 from locoprop_kernels.reports import nothing_done
+from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.settings import Settings, check_rows
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch import checkpoints
@@ -39,6 +40,7 @@ from locoprop_torch.step import (
     commit,
     decay_weights,
     places,
+    sampling_ahead,
     solve,
     tell_without_rows,
     trained,
@@ -174,6 +176,11 @@ class LocoProp(Optimizer):
         super().__init__(complete_groups(self.model, owned, param_groups), defaults)
         self._complete = True
         link_groups(self.param_groups, self.aux)
+        self._model_layers.sample_by(self._sampling)
+
+    def _sampling(self) -> Sampling | None:
+        """Which rows the next step takes, as far as that is known before it."""
+        return sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
 
     def _attach(self) -> None:
         """Capture the supported layers of the model that ``aux`` leaves to us."""
@@ -293,6 +300,7 @@ class LocoProp(Optimizer):
 
     def _solve(self, call: Call) -> StepReport:
         """The local iterations of one call, up to the commit."""
+        rows, seed = call.rows_and_seed or (self.rows, self.rows_seed)
         settings = Settings.checked(
             rule=call.group["rule"],
             lr=call.rates,
@@ -301,8 +309,8 @@ class LocoProp(Optimizer):
             compute_dtype=self.compute_dtype,
             trace=self.trace and call.with_rows,
             regulariser=self.regulariser,
-            rows=self.rows,
-            rows_seed=self.rows_seed,
+            rows=rows,
+            rows_seed=seed,
         )
         return solve(call, settings, self.backend)
 
@@ -374,6 +382,10 @@ class LocoProp(Optimizer):
         return {
             k: v for k, v in state.items() if not k.endswith("_hooks") and k not in ("_zero_grad_profile_name", "step")
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._model_layers.sample_by(self._sampling)
 
     def __repr__(self) -> str:
         width = max(map(len, self._layers))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
+
+from locoprop_torch.kept import KeptRows
 
 __all__ = ["Gradients", "Pass", "SeenGradient"]
 
@@ -31,23 +34,33 @@ class Gradients:
 class Pass:
     """One call of a layer. Its tensors are the forward pass's own, not copies, and ``None`` once a step has used them.
 
+    They are ``None`` too once copies have been made of the rows that a step will take, see :class:`KeptRows`.
+
     Attributes:
         module: the module that was called.
         x: its input.
         preactivation: its output.
         versions: how often either had been written to.
+        kept: copies of the rows that a step will take, in place of all of them.
+        size: how many rows it has; known where some are to be chosen.
+        offset: how many rows there are before it in the step, likewise.
         counted: whether a backward pass through it has added to the parameters' gradients.
         gradients: what the backward passes that count have brought.
         arriving: by the number of a backward pass, what it has brought, until it is known to count.
+        number: of the call, counted through the process.
     """
 
     module: nn.Module
     x: Tensor | None
     preactivation: Tensor | None
     versions: tuple[int, int]
+    kept: KeptRows | None = None
+    size: int = 0
+    offset: int | None = None
     counted: bool = False
     gradients: Gradients | None = None
     arriving: dict[int, Gradients] | None = None
+    number: int = field(default_factory=itertools.count().__next__)
 
     def arrive(self, number: int, gradients: Gradients) -> None:
         """Gradients have come in a backward pass."""
@@ -67,9 +80,30 @@ class Pass:
         if self.arriving is not None:
             self.arriving.pop(number, None)
 
+    @property
+    def released(self) -> bool:
+        """Whether a step has used it."""
+        return self.x is None and self.kept is None
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether somebody has written over its input."""
+        return self.x is not None and self.x._version != self.versions[0]
+
     def release(self) -> None:
         """Let go of the tensors, which the graph behind the loss would keep until the next forward pass."""
-        self.x = self.preactivation = self.gradients = self.arriving = None
+        self.x = self.preactivation = self.kept = self.gradients = self.arriving = None
+
+    def uncount(self) -> None:
+        """Forget that it counts; a later backward pass through the same graph may count it again."""
+        self.counted = False
+        self.gradients = None
+        if self.kept is None:
+            self.offset = None
+
+    def keep_rows(self, kept: KeptRows) -> None:
+        """Hold these rows in place of all."""
+        self.kept, self.x, self.preactivation = kept, None, None
 
     def restored(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Input and pre-activation in dtypes that a local problem takes; the latter anew where it was overwritten.
@@ -84,7 +118,7 @@ class Pass:
         x, a = self.x, self.preactivation
         assert x is not None
         assert a is not None
-        if x._version != self.versions[0]:
+        if self.overwritten:
             raise ValueError(
                 f"the input of layer {name!r} was overwritten in place between the forward pass and step()"
             )

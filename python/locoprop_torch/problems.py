@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from locoprop_kernels import LocalProblem, rules
+from locoprop_kernels.chosen import ChosenRows
 from locoprop_kernels.patches import Rows
 from locoprop_kernels.problem import accumulation_dtype, initial_state
+from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.layouts import Layout, laid_out
@@ -124,6 +126,7 @@ class LayerWork:
         trained: its parameters that this step trains, by kind.
         problem: the local problem.
         rows: how many rows it has; 0 where there is a gradient alone.
+        sampling: which of them its local steps take, if they have been chosen already.
         states: the rule's state of each trained parameter.
     """
 
@@ -131,6 +134,7 @@ class LayerWork:
     trained: Mapping[str, Trained]
     problem: LocalProblem
     rows: int
+    sampling: Sampling | None
     states: dict[str, RuleState]
 
     def release(self) -> None:
@@ -176,7 +180,7 @@ def layer_work(
     """
     layout = layer.layout
     weight = layout.weight(layer.weight)
-    found = layer.rows(layout, weight)
+    found = layer.rows(weight)
     rows = found or _one_row_of_zeros(weight)
     examples = None if found else 1
     problem = problem_of(layout, layer.parameters, rows, transfer, f"layer {layer.name!r}", examples)
@@ -197,7 +201,8 @@ def layer_work(
             setattr(problem, f"rate_{kind}", own_lr / lr)
         if masks:
             setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(_mask(parameter, masks), parameter)))
-    return LayerWork(layer, trained, problem, found[0].shape[-2] if found else 0, states)
+    sampling = layer.sampling if isinstance(rows[0], ChosenRows) else None
+    return LayerWork(layer, trained, problem, found[0].shape[-2] if found else 0, sampling, states)
 
 
 def _one_row_of_zeros(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from locoprop_kernels import StepReport, steps
-from locoprop_kernels.settings import Settings
+from locoprop_kernels.sampling import Sampling
+from locoprop_kernels.settings import Settings, check_rows
 from locoprop_kernels.solution import Decision
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import is_compiled
@@ -27,6 +28,7 @@ __all__ = [
     "commit",
     "decay_weights",
     "places",
+    "sampling_ahead",
     "solve",
     "tell_without_rows",
     "trained",
@@ -113,6 +115,31 @@ class Call:
     rates: list[float]
     with_rows: bool
     work: list[LayerWork] = field(default_factory=list)
+
+    @property
+    def rows_and_seed(self) -> tuple[int, int] | None:
+        """``rows`` and the seed that the layers' rows were chosen by, whatever has been set since; ``None`` if not."""
+        return next((work.sampling[:2] for work in self.work if work.sampling is not None), None)
+
+
+def sampling_ahead(rows: int | None, seed: int, groups: Iterable[Mapping[str, Any]], trace: bool) -> Sampling | None:
+    """Which rows the next step will take, as far as that is known before it; ``None`` for all.
+
+    Args:
+        rows: of the batch in a local step.
+        seed: of the step.
+        groups: the parameter groups of the captured layers.
+        trace: whether the local objectives are evaluated.
+
+    Raises:
+        ValueError: ``rows`` is neither a positive integer nor ``None``.
+    """
+    if rows is None:
+        return None
+    check_rows(rows)
+    most = max(int(group["local_iterations"]) for group in groups)
+    # The first local step needs no rows, and the objective at the end does.
+    return Sampling(rows, seed, max(most - 1 + trace, 1))
 
 
 def validate(calls: Sequence[Call]) -> None:

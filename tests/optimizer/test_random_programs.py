@@ -24,11 +24,12 @@ def versions(model):
 
 class Programs(RuleBasedStateMachine):
     graphs = Bundle("graphs")
+    few: int | None = None
 
     def __init__(self):
         super().__init__()
         self.model = mlp()
-        self.opt = LocoProp(self.model, lr=1e-3, rule="adam", local_iterations=2)
+        self.opt = LocoProp(self.model, lr=1e-3, rule="adam", local_iterations=2, rows=self.few)
         self.expected: dict[int, list[int]] = {
             layer: [] for layer in LAYERS
         }  # identities of the passes whose rows are in the gradient
@@ -186,7 +187,9 @@ class Programs(RuleBasedStateMachine):
         for layer, numbers in self.expected.items():
             passes = captured(self.opt)[str(layer)]
             if not isinstance(numbers, _Discarded):
-                assert sum(len(p.x) for p in passes) == sum(self.sizes[number] for number in numbers)
+                assert sum(p.kept.size if p.kept else len(p.x) for p in passes) == sum(
+                    self.sizes[number] for number in numbers
+                )
 
 
 class _Discarded(list):
@@ -201,3 +204,13 @@ Programs.TestCase.settings = settings(
     max_examples=200, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 test_random_programs = Programs.TestCase
+
+
+class ProgramsWithRows(Programs):
+    """Where each local step takes one row or two, nearly every pass is cut down to them."""
+
+    few = 1
+
+
+ProgramsWithRows.TestCase.settings = settings(Programs.TestCase.settings, max_examples=50)
+test_random_programs_with_rows = ProgramsWithRows.TestCase

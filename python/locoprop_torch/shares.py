@@ -1,0 +1,122 @@
+"""With ``rows``: which rows the passes of a layer keep, so that all together have those that a step will take.
+
+The passes of a step lie one after another, and each has an *offset*, the number of rows before it. Its row ``i``
+belongs to the set ``(offset + i) mod S``, as if all rows were in one tensor. ``S`` grows with the passes that count,
+and those that have been cut down to their share already are thinned, as sets are nested
+(:mod:`locoprop_kernels.sampling`).
+
+A pass is cut down in the forward pass if it is known then which rows it will have to give: if all earlier passes of the
+layer that may still count do count already. Otherwise (several calls in one forward pass, a call that has not been
+differentiated yet) it stays whole until it counts. So a pass that never counts changes nothing for others.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from locoprop_kernels.sampling import Sampling, count_sets_of_parts
+from locoprop_torch.kept import KeptRows
+from locoprop_torch.layouts import Layout
+from locoprop_torch.passes import Pass
+
+__all__ = ["Shares"]
+
+
+class Shares:
+    """What the passes of a layer keep of their rows.
+
+    Args:
+        name: the layer's, for messages.
+        layout: makes the layout of a module.
+    """
+
+    def __init__(self, name: str, layout: Callable[[nn.Module], Layout]) -> None:
+        self._name, self._layout = name, layout
+        # The passes that may still count.
+        self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
+
+    def begin(self, captured: Pass, before: Sequence[Pass], sampling: Sampling) -> None:
+        """Cut a new pass down to its share, if that is known.
+
+        Args:
+            captured: the pass.
+            before: those that count.
+            sampling: which rows the next step takes.
+        """
+        alone = not self._waiting()
+        self._open.add(captured)
+        assert captured.x is not None
+        assert captured.preactivation is not None
+        x, a = self._layout(captured.module).rows(captured.x, captured.preactivation)
+        captured.size = x.shape[-2]
+        if not alone:
+            return
+        sampling = next((other.kept.sampling for other in before if other.kept), sampling)
+        sets = _sets([*before, captured], sampling)
+        # With fewer rows than sets, it might have nothing to give if the others were forgotten.
+        if sampling.steps < sets <= captured.size:
+            captured.offset = _end(before)
+            captured.keep_rows(KeptRows.of(x, a, sampling, sets, captured.offset))
+
+    @torch.no_grad()
+    def even_out(
+        self, passes: list[Pass], sampling: Sampling | None, dtype: torch.dtype, at_step: bool = False
+    ) -> None:
+        """Bring the passes that count into their order, and cut them down to their shares.
+
+        Args:
+            passes: all passes that count; they are sorted.
+            sampling: which rows the step takes; ``None`` for all.
+            dtype: of the weight.
+            at_step: whether no more passes are to come.
+
+        Raises:
+            ValueError: at a step, and an input was overwritten.
+        """
+        self._open.difference_update(passes)
+        # Where one that has its place already may still count, others cannot know theirs.
+        if sampling is None or not passes or (any(one.kept for one in self._waiting()) and not at_step):
+            return
+        end = _end(passes)
+        for captured in passes:
+            if captured.offset is None:
+                if captured.x is not None:  # its size is not known if ``rows`` was set after the forward pass
+                    captured.size = self._layout(captured.module).inputs(captured.x).shape[-2]
+                captured.offset, end = end, end + captured.size
+        passes.sort(key=lambda one: one.offset or 0)
+        sets = _sets(passes, sampling)
+        if sets <= sampling.steps and not any(captured.kept for captured in passes):
+            return
+        for captured in passes:
+            if captured.kept is not None:
+                captured.kept.thin(sets)
+            # A step refuses what was overwritten; until then the gradient may be discarded.
+            elif at_step or not captured.overwritten:
+                x, a = self._layout(captured.module).rows(*captured.restored(self._name, dtype))
+                captured.keep_rows(KeptRows.of(x, a, sampling, sets, captured.offset or 0))
+
+    def end(self) -> None:
+        """A step has been made: of what was called before it, nothing is expected to count any more."""
+        self._open.clear()
+
+    def _waiting(self) -> list[Pass]:
+        """The passes that may still count."""
+        return [captured for captured in self._open if not captured.counted and not captured.released]
+
+
+def _end(passes: Sequence[Pass]) -> int:
+    """How many rows there are before the next pass."""
+    return max((captured.offset + captured.size for captured in passes if captured.offset is not None), default=0)
+
+
+def _sets(passes: Sequence[Pass], sampling: Sampling) -> int:
+    """``S`` for all rows of these passes: no less than what one of them has been cut down for."""
+    sets = count_sets_of_parts([captured.size for captured in passes], sampling.rows)
+    most = max((captured.kept.sets for captured in passes if captured.kept), default=1)
+    while sets < most:
+        sets *= 2
+    return sets
