@@ -29,7 +29,7 @@ from torch import Tensor
 
 from locoprop_kernels import route_cache
 
-__all__ = ["CLEARLY", "Choice", "available", "choose", "multiply", "route", "runs"]
+__all__ = ["CLEARLY", "Choice", "adopt", "available", "choose", "multiply", "route", "runs"]
 
 #: How much faster than the default route another one has to be.
 CLEARLY = 1.15
@@ -83,6 +83,17 @@ def choose(operands: torch.dtype) -> Choice:
         choice = _chosen.setdefault(operands, _forced(operands) or _found(operands))
         _log.info("products with %s operands on this CPU: route %r (%s)", _name(operands), *choice)
     return _chosen[operands]
+
+
+def adopt(operands: torch.dtype, by: str) -> None:
+    """Take a route from now on, so that this process computes the same as another one.
+
+    Raises:
+        ValueError: this processor cannot take it.
+    """
+    if by not in available(operands) or (by != "upcast" and not runs(operands, by)):
+        raise ValueError(f"this processor cannot multiply {_name(operands)} operands by route {by!r}: set {_FORCE}")
+    _chosen[operands] = Choice(by, "as another process does")
 
 
 def available(operands: torch.dtype) -> tuple[str, ...]:

@@ -164,6 +164,10 @@ class CapturedLayer:
         """How the layer's parameters form a local problem at present: a convolution's depends on its strides."""
         return self._layout(self.module)
 
+    def layout_of(self, captured: Pass) -> Layout:
+        """The layout of the module that a pass went through."""
+        return self._layout(captured.module)
+
     # --- passes
 
     def latest(self, output: Tensor) -> Pass | None:

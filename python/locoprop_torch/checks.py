@@ -17,8 +17,8 @@ __all__ = [
     "as_list",
     "check_arguments",
     "check_choice",
+    "check_model",
     "check_number",
-    "check_one_process",
     "checked_hyperparameters",
     "clean_name",
     "is_compiled",
@@ -35,7 +35,7 @@ def check_arguments(
     """Check the arguments of ``LocoProp`` that hold for the whole optimiser and can be checked by themselves.
 
     Raises:
-        TypeError, ValueError: one of them is out of range, the Triton backend cannot run, or several processes train.
+        TypeError, ValueError: one of them is out of range, the Triton backend cannot run, or the model is sharded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -47,7 +47,7 @@ def check_arguments(
         raise TypeError(f"lr_decay must be callable or None, got {shown(lr_decay)}")
     if backend == "triton" and (reason := triton_unavailable()):
         raise ValueError(f"backend 'triton' cannot run: {reason}; backend='reference' would work")
-    check_one_process(model)
+    check_model(model)
 
 
 def check_number(name: str, value: Any, *, zero: bool = True) -> Any:
@@ -115,22 +115,23 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
-def check_one_process(model: nn.Module) -> None:
-    """Refuse to train in more than one process, or on sharded parameters.
+def check_model(model: nn.Module) -> None:
+    """Refuse models that are distributed over processes in a way that is not supported.
 
     Raises:
-        ValueError: ``torch.distributed`` runs several processes, or a parameter is a ``DTensor``.
+        ValueError: naming the parameter or module, and what would work.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not torch.distributed.is_available():
         return
-    if torch.distributed.get_world_size() > 1:
-        raise ValueError(
-            "LocoProp does not support several processes yet (DistributedDataParallel, FSDP): each would take local "
-            "steps on its own rows, and the replicas would drift apart; "
-            f"got {torch.distributed.get_world_size()} processes"
-        )
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(
+                "LocoProp does not support FullyShardedDataParallel, whose flat parameters have no rows, got "
+                f"{name or 'the model'!r}; DistributedDataParallel would work"
+            )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(f"LocoProp does not support sharded parameters (FSDP2, DTensor) yet, got {name!r}")

@@ -12,7 +12,7 @@ from locoprop_kernels.chosen import ChosenRows, fitted
 from locoprop_kernels.patches import Rows, several
 from locoprop_kernels.sampling import Sampling, set_order
 
-__all__ = ["KeptRows", "joined"]
+__all__ = ["KeptRows", "joined", "starts_of"]
 
 
 @dataclass(eq=False)
@@ -49,7 +49,7 @@ class KeptRows:
             offset: how many rows the passes before it have.
         """
         size = x.shape[-2]
-        starts = _starts(sampling, sets, offset)
+        starts = starts_of(sampling, sets, offset)
         sizes = [len(range(start, size, sets)) for start in starts]
         return cls(
             size, sampling, sets, offset,
@@ -71,7 +71,7 @@ class KeptRows:
             return
         ratio = sets // self.sets
         nested = ratio * self.sets == sets and ratio & (ratio - 1) == 0
-        starts = _starts(self.sampling, sets, self.offset)
+        starts = starts_of(self.sampling, sets, self.offset)
 
         def left(rows: Tensor, start: int) -> Tensor:
             if nested:
@@ -114,7 +114,7 @@ def joined(parts: Sequence[KeptRows], dtype: torch.dtype) -> tuple[ChosenRows, C
     return found[0], found[1]
 
 
-def _starts(sampling: Sampling, sets: int, offset: int) -> list[int]:
+def starts_of(sampling: Sampling, sets: int, offset: int) -> list[int]:
     """The first row of a pass that each local step takes; they take every ``sets``-th from there."""
     return [(number - offset) % sets for number in set_order(sampling.seed, sets, sampling.steps)]
 

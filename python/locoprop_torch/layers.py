@@ -19,7 +19,7 @@ from locoprop_torch.layouts import number_of_groups, supported_modules, tied_lay
 from locoprop_torch.masks import trained_parameters
 from locoprop_torch.targets import Target
 
-__all__ = ["ModelLayers", "described", "transfer_in_use"]
+__all__ = ["ModelLayers", "table", "transfer_in_use"]
 
 
 class ModelLayers:
@@ -224,13 +224,30 @@ def transfer_in_use(layer: CapturedLayer, chosen: str | Transfer | None, local_l
     return transfer
 
 
-def described(layer: CapturedLayer, transfer: Transfer) -> str:
+def _described(layer: CapturedLayer, transfer: Transfer) -> str:
     """A layer's sizes, the transfer function that it has, and what else is to be known of it, as text."""
     *groups, n, k = layer.layout.weight(layer.weight).shape
     count = f"{groups[0]} x " if groups else ""
     tied = f"  (also {', '.join(list(layer.modules)[1:])})" if len(layer.modules) > 1 else ""
     reason = f"  ({layer.reason})" if layer.reason else ""
     return f"{count}{k} -> {n}  {transfer}{tied}{reason}"
+
+
+def table(
+    layers: Mapping[str, CapturedLayer], chosen: Mapping[int, str | Transfer | None], local_loss: str
+) -> list[str]:
+    """A line for each layer, by name.
+
+    Args:
+        layers: the layers.
+        chosen: what parameter groups say about transfer functions, by ``id`` of a weight.
+        local_loss: see :func:`transfer_in_use`.
+    """
+    width = max(map(len, layers))
+    return [
+        f"  {name:<{width}}  {_described(layer, transfer_in_use(layer, chosen.get(id(layer.weight)), local_loss))}"
+        for name, layer in layers.items()
+    ]
 
 
 def _common_transfer(found: list[Found], names: list[str]) -> tuple[Transfer, str | None]:

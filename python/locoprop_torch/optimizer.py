@@ -16,7 +16,7 @@ from locoprop_kernels.reports import nothing_done
 from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.settings import Settings, check_rows
 from locoprop_kernels.transfers import Transfer
-from locoprop_torch import checkpoints
+from locoprop_torch import checkpoints, processes
 from locoprop_torch.auxiliary import (
     Aux,
     check_aux,
@@ -28,8 +28,8 @@ from locoprop_torch.auxiliary import (
     trained_ids,
 )
 from locoprop_torch.capture import CapturedLayer
-from locoprop_torch.checks import as_list, check_arguments, check_one_process, checked_hyperparameters
-from locoprop_torch.layers import ModelLayers, described, transfer_in_use
+from locoprop_torch.checks import as_list, check_arguments, checked_hyperparameters
+from locoprop_torch.layers import ModelLayers, table, transfer_in_use
 from locoprop_torch.problems import layer_work
 from locoprop_torch.rates import default_lr_decay, local_rates
 from locoprop_torch.step import (
@@ -143,7 +143,7 @@ class LocoProp(Optimizer):
             "transfer": None,
         }
         defaults.update(checked_hyperparameters(defaults))
-        self.model = model
+        self.model = model = processes.unwrapped(model)
         self.local_loss, self.reduction = local_loss, reduction
         self.lr_decay = lr_decay or default_lr_decay
         self.aux: Optimizer | None = aux if isinstance(aux, Optimizer) else None
@@ -180,6 +180,8 @@ class LocoProp(Optimizer):
 
     def _sampling(self) -> Sampling | None:
         """Which rows the next step takes, as far as that is known before it."""
+        if processes.are_several(self.model):
+            return None
         return sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
 
     def _attach(self) -> None:
@@ -242,25 +244,19 @@ class LocoProp(Optimizer):
 
         Raises:
             ValueError: what was captured does not fit the parameters any more (changed shapes, replaced layers, inputs
-                overwritten in place, mixed dtypes or devices, sparse gradients), or several processes train. Nothing
+                overwritten in place, mixed dtypes or devices, sparse gradients), or processes do not agree. Nothing
                 has been changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_one_process(self.model)
         link_groups(self.param_groups, self.aux)
         own = own_groups(self.param_groups)
-        # Schedulers and users may have set anything since the last step.
-        for group in own:
-            group.update(checked_hyperparameters(group))
-        where = places(own)
-        calls, idle = self._calls(where)
-        validate(calls)
-        reports = [self._solve(call) for call in calls]
+        together = processes.of(self)
+        where = together.begin(self, lambda: places(own))
+        (calls, idle, reports), finite = together.finish(lambda: self._solved(where, loss))
         self.rows_seed += 1
-        finite = all_finite(reports, loss, self.aux)
         # The host decides whether aux steps, so with aux a step waits for the device.
         if self.aux is not None and finite:
             self.aux.step()
@@ -273,6 +269,15 @@ class LocoProp(Optimizer):
             self._skipped.count(finite)
         self.last_reports = [*reports, *([nothing_done(idle, "no gradient")] if idle else [])]
         return loss
+
+    def _solved(
+        self, where: Mapping[int, Place], loss: Any
+    ) -> tuple[tuple[list[Call], list[str], list[StepReport]], Tensor]:
+        """The calls of a step, the layers that are in none, what the calls have found, and whether all is finite."""
+        calls, idle = self._calls(where)
+        validate(calls)
+        reports = [self._solve(call) for call in calls]
+        return (calls, idle, reports), all_finite(reports, loss, self.aux)
 
     def _calls(self, where: Mapping[int, Place]) -> tuple[list[Call], list[str]]:
         """The calls of the backend that make this step, and the names of the layers that have no gradient."""
@@ -388,13 +393,9 @@ class LocoProp(Optimizer):
         self._model_layers.sample_by(self._sampling)
 
     def __repr__(self) -> str:
-        width = max(map(len, self._layers))
-        groups_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        transfers_of = {id(p): group["transfer"] for group in own_groups(self.param_groups) for p in group["params"]}
         lines = [super().__repr__(), f"local loss: {self.local_loss}; layers:"]
-        for name, layer in self._layers.items():
-            group = groups_of.get(id(layer.weight), self.defaults)
-            transfer = transfer_in_use(layer, group["transfer"], self.local_loss)
-            lines.append(f"  {name:<{width}}  {described(layer, transfer)}")
+        lines += table(self._layers, transfers_of, self.local_loss)
         if self.aux is not None:
             lines.append(f"aux: {type(self.aux).__name__}")
         return "\n".join(lines)

@@ -17,7 +17,7 @@ from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.settings import Settings, check_rows
 from locoprop_kernels.solution import Decision
 from locoprop_torch.capture import CapturedLayer
-from locoprop_torch.checks import is_compiled
+from locoprop_torch.checks import checked_hyperparameters, is_compiled
 from locoprop_torch.problems import LayerWork, Trained
 
 __all__ = [
@@ -49,9 +49,15 @@ class Place(NamedTuple):
 
 
 def places(groups: Sequence[dict[str, Any]]) -> dict[int, Place]:
-    """The place of every parameter, by its ``id``."""
+    """The place of every parameter, by its ``id``, once the numbers of its group have been checked.
+
+    Raises:
+        TypeError, ValueError: naming a number, what was expected and what came.
+    """
     found = {}
     for number, group in enumerate(groups):
+        # Schedulers and users may have set anything since the last step.
+        group.update(checked_hyperparameters(group))
         place = Place(number, group, float(group["lr"]))
         found.update({id(p): place for p in group["params"]})
     return found

@@ -1,0 +1,177 @@
+"""Several processes that train one model, each on its part of the batch: which they are, and what a step asks of them.
+
+A step under several processes is the step of one process on their batches, one after another:
+
+* before it, they make sure that they agree (:mod:`locoprop_torch.agreement`);
+* every layer's rows of all of them are gathered (:mod:`locoprop_torch.gathering`), and gradients are the same already;
+* then each solves the local problems of all layers, and the step is committed if it is finite on all of them.
+
+A process that cannot go on says so in the next exchange, and then all of them raise.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from locoprop_torch.agreement import agree, raise_alike
+from locoprop_torch.checks import check_model
+from locoprop_torch.gathering import GatheredRows, LocalRows
+from locoprop_torch.wire import Wire
+
+if TYPE_CHECKING:
+    from locoprop_torch.optimizer import LocoProp
+
+__all__ = ["Alone", "Processes", "are_several", "of", "unwrapped"]
+
+T = TypeVar("T")
+# The DistributedDataParallel that a model was last called in.
+_wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def are_several(model: nn.Module) -> bool:
+    """Whether there is more than one process; to be asked in forward passes, and notes what the model is wrapped in."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    # torch has no public way from a model to what wraps it.
+    active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if active is not None:
+        _wrappers[model] = weakref.ref(active)
+    return True
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where it is wrapped in ``DistributedDataParallel``: its layers have the same names then."""
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, nn.parallel.DistributedDataParallel):
+        return model
+    _wrappers[inner.module] = weakref.ref(inner)
+    return inner.module
+
+
+def of(optimizer: LocoProp) -> Alone | Processes:
+    """The processes that train the model of an optimiser.
+
+    They are those of the ``DistributedDataParallel`` in which the model was called, or of the default process group.
+
+    Raises:
+        ValueError: the model is distributed in a way that is not supported, or its process group is gone.
+    """
+    model = optimizer.model
+    check_model(model)
+    reference = _wrappers.get(model)
+    wrapper: Any = None if reference is None else reference()
+    if not (dist.is_available() and dist.is_initialized()):
+        if wrapper is not None:
+            raise ValueError(
+                "the process group of the model's DistributedDataParallel is not initialised: call "
+                "torch.distributed.init_process_group(...) before the model is wrapped, and keep it until the last step"
+            )
+        return Alone()
+    group = dist.group.WORLD if wrapper is None else wrapper.process_group
+    if dist.get_world_size(group) == 1:
+        return Alone()
+    return Processes(group, next(iter(optimizer._layers.values())).weight.device, wrapper)
+
+
+class Alone:
+    """One process: nothing to agree on."""
+
+    def begin(self, optimizer: LocoProp, prepare: Callable[[], T]) -> T:
+        """What ``prepare`` returns."""
+        return prepare()
+
+    def finish(self, solve: Callable[[], tuple[T, Tensor]]) -> tuple[T, Tensor]:
+        """What ``solve`` returns."""
+        return solve()
+
+
+class Processes:
+    """The processes of one step.
+
+    Args:
+        group: their process group.
+        device: of the parameters.
+        wrapper: the model's ``DistributedDataParallel``, if it has one.
+    """
+
+    def __init__(self, group: Any, device: torch.device, wrapper: Any = None) -> None:
+        self.wire = Wire(group, device)
+        self.wrapper = wrapper
+        self._rows: GatheredRows | None = None
+
+    def begin(self, optimizer: LocoProp, prepare: Callable[[], T]) -> T:
+        """Agree on the step, and give every layer the rows of all processes.
+
+        Args:
+            optimizer: the optimiser.
+            prepare: the checks that a process makes alone.
+
+        Returns:
+            What ``prepare`` returned.
+
+        Raises:
+            ValueError: on all processes alike: one of them cannot make the step, or they do not agree.
+        """
+        error: Exception | None = None
+        prepared: Any = None
+        local = LocalRows()
+        try:
+            self._check(optimizer)
+            prepared = prepare()
+            local = LocalRows.of(optimizer)
+        except Exception as raised:
+            error = raised
+        numbers = agree(self.wire, optimizer, local.numbers, error)
+        self._rows = GatheredRows(self.wire, optimizer, local, numbers)
+        return prepared
+
+    def _check(self, optimizer: LocoProp) -> None:
+        if self.wrapper is not None and self.wrapper._join_config.enable:
+            raise ValueError(
+                "a step within DistributedDataParallel.join() would wait for processes that have no more batches: give "
+                "every process the same number of batches, some of them smaller or empty"
+            )
+        for name, layer in optimizer._layers.items():
+            if layer.keep_gradients:
+                raise ValueError(
+                    f"under several processes only the target 'dual' is supported, layer {name!r} has another"
+                )
+
+    def finish(self, solve: Callable[[], tuple[T, Tensor]]) -> tuple[T, Tensor]:
+        """Solve the local problems, and find out whether all processes may commit.
+
+        Args:
+            solve: returns the solution, and whether it may be committed as far as this process knows.
+
+        Returns:
+            The solution, and whether it may be committed: a bool tensor on the parameters' device.
+
+        Raises:
+            ValueError: on all processes alike, as far as they wait for the device: one of them could not.
+        """
+        assert self._rows is not None
+        error: Exception | None = None
+        solved: Any = None
+        flag = torch.tensor(0)
+        try:
+            solved, finite = solve()
+            flag = 1 + finite.to(torch.int64)
+        except Exception as raised:
+            error = raised
+        least = self.wire.least(flag)
+        if least.device.type == "cpu":
+            if not least:
+                self._rows.put_back()
+                raise_alike(self.wire, error)
+        elif error is not None:
+            # The others do not wait for the device: they skip the step.
+            self._rows.put_back()
+            raise error
+        self._rows.release()
+        return solved, least == 2

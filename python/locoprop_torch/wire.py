@@ -1,0 +1,98 @@
+"""What processes send each other in a step: a few numbers, flags, objects on the way to an error, and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Shape", "Wire"]
+
+Shape = tuple[tuple[int, ...], torch.dtype]
+"""Of a tensor on its way: sizes and dtype."""
+# Every tensor begins at a multiple of this many bytes, so that it can be looked at in its dtype.
+_ALIGNED = 16
+# The second is its name before torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+class Wire:
+    """A process group, and where its tensors have to be.
+
+    Args:
+        group: the process group.
+        device: of the parameters.
+
+    Attributes:
+        rank: the number of this process in the group.
+        size: how many processes there are.
+    """
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.group, self.parameters = group, device
+        # gloo takes tensors of the host alone.
+        self.device = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def numbers(self, own: Sequence[int] | Tensor) -> list[list[int]]:
+        """The integers of every process, of which all have equally many; waits for the device."""
+        mine = torch.as_tensor(own, dtype=torch.int64).to(self.device)
+        return self._gathered(mine).tolist() if len(mine) else [[] for _ in range(self.size)]
+
+    def objects(self, own: Any) -> list[Any]:
+        """Any object of every process: slow, for what happens rarely."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, own, group=self.group)
+        return found
+
+    def least(self, own: Tensor) -> Tensor:
+        """The least of an integer tensor ``[]`` over all processes, on the parameters' device."""
+        # A copy, as it is written to.
+        flag = own.to(self.device, copy=True)
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
+        return flag.to(self.parameters)
+
+    def tensors(self, own: Sequence[Tensor], shapes: Sequence[Sequence[Shape]]) -> list[list[Tensor]]:
+        """The tensors of every process, in one exchange.
+
+        Args:
+            own: those of this process.
+            shapes: for every process, sizes and dtypes of what it sends.
+        """
+        most = max(sum(map(_bytes, some)) for some in shapes)
+        if not most:
+            return [[torch.empty(size, dtype=dtype, device=self.parameters) for size, dtype in some] for some in shapes]
+        mine = torch.zeros(most, dtype=torch.uint8, device=self.device)
+        for part, tensor in zip(_parts(mine, shapes[self.rank]), own, strict=True):
+            part.copy_(tensor)
+        everything = self._gathered(mine).to(self.parameters)
+        return [_parts(row, some) for row, some in zip(everything, shapes, strict=True)]
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        """``[size, n]`` of tensors ``[n]``."""
+        everything = own.new_empty(self.size * len(own))
+        _all_gather(everything, own, group=self.group)
+        return everything.view(self.size, -1)
+
+
+def _bytes(shape: Shape) -> int:
+    """How many bytes a tensor takes on the way."""
+    size, dtype = shape
+    count = dtype.itemsize
+    for length in size:
+        count *= length
+    return -(-count // _ALIGNED) * _ALIGNED
+
+
+def _parts(buffer: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    """The tensors that a buffer of bytes has."""
+    found, start = [], 0
+    for shape in shapes:
+        size, dtype = shape
+        stop = start + torch.Size(size).numel() * dtype.itemsize
+        found.append(buffer[start:stop].view(dtype).view(size))
+        start += _bytes(shape)
+    return found

@@ -1,0 +1,135 @@
+"""DistributedDataParallel: a step of several processes is that of one process on their batches, one after another."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from locoprop_torch import GroupedLinear, LocoProp
+from tests.helpers import RECENT, mlp, weights
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+#: Of the displacement from where training began.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+OPTIONS = {"lr": 1e-2, "activation_lr": 3.0, "local_iterations": 4}
+
+
+class Grouped(nn.Module):
+    """Grouped layers, a convolution with groups, and a normalisation for ``aux``."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 4, 3, stride=2, padding=1, groups=2), nn.LayerNorm(6)
+        self.grouped, self.head = GroupedLinear(2, 6, 5), nn.Linear(10, 3)
+
+    def forward(self, x):
+        hidden = self.norm(torch.tanh(self.conv(x.unflatten(-1, (2, 3)))).flatten(1)[:, :6])
+        return self.head(torch.sigmoid(self.grouped(torch.stack([hidden, hidden.flip(-1)]))).movedim(0, 1).flatten(1))
+
+
+class Tied(nn.Module):
+    """A layer that is used twice, and another one that shares its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.again.weight, self.again.bias = self.first.weight, self.first.bias
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(torch.tanh(self.first(x))))
+        return self.head(torch.tanh(self.again(hidden)))
+
+
+def frozen():
+    model = mlp()
+    model[0].bias.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    return model
+
+
+MODELS = {
+    "mlp": (mlp, {}),
+    "squared": (mlp, {"local_loss": "squared"}),
+    "softmax": (mlp, {"transfers": {"4": "softmax"}, "rule": "adam"}),
+    "grouped": (Grouped, {"aux": "adamw", "weight_decay": 0.1, "prox": 0.1}),
+    "tied": (Tied, {"rule": "adagrad"}),
+    "frozen": (frozen, {"rule": "momentum", "reduction": "sum"}),
+}
+
+
+def made(name, dtype):
+    make, options = MODELS[name]
+    torch.manual_seed(0)
+    return make().to(dtype), options
+
+
+def batch_of(step, part, sizes, dtype):
+    """Inputs and targets of every process in one part of a step."""
+    generator = torch.Generator().manual_seed(1000 * step + part)
+    xs, ys = (torch.randn(sum(sizes), width, generator=generator, dtype=torch.float64).to(dtype) for width in (6, 3))
+    return xs.split(sizes), ys.split(sizes)
+
+
+def trained(name, sizes, rank, dtype, options, steps=5, parts=1, how="after"):
+    """The weights after some steps of one process of several, or of one that has all batches where ``rank`` is None."""
+    model, own = made(name, dtype)
+    options = {**OPTIONS, **own, **options}
+    make = {} if how in ("after", "before") else {how: True}
+    wrapped = model
+    if how == "before":
+        opt = LocoProp(model, **options)
+    if rank is not None:
+        wrapped = nn.parallel.DistributedDataParallel(model, **make)
+    if how != "before":
+        opt = LocoProp(wrapped if how != "inner" else model, **options)
+    count = 1 if rank is None else len(sizes)
+    for step in range(steps):
+        opt.zero_grad()
+        for part in range(parts):
+            last = part == parts - 1
+            with contextlib.nullcontext() if last or rank is None else wrapped.no_sync():
+                xs, ys = batch_of(step, part, sizes, dtype)
+                x, y = (torch.cat(xs), torch.cat(ys)) if rank is None else (xs[rank], ys[rank])
+                # DistributedDataParallel averages gradients, so this is the mean over all examples.
+                (F.mse_loss(wrapped(x), y, reduction="sum") * count / sum(sizes) / parts).backward()
+        opt.step()
+    assert not opt.skipped_steps
+    return weights(model)
+
+
+def of_process(rank, name, sizes, dtype, options, arguments):
+    return trained(name, sizes, rank, dtype, options, **arguments)
+
+
+def compare(pools, name, sizes, dtype, rows=None, **arguments):
+    """Several processes give the weights of one, and all the same bits."""
+    options = {"rows": rows}
+    expected = trained(name, sizes, None, dtype, options, **{k: v for k, v in arguments.items() if k != "how"})
+    found = pools[len(sizes)].run(of_process, name, sizes, dtype, options, arguments)
+    start = weights(made(name, dtype)[0])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    displacement, error = (
+        torch.cat([(a - b).double().flatten() for a, b in zip(expected, others, strict=True)])
+        for others in (start, found[0])
+    )
+    assert displacement.norm() > 0
+    assert error.norm() <= TOLERANCE[dtype] * displacement.norm()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_two_processes_are_one(pools, name, rows, dtype):
+    compare(pools, name, [5, 5], dtype, rows)
+
+
+@pytest.mark.parametrize("rows", [None, 2, 5])
+@pytest.mark.parametrize("sizes", [[7, 2], [0, 6], [3, 1, 0, 8]])
+@pytest.mark.parametrize("name", ["mlp", "grouped"])
+def test_uneven_batches(pools, name, sizes, rows):
+    compare(pools, name, sizes, torch.float64, rows)
