@@ -108,10 +108,7 @@ def _facts(optimizer: LocoProp) -> dict[str, str]:
     facts = {name: str(getattr(optimizer, name)) for name in names}
     facts["layers"] = ", ".join(optimizer._layers)
     for name, layer in optimizer._layers.items():
-        facts[f"layer {name!r}"] = "; ".join(
-            f"{kind} {list(p.shape)} {p.dtype}{', with a gradient' if p.grad is not None and p.requires_grad else ''}"
-            for kind, p in layer.parameters.items()
-        )
+        facts[f"layer {name!r}"] = "; ".join(_described(kind, p) for kind, p in layer.parameters.items())
     for i, group in enumerate(own_groups(optimizer.param_groups)):
         values = [f"{key}={float(group[key]):.17g}" for key in ("lr", "activation_lr", "prox", "weight_decay")]
         values.append(f"local_iterations={group['local_iterations']}")
@@ -122,6 +119,12 @@ def _facts(optimizer: LocoProp) -> dict[str, str]:
     facts["aux"] = "none" if optimizer.aux is None else f"{type(optimizer.aux).__name__} {_numbers(optimizer.aux)}"
     facts["products"] = " ".join(routes.route(operands) for operands in _operands(optimizer))
     return facts
+
+
+def _described(kind: str, parameter: Tensor) -> str:
+    gradient = parameter.grad if parameter.requires_grad else None
+    brought = "" if gradient is None else f", with a gradient in {gradient.layout}"
+    return f"{kind} {list(parameter.shape)} {parameter.dtype}{brought}"
 
 
 def _numbers(aux: Any) -> str:
@@ -142,7 +145,9 @@ def _operands(optimizer: LocoProp) -> list[torch.dtype]:
 def _replica(optimizer: LocoProp) -> tuple[Tensor, Tensor]:
     """Two numbers that stand for the weights and for their gradients, on their device."""
     parameters = [p for layer in optimizer._layers.values() for p in layer.parameters.values()]
-    return _mixed(parameters), _mixed([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # A step refuses others than dense ones.
+    return _mixed(parameters), _mixed([grad for grad in gradients if grad.layout == torch.strided])
 
 
 def _mixed(tensors: Iterable[Tensor]) -> Tensor:

@@ -121,7 +121,7 @@ def check_model(model: nn.Module) -> None:
     Raises:
         ValueError: naming the parameter or module, and what would work.
     """
-    if not torch.distributed.is_available():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor

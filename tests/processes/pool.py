@@ -59,6 +59,15 @@ class Pool:
             assert text is None, f"process {rank}:\n{text}"
         return [found[rank][1] for rank in range(self.size)]
 
+    def run_until_first(self, function, *arguments):
+        """What the function returned in the first process that did, whatever happens to the others."""
+        self._start()
+        for tasks in self._tasks:
+            tasks.put((function, arguments))
+        _, text, value = self._results.get(timeout=2 * PATIENCE)
+        assert text is None, text
+        return value
+
     def _start(self):
         self.stop()
         # Its children have torch imported, and no threads of a parent that has used torch.

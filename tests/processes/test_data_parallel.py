@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from locoprop_torch import GroupedLinear, LocoProp
-from tests.helpers import RECENT, mlp, weights
+from tests.helpers import mlp, weights
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -78,7 +78,7 @@ def trained(name, sizes, rank, dtype, options, steps=5, parts=1, how="after"):
     """The weights after some steps of one process of several, or of one that has all batches where ``rank`` is None."""
     model, own = made(name, dtype)
     options = {**OPTIONS, **own, **options}
-    make = {} if how in ("after", "before") else {how: True}
+    make = {} if how in ("after", "before", "inner") else {how: True}
     wrapped = model
     if how == "before":
         opt = LocoProp(model, **options)
@@ -133,3 +133,54 @@ def test_two_processes_are_one(pools, name, rows, dtype):
 @pytest.mark.parametrize("name", ["mlp", "grouped"])
 def test_uneven_batches(pools, name, sizes, rows):
     compare(pools, name, sizes, torch.float64, rows)
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("sizes", [[5, 5], [2, 6]])
+@pytest.mark.parametrize("name", ["mlp", "tied"])
+def test_gradient_accumulation_without_synchronisation(pools, name, sizes, rows):
+    compare(pools, name, sizes, torch.float64, rows, parts=3)
+
+
+@pytest.mark.parametrize(
+    "how", ["before", "inner", "static_graph", "gradient_as_bucket_view", "find_unused_parameters"]
+)
+def test_ways_to_wrap(pools, how):
+    compare(pools, "mlp", [4, 3], torch.float64, 3, how=how)
+
+
+def test_the_same_bits_again(pools):
+    first, second = (pools[2].run(of_process, "mlp", [4, 3], torch.float32, {"rows": 2}, {})[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def of_another_number(rank, sizes, options):
+    """Passes before and after a step; accumulates another number of parts in each process."""
+    model = mlp()
+    opt = LocoProp(model, **OPTIONS, **options)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    xs, ys = batch_of(0, 0, sizes, torch.float64)
+    parts = xs[rank].split(2), ys[rank].split(2)
+    for i, (x, y) in enumerate(zip(*parts, strict=True)):
+        last = i == len(parts[0]) - 1
+        with contextlib.nullcontext() if last else wrapped.no_sync():
+            (F.mse_loss(wrapped(x), y, reduction="sum") * len(sizes) / sum(sizes)).backward()
+    opt.step()
+    return weights(model)
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_more_parts_in_one_process_than_in_the_other(pools, rows):
+    sizes = [6, 2]
+    found = pools[2].run(of_another_number, sizes, {"rows": rows})
+    model = mlp()
+    opt = LocoProp(model, **OPTIONS, rows=rows)
+    (xs, ys) = batch_of(0, 0, sizes, torch.float64)
+    pieces = [some[0].split(2) + some[1].split(2) for some in (xs, ys)]
+    order = [[0, 3], [1], [2]]  # parts of both processes, then those that the first one has alone
+    for which in order:
+        x, y = (torch.cat([piece[i] for i in which]) for piece in pieces)
+        (F.mse_loss(model(x), y, reduction="sum") / sum(sizes)).backward()
+    opt.step()
+    for weight, expected in zip(found[0], weights(model), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-13)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.processes.pool import free_port
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A comment on the line before a block, <!-- skip-test: reason -->, exempts it.
@@ -22,6 +24,18 @@ def loader(batches=2, examples=32):
     return [(torch.rand(examples, 784), torch.randint(10, (examples,))) for _ in range(batches)]
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """What torchrun tells each process, to the only one there is."""
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("launched")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_blocks_run(page, monkeypatch, tmp_path):
     """The blocks of a page share their names, like the cells of a notebook."""

@@ -1,0 +1,303 @@
+"""What processes must agree in, and what happens where they do not: all of them raise, and nothing has changed."""
+
+import os
+import re
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from locoprop_kernels import routes
+from locoprop_torch import LocoProp
+from tests.helpers import batch, mlp, moved, weights
+from tests.processes.pool import Pool, free_port, join
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+
+def caught(rank, spoil):
+    """What a step raises after ``spoil`` has acted on one of two processes, and what it has moved."""
+    model = mlp()
+    opt = LocoProp(model, lr=1e-2, aux=None)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    x, y = batch(4, seed=rank)
+    F.mse_loss(wrapped(x), y).backward()
+    before = weights(model)
+    if rank == 1:
+        spoil(model, opt, x)
+        before = weights(model)
+    state = opt.rows_seed
+    try:
+        opt.step()
+    except ValueError as error:
+        return str(error), any(moved(model, before)), bool(opt.state), opt.rows_seed - state
+    return None
+
+
+def other_rate(model, opt, x):
+    opt.param_groups[0]["lr"] = 2e-2
+
+
+def bad_rate(model, opt, x):
+    opt.param_groups[0]["lr"] = -1.0
+
+
+def other_rule(model, opt, x):
+    opt.local_loss = "squared"
+
+
+def other_seed(model, opt, x):
+    opt.rows_seed = 7
+
+
+def no_gradient(model, opt, x):
+    model[2].weight.grad = None
+
+
+def own_gradient(model, opt, x):
+    model[2].weight.grad.mul_(2)
+
+
+def own_weight(model, opt, x):
+    with torch.no_grad():
+        model[0].weight[1, 1] += 1
+
+
+def other_input(model, opt, x):
+    x.add_(1)
+
+
+def other_layer(model, opt, x):
+    model[0] = nn.Linear(6, 5).double()
+
+
+def sparse_gradient(model, opt, x):
+    model[4].weight.grad = model[4].weight.grad.to_sparse()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (other_rate, r"must agree in parameter group 0, got lr=0.01\d*, .* in process 0 and lr=0.02"),
+        (bad_rate, "process 1 of 2 could not make the step: ValueError: lr must be finite and >= 0, got -1.0"),
+        (other_rule, "must agree in local_loss, got matching in process 0 and squared in process 1"),
+        (other_seed, "must agree in rows_seed, got 0 in process 0 and 7 in process 1"),
+        (no_gradient, "must agree in layer '2', got weight .*, with a gradient in torch.strided; .* in process 1"),
+        (own_gradient, "the gradients differ between the processes, so they were not averaged: wrap the model"),
+        (own_weight, "the weights differ between the processes: every process must start with the same ones"),
+        (other_input, "process 1 of 2 could not make the step: ValueError: the input of layer '0' was overwritten"),
+        (other_layer, "process 1 of 2 could not make the step: ValueError: layer '0' is no longer the module"),
+        (
+            sparse_gradient,
+            "must agree in layer '4', got weight .* gradient in torch.strided; .* in torch.sparse_coo",
+        ),
+    ],
+)
+def test_all_processes_raise_the_same(pools, spoil, message):
+    first, second = pools[2].run(caught, spoil)
+    assert first == second, (first, second)
+    text, *changes = first
+    assert not any(changes)
+    assert re.search(message, text), text
+
+
+def infinite_gradient(rank, rows):
+    """Whether a step is made where one process has a loss that is not finite, and whether the next one is."""
+    model = mlp()
+    opt = LocoProp(nn.parallel.DistributedDataParallel(model), lr=1e-2, rows=rows)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    found = []
+    for scale in (float("inf") if rank == 1 else 1.0, 1.0):
+        x, y = batch(4, seed=rank)
+        opt.zero_grad()
+        before = weights(model)
+        (F.mse_loss(wrapped(x), y) * scale).backward()
+        opt.step()
+        found.append((any(moved(model, before)), opt.skipped_steps))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:LocoProp skipped a step")
+@pytest.mark.parametrize("rows", [None, 2])
+def test_what_is_not_finite_in_one_process_is_in_none(pools, rows):
+    assert pools[2].run(infinite_gradient, rows) == [[(False, 1), (True, 1)]] * 2
+
+
+def infinite_loss(rank):
+    """Whether a step is made where a closure returns a loss that is not finite in one process."""
+    model = mlp()
+    opt = LocoProp(model, lr=1e-2, aux=None)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    before = weights(model)
+
+    def closure():
+        loss = F.mse_loss(wrapped(batch(4, seed=rank)[0]), batch(4, seed=rank)[1])
+        loss.backward()
+        return loss * (float("nan") if rank == 0 else 1.0)
+
+    opt.step(closure)
+    return any(moved(model, before)), opt.skipped_steps
+
+
+@pytest.mark.filterwarnings("ignore:LocoProp skipped a step")
+def test_the_loss_of_every_process_must_be_finite(pools):
+    assert pools[2].run(infinite_loss) == [(False, 1)] * 2
+
+
+def message_of(step):
+    try:
+        step()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def without_averages(rank):
+    """What a step says where gradients are those of each process alone."""
+    found = []
+    model = mlp()
+    opt = LocoProp(model, lr=1e-2)
+    x, y = batch(4, seed=rank)
+    F.mse_loss(model(x), y).backward()
+    found.append(message_of(opt.step))
+    opt.zero_grad()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with wrapped.no_sync():
+        F.mse_loss(wrapped(x), y).backward()
+    found.append(message_of(opt.step))
+    return found
+
+
+def test_gradients_must_have_been_averaged(pools):
+    for messages in pools[2].run(without_averages):
+        assert all("gradients differ between the processes, so they were not averaged" in text for text in messages)
+
+
+def within_join(rank):
+    """What a step says in DistributedDataParallel.join()."""
+    model = mlp()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    opt = LocoProp(wrapped, lr=1e-2)
+    x, y = batch(4, seed=rank)
+    with wrapped.join():
+        F.mse_loss(wrapped(x), y).backward()
+        return message_of(opt.step)
+
+
+def test_joining_is_refused(pools):
+    assert all("give every process the same number of batches" in text for text in pools[2].run(within_join))
+
+
+def of_several_models(rank):
+    """Whether each process may train a model of its own, and what is said of models that are not wrapped alike."""
+    groups = [dist.new_group([number]) for number in range(2)]
+    model = mlp(seed=rank)
+    wrapped = nn.parallel.DistributedDataParallel(model, process_group=groups[rank])
+    opt = LocoProp(wrapped, lr=1e-2, rows=2)
+    before = weights(model)
+    x, y = batch(4 + rank, seed=rank)
+    F.mse_loss(wrapped(x), y).backward()
+    opt.step()
+    found = all(moved(model, before)), opt.last_reports[0].problems[0].rows
+    other = nn.Sequential(nn.Linear(6, 5 + rank), nn.Tanh(), nn.Linear(5 + rank, 3)).double()
+    opt = LocoProp(other)
+    F.mse_loss(other(x), y).backward()
+    return *found, message_of(opt.step)
+
+
+def test_every_process_may_have_a_model_and_a_group_of_its_own(pools):
+    first, second = pools[2].run(of_several_models)
+    assert first[:2] == (True, 4)
+    assert second[:2] == (True, 5)
+    assert first[2] == second[2]
+    assert re.search(r"must agree in layer '0', got weight \[5, 6\].* and weight \[6, 6\].* in process 1", first[2])
+
+
+def other_route(rank):
+    """Which route products take after a step of processes that had chosen different ones."""
+    before = dict(routes._chosen)
+    routes._chosen[torch.float32] = routes.Choice(("mm", "onednn")[rank], "a test")
+    try:
+        model = mlp(dtype=torch.float32)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        opt = LocoProp(wrapped, lr=1e-2)
+        x, y = batch(4, seed=rank, dtype=torch.float32)
+        F.mse_loss(wrapped(x), y).backward()
+        opt.step()
+        return routes.route(torch.float32)
+    finally:
+        routes._chosen.clear()
+        routes._chosen.update(before)
+
+
+@pytest.mark.skipif(len(routes.available(torch.float32)) < 2, reason="there is one route")
+def test_all_processes_multiply_by_the_route_of_the_first(pools):
+    assert pools[2].run(other_route) == ["mm", "mm"]
+
+
+# --- process groups that begin late, are gone, or lose a process
+
+
+def passes_of_before(rank, ports):
+    """A pass that was cut down to its rows by one process; then there are two. And a group that is gone."""
+    dist.destroy_process_group()
+    found = []
+    model = mlp()
+    opt = LocoProp(model, lr=1e-2, rows=1, local_iterations=2)
+    x, y = batch(8, seed=rank)
+    F.mse_loss(model(x), y).backward()
+    join(rank, 2, ports[0])
+    found.append(message_of(opt.step))
+    opt.zero_grad()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    F.mse_loss(wrapped(x), y).backward()
+    found.append(message_of(opt.step))
+    dist.destroy_process_group()
+    found.append(message_of(opt.step))
+    join(rank, 2, ports[1])
+    return found
+
+
+def test_groups_that_begin_late_or_are_gone(pools):
+    ports = [free_port(), free_port()]
+    for late, good, gone in pools[2].run(passes_of_before, ports):
+        assert "process 0 of 2 could not make the step: ValueError: layer '0' was called before there were" in late
+        assert good is None
+        assert "the process group of the model's DistributedDataParallel is not initialised" in gone
+
+
+def dying(rank, port):
+    """Of two processes the second one dies before its second step: what the first one raises, when, and what moved."""
+    dist.destroy_process_group()
+    join(rank, 2, port, patience=3.0)
+    model = mlp()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    opt = LocoProp(wrapped, lr=1e-2)
+    x, y = batch(4, seed=rank)
+    for step in range(2):
+        opt.zero_grad()
+        F.mse_loss(wrapped(x), y).backward()
+        before, seed = weights(model), opt.rows_seed
+        if step and rank == 1:
+            os._exit(1)
+        begin = time.monotonic()
+        try:
+            opt.step()
+        except RuntimeError:
+            # What is left says whether the step was made in part.
+            return time.monotonic() - begin, any(moved(model, before)), opt.rows_seed - seed
+    return None
+
+
+def test_the_others_raise_where_a_process_dies():
+    pool = Pool(2)
+    try:
+        seconds, changed, seeds = pool.run_until_first(dying, free_port())
+    finally:
+        pool.stop()
+    assert seconds < 10
+    assert not changed
+    assert not seeds
