@@ -15,6 +15,7 @@ from torch import Tensor
 
 from locoprop_kernels import routes
 from locoprop_torch.auxiliary import own_groups
+from locoprop_torch.sharding import is_sharded
 from locoprop_torch.wire import Wire
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _operands(optimizer: LocoProp) -> list[torch.dtype]:
 
 def _replica(optimizer: LocoProp) -> tuple[Tensor, Tensor]:
     """Two numbers that stand for the weights and for their gradients, on their device."""
-    parameters = [p for layer in optimizer._layers.values() for p in layer.parameters.values()]
+    parameters = [p for layer in optimizer._layers.values() for p in layer.parameters.values() if not is_sharded(p)]
     gradients = [p.grad for p in parameters if p.grad is not None]
     # A step refuses others than dense ones.
     return _mixed(parameters), _mixed([grad for grad in gradients if grad.layout == torch.strided])

@@ -32,6 +32,7 @@ from locoprop_torch.kept import joined
 from locoprop_torch.layouts import Layout, layout_class
 from locoprop_torch.masks import trained_parameters
 from locoprop_torch.passes import Gradients, Pass, SeenGradient
+from locoprop_torch.sharding import is_sharded
 from locoprop_torch.shares import Shares
 
 __all__ = ["ActivationHook", "CapturedLayer"]
@@ -140,6 +141,8 @@ class CapturedLayer:
         # The passes that a backward pass has come to, by its number.
         self._reached: dict[int, list[Pass]] = {}
         self._seen: dict[str, SeenGradient] = {}
+        # Whether the last gradient was one of sharded parameters, which FSDP2 has averaged over the processes.
+        self._averaged = False
         # The backward pass in which the gradients were looked at last.
         self._checked = -1
         # The hooks, by the id of the module or parameter that they are on.
@@ -164,9 +167,9 @@ class CapturedLayer:
         """How the layer's parameters form a local problem at present: a convolution's depends on its strides."""
         return self._layout(self.module)
 
-    def layout_of(self, captured: Pass) -> Layout:
-        """The layout of the module that a pass went through."""
-        return self._layout(captured.module)
+    def layout_at(self, module: nn.Module) -> Layout:
+        """The layout of one of the modules."""
+        return self._layout(module)
 
     # --- passes
 
@@ -183,9 +186,14 @@ class CapturedLayer:
         trainable = {kind: p for kind, p in self.parameters.items() if p.requires_grad}
         if not trainable:
             return
+        # With sharded parameters the module has whole ones at present, and autograd adds to these.
+        sharded = is_sharded(self.weight)
+        present = trained_parameters(module) or {} if sharded else {}
         for kind, parameter in trainable.items():
             if id(parameter) not in self._handles:
                 self._watch_gradient(kind, parameter)
+            if kind in present and id(present[kind].parameter) not in self._handles:
+                self._watch_gradient(kind, present[kind].parameter)
         captured = Pass(module, x.detach(), output.detach(), (x._version, output._version))
         sampling = self._sampling()
         if sampling is not None:
@@ -242,8 +250,9 @@ class CapturedLayer:
 
     def _gradient_came(self, kind: str, parameter: Tensor) -> None:
         """A gradient was added: the passes of this backward pass count."""
+        self._averaged = is_sharded(parameter)
         gradient = parameter.grad
-        if gradient is not None:
+        if gradient is not None and not self._averaged:
             copy = gradient.detach().clone() if self.keep_gradients else None
             self._seen[kind] = SeenGradient(TensorWeakRef(gradient), gradient._version, copy)
         number = _backward_pass()
@@ -287,6 +296,9 @@ class CapturedLayer:
         return any(p.grad is not None for p in self.parameters.values())
 
     def _is_discarded(self, kind: str, gradient: Tensor | None) -> bool:
+        if is_sharded(self.parameters[kind]):
+            # Until they are averaged, gradients are where only FSDP2 knows.
+            return gradient is None and self._averaged
         seen = self._seen.get(kind)
         return gradient is None or seen is None or seen.is_discarded(gradient)
 

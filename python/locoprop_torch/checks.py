@@ -124,14 +124,10 @@ def check_model(model: nn.Module) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
 
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
             raise ValueError(
                 "LocoProp does not support FullyShardedDataParallel, whose flat parameters have no rows, got "
-                f"{name or 'the model'!r}; DistributedDataParallel would work"
+                f"{name or 'the model'!r}; fully_shard (FSDP2) and DistributedDataParallel would work"
             )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise ValueError(f"LocoProp does not support sharded parameters (FSDP2, DTensor) yet, got {name!r}")

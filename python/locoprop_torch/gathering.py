@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from locoprop_kernels.patches import several
 from locoprop_kernels.sampling import Sampling, count_sets_of_parts
@@ -20,6 +20,7 @@ from locoprop_torch.auxiliary import own_groups
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.kept import KeptRows, starts_of
 from locoprop_torch.passes import Pass
+from locoprop_torch.sharding import is_sharded, own_rows
 from locoprop_torch.step import sampling_ahead
 from locoprop_torch.wire import Shape, Wire
 
@@ -90,7 +91,7 @@ class LocalRows:
 
 
 def _described(layer: CapturedLayer, captured: Pass, x: Tensor, a: Tensor) -> _Described:
-    size = layer.layout_of(captured).inputs(x).shape[-2]
+    size = layer.layout_at(captured.module).inputs(x).shape[-2]
     module = list(layer.modules.values()).index(captured.module)
     return _Described(module, size, (tuple(x.shape), x.dtype), (tuple(a.shape), a.dtype))
 
@@ -161,6 +162,9 @@ class _Share:
     ) -> None:
         self.layer, self.described, self.rank = layer, described, rank
         count = max(map(len, described))
+        # Sharded parameters: only own outputs are needed, of which there is one at least, see `own_or_zeros`.
+        rows = own_rows(layer.weight)
+        self.outputs = rows if rows.start < rows.stop else slice(0, 1)
         #: How many rows a process has in each pass.
         self.counts = [[passes[i].size if i < len(passes) else 0 for passes in described] for i in range(count)]
         self.sizes = [sum(counts) for counts in self.counts]
@@ -180,12 +184,12 @@ class _Share:
                 yield from (x, a)
             else:
                 starts = self._starts(self.rank, index)
-                for rows in self.layer.layout_of(captured).rows(x, a):
+                for rows in self.layer.layout_at(captured.module).rows(x, a):
                     yield several(rows, starts, self.sets)
 
     def shapes(self, rank: int) -> Iterator[Shape]:
         """Sizes and dtypes of what a process sends."""
-        *lead, outputs, inputs = self.layer.layout.weight(self.layer.weight).shape
+        lead, outputs, inputs = _sizes(self.layer)
         for index, captured in enumerate(self.described[rank]):
             if self.sampling is None:
                 yield from (captured.x, captured.preactivation)
@@ -214,10 +218,13 @@ class _Share:
         modules = list(self.layer.modules.values())
         # By pass, then by process.
         order = sorted((index, rank, x, a) for rank, some in enumerate(parts) for index, x, a in some)
-        return [
-            Pass(modules[self.described[rank][index].module], x, a, (x._version, a._version), counted=True)
-            for index, rank, x, a in order
-        ]
+        return [self._whole(modules[self.described[rank][index].module], x, a) for index, rank, x, a in order]
+
+    def _whole(self, module: nn.Module, x: Tensor, a: Tensor) -> Pass:
+        """A pass of one process, of which all rows are there."""
+        if is_sharded(self.layer.weight):
+            a = self.layer.layout_at(module).features(a, self.outputs)
+        return Pass(module, x, a, (x._version, a._version), counted=True)
 
     def _joined(self, index: int, parts: Sequence[Sequence[tuple[int, Tensor, Tensor]]]) -> Pass:
         """One pass of all processes, of which the rows are kept that local steps take."""
@@ -229,9 +236,19 @@ class _Share:
                 for column, tensor in zip(columns, some[index][1:], strict=True):
                     column.append(list(tensor.split(taken, -2)))
         x, a = ([_cat(rows, self.layer.weight.dtype) for rows in zip(*column, strict=True)] for column in columns)
+        if is_sharded(self.layer.weight):
+            a = [rows[..., self.outputs] for rows in a]
         offset = sum(self.sizes[:index])
         kept = KeptRows(self.sizes[index], self.sampling, self.sets, offset, x, a)
         return Pass(self.layer.module, None, None, (0, 0), kept, kept.size, offset, counted=True)
+
+
+def _sizes(layer: CapturedLayer) -> tuple[list[int], int, int]:
+    """``[G]`` or nothing, ``N`` and ``K`` of a layer's whole weight."""
+    if is_sharded(layer.weight):  # has no groups
+        return [], len(layer.weight), layer.weight.numel() // len(layer.weight)
+    *lead, outputs, inputs = layer.layout.weight(layer.weight).shape
+    return lead, outputs, inputs
 
 
 def _cat(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

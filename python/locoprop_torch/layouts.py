@@ -54,6 +54,10 @@ class Layout(ABC):
         """:meth:`inputs` and :meth:`outputs` of one call of the module."""
         return self.inputs(x), self.outputs(a)
 
+    def features(self, a: Tensor, some: slice) -> Tensor:
+        """Some of the features of an output of the module."""
+        return a[..., some]
+
     def view(self, kind: str, tensor: Tensor) -> Tensor:
         """:meth:`weight` or :meth:`bias`, by ``kind``: ``"weight"`` or ``"bias"``."""
         return self.weight(tensor) if kind == "weight" else self.bias(tensor)
@@ -109,6 +113,9 @@ class _ConvLayout(Layout):
 
     def bias(self, tensor: Tensor) -> Tensor:
         return tensor.view(self.module.groups, -1) if self.module.groups > 1 else tensor
+
+    def features(self, a: Tensor, some: slice) -> Tensor:
+        return a.movedim(-1 - len(self.module.kernel_size), 0)[some].movedim(0, -1 - len(self.module.kernel_size))
 
     def _batched(self, x: Tensor) -> Tensor:
         return x if x.dim() == 2 + len(self.module.kernel_size) else x.unsqueeze(0)

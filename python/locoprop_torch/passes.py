@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from locoprop_torch.kept import KeptRows
+from locoprop_torch.masks import trained_weight
+from locoprop_torch.sharding import is_sharded
 
 __all__ = ["Gradients", "Pass", "SeenGradient"]
 
@@ -130,6 +132,11 @@ class Pass:
         if x.dtype not in allowed:
             self.x = x = x.to(dtype)
         if overwritten:
+            if is_sharded(trained_weight(self.module)):
+                raise ValueError(
+                    f"the output of layer {name!r} was overwritten in place, and its weight is sharded by now: take "
+                    "activation functions that are not in place"
+                )
             a = type(self.module).forward(self.module, x.to(dtype))
         elif a.dtype not in allowed:
             a = a.to(dtype)

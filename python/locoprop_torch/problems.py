@@ -17,6 +17,7 @@ from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.layouts import Layout, laid_out
+from locoprop_torch.sharding import is_sharded, like, own, own_or_zeros, own_rows
 from locoprop_torch.targets import Target, starting_gradients
 
 __all__ = ["LayerWork", "RuleState", "Trained", "give_parameter", "layer_work", "problem_of"]
@@ -43,7 +44,7 @@ class RuleState:
 
 def problem_of(
     layout: Layout,
-    parameters: Mapping[str, nn.Parameter | None],
+    parameters: Mapping[str, Tensor | None],
     rows: tuple[Tensor | Rows, Tensor | Rows],
     transfer: Transfer,
     name: str,
@@ -92,10 +93,10 @@ def give_parameter(
         stored: the rule's state so far, in the parameter's shape; empty at the first step.
     """
     slots = _fitting(stored, parameter) if stored else initial_state(rule, parameter)
-    views = slots
+    views = {slot: own_or_zeros(value) if value.dim() else value for slot, value in slots.items()}
     if layout.reshapes:
-        shape = parameter.shape
-        views = {slot: layout.view(kind, t) if t.dim() and t.shape == shape else t for slot, t in slots.items()}
+        shape = own_or_zeros(parameter).shape
+        views = {slot: layout.view(kind, t) if t.dim() and t.shape == shape else t for slot, t in views.items()}
     setattr(problem, f"grad_{kind}", gradient)
     problem.state[kind] = dict(views)
     return RuleState(slots, views)
@@ -179,11 +180,12 @@ def layer_work(
             :mod:`locoprop_torch.targets`.
     """
     layout = layer.layout
-    weight = layout.weight(layer.weight)
+    parameters = {kind: own_or_zeros(parameter) for kind, parameter in layer.parameters.items()}
+    weight = layout.weight(parameters["weight"])
     found = layer.rows(weight)
     rows = found or _one_row_of_zeros(weight)
     examples = None if found else 1
-    problem = problem_of(layout, layer.parameters, rows, transfer, f"layer {layer.name!r}", examples)
+    problem = problem_of(layout, parameters, rows, transfer, f"layer {layer.name!r}", examples)
     gradients = starting_gradients(
         layer,
         layout,
@@ -200,7 +202,7 @@ def layer_work(
         if own_lr != lr:
             setattr(problem, f"rate_{kind}", own_lr / lr)
         if masks:
-            setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(_mask(parameter, masks), parameter)))
+            setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(_mask(parameter, masks), parameters[kind])))
     sampling = layer.sampling if isinstance(rows[0], ChosenRows) else None
     return LayerWork(layer, trained, problem, found[0].shape[-2] if found else 0, sampling, states)
 
@@ -216,7 +218,9 @@ def _mask(parameter: nn.Parameter, masks: Sequence[Tensor]) -> Tensor:
     total = torch.ones((), dtype=torch.bool, device=parameter.device)
     for mask in masks:
         total = total & (mask.detach().to(parameter.device) != 0)
-    return total
+    if not is_sharded(parameter):
+        return total
+    return total[own_rows(parameter)] if len(own(parameter)) else total[:1]
 
 
 def _fitting(stored: Mapping[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -224,6 +228,8 @@ def _fitting(stored: Mapping[str, Tensor], parameter: nn.Parameter) -> dict[str,
     dtype, device, strides = accumulation_dtype(parameter.dtype), parameter.device, parameter.stride()
     slots = {}
     for slot, value in stored.items():
+        if is_sharded(parameter) and not is_sharded(value) and value.shape == parameter.shape:
+            value = like(value.to(device, dtype), parameter)
         if value.dtype is not dtype or value.device != device or value.stride() != strides:
             if value.dim() and value.shape == parameter.shape:
                 value = laid_out(value.to(device, dtype), parameter)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from locoprop_torch.agreement import agree, raise_alike
 from locoprop_torch.checks import check_model
 from locoprop_torch.gathering import GatheredRows, LocalRows
+from locoprop_torch.sharding import check_layer, group_of
 from locoprop_torch.wire import Wire
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def of(optimizer: LocoProp) -> Alone | Processes:
                 "torch.distributed.init_process_group(...) before the model is wrapped, and keep it until the last step"
             )
         return Alone()
-    group = dist.group.WORLD if wrapper is None else wrapper.process_group
+    parameters = {f"{n}.{kind}": p for n, layer in optimizer._layers.items() for kind, p in layer.parameters.items()}
+    group = group_of(parameters) or (dist.group.WORLD if wrapper is None else wrapper.process_group)
     if dist.get_world_size(group) == 1:
         return Alone()
     return Processes(group, next(iter(optimizer._layers.values())).weight.device, wrapper)

@@ -19,6 +19,7 @@ from locoprop_kernels.solution import Decision
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import checked_hyperparameters, is_compiled
 from locoprop_torch.problems import LayerWork, Trained
+from locoprop_torch.sharding import own, own_or_zeros
 
 __all__ = [
     "Call",
@@ -83,16 +84,16 @@ def trained(
     place: Place | None = None
     parts: dict[str, Trained] = {}
     for kind, parameter in layer.parameters.items():
-        gradient, own = parameter.grad, where.get(id(parameter))
-        if gradient is None or own is None or not parameter.requires_grad:
+        gradient, place_of = parameter.grad, where.get(id(parameter))
+        if gradient is None or place_of is None or not parameter.requires_grad:
             continue
         if place is None:
-            place = own
-        elif own is not place:
-            _check_agreement(layer, place, own)
+            place = place_of
+        elif place_of is not place:
+            _check_agreement(layer, place, place_of)
         if gradient.layout != torch.strided:
             raise ValueError(f"layer {layer.name!r}: the gradient of its {kind} must be dense, got {gradient.layout}")
-        parts[kind] = Trained(parameter, gradient, own.lr, masks.get(kind, ()))
+        parts[kind] = Trained(parameter, own_or_zeros(gradient), place_of.lr, masks.get(kind, ()))
     return None if place is None else (place, parts)
 
 
@@ -205,7 +206,7 @@ def all_finite(reports: Iterable[StepReport], loss: Any, aux: Optimizer | None) 
     if isinstance(loss, (Tensor, float)):
         flags.append(torch.isfinite(torch.as_tensor(loss)).all())
     if aux is not None:
-        grads = [p.grad for group in aux.param_groups for p in group["params"] if p.grad is not None]
+        grads = [own(p.grad) for group in aux.param_groups for p in group["params"] if p.grad is not None]
         flags.extend(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all() for g in grads)
     if len(flags) == 1:
         return flags[0]
@@ -221,7 +222,7 @@ def decay_weights(calls: Iterable[Call], where: Mapping[int, Place], finite: Ten
         factor = 1 - place.lr * place.group["weight_decay"]
         if factor != 1:
             kept = torch.full((), factor, dtype=torch.float64, device=finite.device)
-            parameter.mul_(torch.where(finite, kept, 1.0))
+            own(parameter).mul_(torch.where(finite, kept, 1.0))
 
 
 def commit(call: Call, report: StepReport, finite: Tensor, state: dict[Any, Any]) -> None:

@@ -21,6 +21,7 @@ from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import check_choice
 from locoprop_torch.layouts import Layout, laid_out
+from locoprop_torch.sharding import own_or_zeros
 
 __all__ = ["Target", "check_target", "starting_gradients"]
 
@@ -65,7 +66,7 @@ def starting_gradients(
     """
     if target == "dual" or x is None:
         return {
-            kind: layout.view(kind, laid_out(activation_lr * gradient, layer.parameters[kind]))
+            kind: layout.view(kind, laid_out(activation_lr * gradient, own_or_zeros(layer.parameters[kind])))
             for kind, gradient in gradients.items()
         }
     residual = _residual(layer, target, transfer, activation_lr)

@@ -1,0 +1,107 @@
+"""Parameters that are spread over processes by their rows, as FSDP2 does (``fully_shard``).
+
+Output rows of a weight, with their biases, gradients and state, never need another output row in the local loop. So
+each process solves the local problems of the rows that it holds, with the inputs of all processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locoprop_torch.layouts import number_of_groups
+
+__all__ = ["check_layer", "group_of", "is_sharded", "like", "own", "own_or_zeros", "own_rows"]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is spread over processes: a ``DTensor``."""
+    # Importing it takes long, and as long as nobody has, there is none.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def own(tensor: Any) -> Tensor:
+    """The part of a tensor that this process holds, which may be all of it; the same memory."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor
+
+
+def own_or_zeros(tensor: Any) -> Tensor:
+    """:func:`own`, or one row of zeros in a process that holds none, as where there are fewer rows than processes.
+
+    It then solves a problem of one output that is zero, so that everything is as it is elsewhere.
+    """
+    part = own(tensor)
+    return part.new_zeros(1, *part.shape[1:]) if is_sharded(tensor) and not len(part) else part
+
+
+def own_rows(tensor: Any) -> slice:
+    """Which rows of a tensor this process holds."""
+    if not is_sharded(tensor):
+        return slice(0, len(tensor))
+    rows = len(tensor)
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            each = -(-rows // tensor.device_mesh.size(dim))
+            start = min(tensor.device_mesh.get_local_rank(dim) * each, rows)
+            return slice(start, min(start + each, rows))
+    return slice(0, rows)
+
+
+def like(value: Tensor, parameter: Any) -> Tensor:
+    """A whole tensor as a ``DTensor`` with the placements of ``parameter``."""
+    part = value[own_rows(parameter)].clone()
+    return type(parameter).from_local(
+        part, parameter.device_mesh, parameter.placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
+
+
+def group_of(parameters: Mapping[str, nn.Parameter]) -> Any:
+    """The process group that sharded parameters, given by name, are spread over; ``None`` where none is sharded.
+
+    Raises:
+        ValueError: they are spread over several.
+    """
+    meshes: dict[Any, str] = {}
+    for name, parameter in parameters.items():
+        if is_sharded(parameter):
+            meshes.setdefault(parameter.device_mesh, name)  # type: ignore[attr-defined]
+    if len(meshes) > 1:
+        raise ValueError(
+            "all sharded layers must be on one device mesh, got "
+            + " and ".join(f"{name!r} on {mesh}" for mesh, name in meshes.items())
+        )
+    for mesh, name in meshes.items():
+        if mesh.size() == torch.distributed.get_world_size():
+            return torch.distributed.group.WORLD
+        if mesh.ndim > 1:
+            raise ValueError(f"a device mesh of several dimensions must have all processes, got {name!r} on {mesh}")
+        return mesh.get_group()
+    return None
+
+
+def check_layer(name: str, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a layer whose parameters are spread over processes otherwise than by whole rows.
+
+    Raises:
+        ValueError: naming it, and what would work.
+    """
+    for kind, parameter in parameters.items():
+        if not is_sharded(parameter):
+            continue
+        placements = parameter.placements  # type: ignore[attr-defined]
+        sharded = [placement for placement in placements if not placement.is_replicate()]
+        if not all(placement.is_shard(0) for placement in sharded) or len(sharded) > 1:
+            raise ValueError(
+                f"layer {name!r}: its {kind} must be sharded by output rows, once, as fully_shard does, got "
+                f"{placements}; where inputs are sharded (row-parallel), every local step would need a reduction"
+            )
+        if number_of_groups(module) > 1:
+            raise ValueError(
+                f"layer {name!r} has groups, which sharding would cut: leave its parameters out with "
+                "fully_shard(..., ignored_params=...) and average their gradients, or give them to aux"
+            )
