@@ -137,6 +137,8 @@ class CapturedLayer:
         self._sampling = sampling if not keep_gradients else lambda: None
         self._shares = Shares(self.name, self._layout)
         self.called = False
+        # Whether a step solves the whole problem of a layer whose parameters are sharded.
+        self.whole = False
         self._latest: tuple[weakref.ref[Tensor], weakref.ref[Pass]] | None = None
         # The passes that a backward pass has come to, by its number.
         self._reached: dict[int, list[Pass]] = {}

@@ -20,7 +20,7 @@ from locoprop_torch.auxiliary import own_groups
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.kept import KeptRows, starts_of
 from locoprop_torch.passes import Pass
-from locoprop_torch.sharding import is_sharded, own_rows
+from locoprop_torch.sharding import is_sharded, own_rows, shape_of
 from locoprop_torch.step import sampling_ahead
 from locoprop_torch.wire import Shape, Wire
 
@@ -162,7 +162,8 @@ class _Share:
     ) -> None:
         self.layer, self.described, self.rank = layer, described, rank
         count = max(map(len, described))
-        # Sharded parameters: only own outputs are needed, of which there is one at least, see `own_or_zeros`.
+        # Of sharded parameters own outputs are needed, of which there is one at least, see `own_or_zeros`.
+        self.part = is_sharded(layer.weight) and not layer.whole
         rows = own_rows(layer.weight)
         self.outputs = rows if rows.start < rows.stop else slice(0, 1)
         #: How many rows a process has in each pass.
@@ -189,7 +190,7 @@ class _Share:
 
     def shapes(self, rank: int) -> Iterator[Shape]:
         """Sizes and dtypes of what a process sends."""
-        lead, outputs, inputs = _sizes(self.layer)
+        *lead, outputs, inputs = shape_of(self.layer.layout, self.layer.weight)
         for index, captured in enumerate(self.described[rank]):
             if self.sampling is None:
                 yield from (captured.x, captured.preactivation)
@@ -222,7 +223,7 @@ class _Share:
 
     def _whole(self, module: nn.Module, x: Tensor, a: Tensor) -> Pass:
         """A pass of one process, of which all rows are there."""
-        if is_sharded(self.layer.weight):
+        if self.part:
             a = self.layer.layout_at(module).features(a, self.outputs)
         return Pass(module, x, a, (x._version, a._version), counted=True)
 
@@ -236,19 +237,11 @@ class _Share:
                 for column, tensor in zip(columns, some[index][1:], strict=True):
                     column.append(list(tensor.split(taken, -2)))
         x, a = ([_cat(rows, self.layer.weight.dtype) for rows in zip(*column, strict=True)] for column in columns)
-        if is_sharded(self.layer.weight):
+        if self.part:
             a = [rows[..., self.outputs] for rows in a]
         offset = sum(self.sizes[:index])
         kept = KeptRows(self.sizes[index], self.sampling, self.sets, offset, x, a)
         return Pass(self.layer.module, None, None, (0, 0), kept, kept.size, offset, counted=True)
-
-
-def _sizes(layer: CapturedLayer) -> tuple[list[int], int, int]:
-    """``[G]`` or nothing, ``N`` and ``K`` of a layer's whole weight."""
-    if is_sharded(layer.weight):  # has no groups
-        return [], len(layer.weight), layer.weight.numel() // len(layer.weight)
-    *lead, outputs, inputs = layer.layout.weight(layer.weight).shape
-    return lead, outputs, inputs
 
 
 def _cat(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

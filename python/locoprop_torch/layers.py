@@ -17,6 +17,7 @@ from locoprop_torch.discovery import Found, find_transfers
 from locoprop_torch.hooks import AttachedHook, attach
 from locoprop_torch.layouts import number_of_groups, supported_modules, tied_layers
 from locoprop_torch.masks import trained_parameters
+from locoprop_torch.sharding import check_layer, shape_of
 from locoprop_torch.targets import Target
 
 __all__ = ["ModelLayers", "table", "transfer_in_use"]
@@ -110,6 +111,8 @@ class ModelLayers:
     ) -> None:
         """Capture a layer: its modules by name, and where they are in the model."""
         name = next(iter(modules))
+        found = trained_parameters(modules[name]) or {}
+        check_layer(name, {kind: one.parameter for kind, one in found.items()})
         keep_gradients = self.target(name) != "dual"
         self.captured[name] = CapturedLayer(modules, paths, transfer, keep_gradients, reason, self._sampling)
 
@@ -226,7 +229,7 @@ def transfer_in_use(layer: CapturedLayer, chosen: str | Transfer | None, local_l
 
 def _described(layer: CapturedLayer, transfer: Transfer) -> str:
     """A layer's sizes, the transfer function that it has, and what else is to be known of it, as text."""
-    *groups, n, k = layer.layout.weight(layer.weight).shape
+    *groups, n, k = shape_of(layer.layout, layer.weight)
     count = f"{groups[0]} x " if groups else ""
     tied = f"  (also {', '.join(list(layer.modules)[1:])})" if len(layer.modules) > 1 else ""
     reason = f"  ({layer.reason})" if layer.reason else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.layouts import Layout, laid_out
-from locoprop_torch.sharding import is_sharded, like, own, own_or_zeros, own_rows
+from locoprop_torch.sharding import is_sharded, keep_own, like, own, own_or_zeros, own_rows, whole
 from locoprop_torch.targets import Target, starting_gradients
 
 __all__ = ["LayerWork", "RuleState", "Trained", "give_parameter", "layer_work", "problem_of"]
@@ -30,16 +30,20 @@ class RuleState:
     Attributes:
         slots: in the parameter's shape, as an optimiser stores it.
         views: the same tensors in the shape of the local problem.
+        wholes: gathered copies of sharded slots, if the views are of them.
     """
 
     slots: dict[str, Tensor]
     views: dict[str, Tensor]
+    wholes: dict[str, Tensor]
 
     def write_back(self, state: Mapping[str, Tensor]) -> None:
         """Bring the problem's ``state`` after a committed step into the tensors here, where it is not already."""
         for slot, view in self.views.items():
             if state[slot] is not view:
                 view.copy_(state[slot])
+        for slot, value in self.wholes.items():
+            keep_own(self.slots[slot], value)
 
 
 def problem_of(
@@ -80,6 +84,7 @@ def give_parameter(
     gradient: Tensor,
     rule: rules.Rule,
     stored: Mapping[str, Tensor],
+    part: Callable[[Any], Tensor] = own_or_zeros,
 ) -> RuleState:
     """Give a trained parameter's gradient and state to its local problem.
 
@@ -91,15 +96,17 @@ def give_parameter(
         gradient: ``G_0`` in the shape of the problem.
         rule: the update rule.
         stored: the rule's state so far, in the parameter's shape; empty at the first step.
+        part: what the problem has of a tensor that may be sharded.
     """
     slots = _fitting(stored, parameter) if stored else initial_state(rule, parameter)
-    views = {slot: own_or_zeros(value) if value.dim() else value for slot, value in slots.items()}
+    views = {slot: part(value) if value.dim() else value for slot, value in slots.items()}
+    wholes = {slot: views[slot] for slot, value in slots.items() if is_sharded(value)} if part is whole else {}
     if layout.reshapes:
-        shape = own_or_zeros(parameter).shape
-        views = {slot: layout.view(kind, t) if t.dim() and t.shape == shape else t for slot, t in views.items()}
+        own_shape = parameter.shape[1:]
+        views = {slot: layout.view(kind, t) if t.dim() and t.shape[1:] == own_shape else t for slot, t in views.items()}
     setattr(problem, f"grad_{kind}", gradient)
     problem.state[kind] = dict(views)
-    return RuleState(slots, views)
+    return RuleState(slots, views, wholes)
 
 
 class Trained(NamedTuple):
@@ -129,6 +136,7 @@ class LayerWork:
         rows: how many rows it has; 0 where there is a gradient alone.
         sampling: which of them its local steps take, if they have been chosen already.
         states: the rule's state of each trained parameter.
+        wholes: gathered copies of sharded parameters, by kind, if the problem has those.
     """
 
     layer: CapturedLayer
@@ -137,6 +145,7 @@ class LayerWork:
     rows: int
     sampling: Sampling | None
     states: dict[str, RuleState]
+    wholes: dict[str, Tensor]
 
     def release(self) -> None:
         """Let go of everything that only the local loop needed."""
@@ -144,8 +153,10 @@ class LayerWork:
         self.problem.x = self.problem.preactivation = self.problem.weight.new_empty(0)
         self.problem.grad_weight = self.problem.grad_bias = None
 
-    def keep_state(self, state: dict[Any, Any]) -> None:
-        """Put the state of a committed step into the optimiser's."""
+    def keep(self, state: dict[Any, Any]) -> None:
+        """Put the state of a committed step into the optimiser's, and own rows of whole parameters where they are."""
+        for kind in self.trained.keys() & self.wholes.keys():
+            keep_own(self.trained[kind].parameter, self.wholes[kind])
         for kind, rule_state in self.states.items():
             if rule_state.slots:
                 rule_state.write_back(self.problem.state[kind])
@@ -180,7 +191,8 @@ def layer_work(
             :mod:`locoprop_torch.targets`.
     """
     layout = layer.layout
-    parameters = {kind: own_or_zeros(parameter) for kind, parameter in layer.parameters.items()}
+    part = whole if layer.whole else own_or_zeros
+    parameters = {kind: part(parameter) for kind, parameter in layer.parameters.items()}
     weight = layout.weight(parameters["weight"])
     found = layer.rows(weight)
     rows = found or _one_row_of_zeros(weight)
@@ -189,7 +201,7 @@ def layer_work(
     gradients = starting_gradients(
         layer,
         layout,
-        {kind: part.gradient for kind, part in trained.items()},
+        {kind: laid_out(part(one.gradient), parameters[kind]) for kind, one in trained.items()},
         target,
         transfer,
         found[0] if found else None,
@@ -198,13 +210,15 @@ def layer_work(
     states = {}
     for kind, (parameter, _, own_lr, masks) in trained.items():
         stored = state.get(parameter) or {}
-        states[kind] = give_parameter(problem, layout, kind, parameter, gradients[kind], group["rule"], stored)
+        states[kind] = give_parameter(problem, layout, kind, parameter, gradients[kind], group["rule"], stored, part)
         if own_lr != lr:
             setattr(problem, f"rate_{kind}", own_lr / lr)
         if masks:
-            setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(_mask(parameter, masks), parameters[kind])))
+            mask = _mask(parameter, masks, layer.whole)
+            setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(mask, parameters[kind])))
     sampling = layer.sampling if isinstance(rows[0], ChosenRows) else None
-    return LayerWork(layer, trained, problem, found[0].shape[-2] if found else 0, sampling, states)
+    wholes = parameters if layer.whole else {}
+    return LayerWork(layer, trained, problem, found[0].shape[-2] if found else 0, sampling, states, wholes)
 
 
 def _one_row_of_zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,12 +227,12 @@ def _one_row_of_zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight.new_zeros(*lead, 1, k), weight.new_zeros(*lead, 1, n)
 
 
-def _mask(parameter: nn.Parameter, masks: Sequence[Tensor]) -> Tensor:
-    """All masks of a parameter as one: true where none of them is zero."""
+def _mask(parameter: nn.Parameter, masks: Sequence[Tensor], all_rows: bool) -> Tensor:
+    """All masks of a parameter as one: true where none of them is zero; of own rows, or of all."""
     total = torch.ones((), dtype=torch.bool, device=parameter.device)
     for mask in masks:
         total = total & (mask.detach().to(parameter.device) != 0)
-    if not is_sharded(parameter):
+    if all_rows or not is_sharded(parameter):
         return total
     return total[own_rows(parameter)] if len(own(parameter)) else total[:1]
 

@@ -19,10 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from locoprop_kernels import rules
 from locoprop_torch.agreement import agree, raise_alike
+from locoprop_torch.auxiliary import own_groups
+from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import check_model
 from locoprop_torch.gathering import GatheredRows, LocalRows
-from locoprop_torch.sharding import check_layer, group_of
+from locoprop_torch.layers import transfer_in_use
+from locoprop_torch.layouts import number_of_groups
+from locoprop_torch.sharding import group_of, is_sharded
 from locoprop_torch.wire import Wire
 
 if TYPE_CHECKING:
@@ -144,6 +149,7 @@ class Processes:
                 raise ValueError(
                     f"under several processes only the target 'dual' is supported, layer {name!r} has another"
                 )
+            layer.whole = is_sharded(layer.weight) and not _outputs_are_independent(optimizer, layer)
 
     def finish(self, solve: Callable[[], tuple[T, Tensor]]) -> tuple[T, Tensor]:
         """Solve the local problems, and find out whether all processes may commit.
@@ -177,3 +183,12 @@ class Processes:
             raise error
         self._rows.release()
         return solved, least == 2
+
+
+def _outputs_are_independent(optimizer: LocoProp, layer: CapturedLayer) -> bool:
+    """Whether the local problem of a layer can be solved for each of its outputs alone."""
+    groups = own_groups(optimizer.param_groups)
+    group = next(group for group in groups if any(p is layer.weight for p in group["params"]))
+    transfer = transfer_in_use(layer, group["transfer"], optimizer.local_loss)
+    elementwise = transfer.elementwise and rules.is_elementwise(group["rule"])
+    return elementwise and optimizer.regulariser is None and number_of_groups(layer.module) == 1

@@ -1,7 +1,9 @@
 """Parameters that are spread over processes by their rows, as FSDP2 does (``fully_shard``).
 
 Output rows of a weight, with their biases, gradients and state, never need another output row in the local loop. So
-each process solves the local problems of the rows that it holds, with the inputs of all processes.
+each process solves the local problems of the rows that it holds, with the inputs of all processes. Where outputs are
+not independent (a softmax, groups, a rule or a regulariser of the user's own) each of them solves the whole problem, on
+gathered copies, and keeps its rows.
 """
 
 from __future__ import annotations
@@ -13,9 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locoprop_torch.layouts import number_of_groups
+from locoprop_torch.layouts import Layout
 
-__all__ = ["check_layer", "group_of", "is_sharded", "like", "own", "own_or_zeros", "own_rows"]
+__all__ = [
+    "check_layer",
+    "group_of",
+    "is_sharded",
+    "keep_own",
+    "like",
+    "own",
+    "own_or_zeros",
+    "own_rows",
+    "shape_of",
+    "whole",
+]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -52,6 +65,16 @@ def own_rows(tensor: Any) -> slice:
     return slice(0, rows)
 
 
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor: a gathered copy where it is spread; all processes must come here."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
+
+
+def keep_own(sharded: Any, value: Tensor) -> None:
+    """Write the rows that this process holds, out of a whole tensor."""
+    own(sharded).copy_(value[own_rows(sharded)])
+
+
 def like(value: Tensor, parameter: Any) -> Tensor:
     """A whole tensor as a ``DTensor`` with the placements of ``parameter``."""
     part = value[own_rows(parameter)].clone()
@@ -84,7 +107,12 @@ def group_of(parameters: Mapping[str, nn.Parameter]) -> Any:
     return None
 
 
-def check_layer(name: str, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+def shape_of(layout: Layout, weight: Any) -> list[int]:
+    """``[N, K]`` or ``[G, N, K]``, what a whole weight is in the local problem."""
+    return list(layout.weight(torch.empty_strided(weight.shape, weight.stride(), device="meta")).shape)
+
+
+def check_layer(name: str, parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse a layer whose parameters are spread over processes otherwise than by whole rows.
 
     Raises:
@@ -99,9 +127,4 @@ def check_layer(name: str, module: nn.Module, parameters: Mapping[str, nn.Parame
             raise ValueError(
                 f"layer {name!r}: its {kind} must be sharded by output rows, once, as fully_shard does, got "
                 f"{placements}; where inputs are sharded (row-parallel), every local step would need a reduction"
-            )
-        if number_of_groups(module) > 1:
-            raise ValueError(
-                f"layer {name!r} has groups, which sharding would cut: leave its parameters out with "
-                "fully_shard(..., ignored_params=...) and average their gradients, or give them to aux"
             )

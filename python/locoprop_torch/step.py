@@ -19,7 +19,7 @@ from locoprop_kernels.solution import Decision
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import checked_hyperparameters, is_compiled
 from locoprop_torch.problems import LayerWork, Trained
-from locoprop_torch.sharding import own, own_or_zeros
+from locoprop_torch.sharding import own
 
 __all__ = [
     "Call",
@@ -93,7 +93,7 @@ def trained(
             _check_agreement(layer, place, place_of)
         if gradient.layout != torch.strided:
             raise ValueError(f"layer {layer.name!r}: the gradient of its {kind} must be dense, got {gradient.layout}")
-        parts[kind] = Trained(parameter, own_or_zeros(gradient), place_of.lr, masks.get(kind, ()))
+        parts[kind] = Trained(parameter, gradient, place_of.lr, masks.get(kind, ()))
     return None if place is None else (place, parts)
 
 
@@ -168,7 +168,7 @@ def tell_without_rows(work: LayerWork, model: nn.Module, told: set[str]) -> None
         ValueError: the model was compiled and called before the optimiser was built.
     """
     name = work.layer.name
-    if name in told or not any(bool(part.gradient.any()) for part in work.trained.values()):
+    if name in told or not any(bool(own(part.gradient).any()) for part in work.trained.values()):
         return
     if not work.layer.called and is_compiled(model):
         raise ValueError(
@@ -217,12 +217,14 @@ def all_finite(reports: Iterable[StepReport], loss: Any, aux: Optimizer | None) 
 
 def decay_weights(calls: Iterable[Call], where: Mapping[int, Place], finite: Tensor) -> None:
     """Decoupled weight decay, as AdamW's: once a step, before the increment is added, and only if it will be."""
-    for parameter in (part.parameter for call in calls for work in call.work for part in work.trained.values()):
-        place = where[id(parameter)]
+    everything = (work for call in calls for work in call.work)
+    for work, kind, part in ((work, kind, part) for work in everything for kind, part in work.trained.items()):
+        place = where[id(part.parameter)]
         factor = 1 - place.lr * place.group["weight_decay"]
         if factor != 1:
             kept = torch.full((), factor, dtype=torch.float64, device=finite.device)
-            own(parameter).mul_(torch.where(finite, kept, 1.0))
+            # A view of the parameter, or what the parameter is written from.
+            getattr(work.problem, kind).mul_(torch.where(finite, kept, 1.0))
 
 
 def commit(call: Call, report: StepReport, finite: Tensor, state: dict[Any, Any]) -> None:
@@ -231,7 +233,7 @@ def commit(call: Call, report: StepReport, finite: Tensor, state: dict[Any, Any]
     # Only on a CPU is the answer there without waiting; elsewhere the new values are the old ones if it is no.
     if finite.device.type != "cpu" or report.committed:
         for work in call.work:
-            work.keep_state(state)
+            work.keep(state)
 
 
 class SkipCounter:

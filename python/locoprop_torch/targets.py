@@ -20,8 +20,7 @@ from locoprop_kernels.patches import Rows, row_chunks
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import check_choice
-from locoprop_torch.layouts import Layout, laid_out
-from locoprop_torch.sharding import own_or_zeros
+from locoprop_torch.layouts import Layout
 
 __all__ = ["Target", "check_target", "starting_gradients"]
 
@@ -54,7 +53,7 @@ def starting_gradients(
     Args:
         layer: a layer that has gradients.
         layout: its layout.
-        gradients: the ``.grad`` of its parameters to train, by kind.
+        gradients: the ``.grad`` of its parameters to train, by kind, with the strides of the parameters.
         target: see the module.
         transfer: the layer's transfer function ``f``.
         x: inputs ``[B, K]`` or ``[G, B, K]``; ``None`` where there are no rows: the target is then the dual one.
@@ -65,10 +64,7 @@ def starting_gradients(
             post-activation is not known because the activation is not a module.
     """
     if target == "dual" or x is None:
-        return {
-            kind: layout.view(kind, laid_out(activation_lr * gradient, own_or_zeros(layer.parameters[kind])))
-            for kind, gradient in gradients.items()
-        }
+        return {kind: layout.view(kind, activation_lr * gradient) for kind, gradient in gradients.items()}
     residual = _residual(layer, target, transfer, activation_lr)
     result: dict[str, Tensor] = {}
     if "weight" in gradients:

@@ -1,7 +1,5 @@
 """FSDP2 (``fully_shard``): every process solves the local problems of the rows of weights that it holds."""
 
-import contextlib
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +8,7 @@ from torch import nn
 
 from locoprop_torch import LocoProp
 from tests.helpers import RECENT, mlp, weights
-from tests.processes.test_data_parallel import OPTIONS, TOLERANCE, Tied, batch_of, frozen
+from tests.processes.test_data_parallel import OPTIONS, TOLERANCE, Grouped, Tied, batch_of, frozen
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or not RECENT, reason="needs gloo; older FSDP2 needs a GPU"
@@ -28,10 +26,19 @@ class Convolution(nn.Module):
         return self.head(self.norm(torch.tanh(self.conv(x.unflatten(-1, (2, 3)))).flatten(1)))
 
 
+def shrink(start, increment):
+    """The gradient of a regulariser that looks at all outputs of a layer."""
+    return 1e-2 * (start + increment) / (start + increment).norm()
+
+
+MASK = torch.arange(30).view(5, 6) % 3 != 1
 MODELS = {
     "mlp": (mlp, {}),
     "squared": (mlp, {"local_loss": "squared", "prox": 0.1}),
     "convolution": (Convolution, {"aux": "adamw", "weight_decay": 0.1, "rule": "adam"}),
+    "grouped": (Grouped, {"aux": "adamw", "weight_decay": 0.1, "prox": 0.1, "rule": "adam"}),
+    "softmax": (mlp, {"transfers": {"4": "softmax"}, "weight_decay": 0.2}),
+    "regularised": (mlp, {"regulariser": shrink, "masks": {"0.weight": MASK}}),
     "tied": (Tied, {"rule": "adagrad"}),
     "frozen": (frozen, {"rule": "momentum", "reduction": "sum"}),
 }
