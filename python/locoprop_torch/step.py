@@ -217,14 +217,16 @@ def all_finite(reports: Iterable[StepReport], loss: Any, aux: Optimizer | None) 
 
 def decay_weights(calls: Iterable[Call], where: Mapping[int, Place], finite: Tensor) -> None:
     """Decoupled weight decay, as AdamW's: once a step, before the increment is added, and only if it will be."""
-    everything = (work for call in calls for work in call.work)
-    for work, kind, part in ((work, kind, part) for work in everything for kind, part in work.trained.items()):
+    everything = [
+        (work.problem, kind, part) for call in calls for work in call.work for kind, part in work.trained.items()
+    ]
+    for problem, kind, part in everything:
         place = where[id(part.parameter)]
         factor = 1 - place.lr * place.group["weight_decay"]
         if factor != 1:
             kept = torch.full((), factor, dtype=torch.float64, device=finite.device)
             # A view of the parameter, or what the parameter is written from.
-            getattr(work.problem, kind).mul_(torch.where(finite, kept, 1.0))
+            getattr(problem, kind).mul_(torch.where(finite, kept, 1.0))
 
 
 def commit(call: Call, report: StepReport, finite: Tensor, state: dict[Any, Any]) -> None:
