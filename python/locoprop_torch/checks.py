@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, is_number, shown
 from locoprop_kernels.steps import BACKENDS, triton_unavailable
+from locoprop_torch.sharding import is_sharded
 
 __all__ = [
     "as_list",
@@ -131,3 +132,9 @@ def check_model(model: nn.Module) -> None:
                 "LocoProp does not support FullyShardedDataParallel, whose flat parameters have no rows, got "
                 f"{name or 'the model'!r}; fully_shard (FSDP2) and DistributedDataParallel would work"
             )
+    sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    if sharded is not None and not any(type(module).__name__.startswith("FSDP") for module in model.modules()):
+        raise ValueError(
+            f"LocoProp does not support tensor parallelism yet, got {sharded!r} without fully_shard; "
+            "fully_shard (FSDP2) and DistributedDataParallel would work"
+        )

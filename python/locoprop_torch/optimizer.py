@@ -180,9 +180,8 @@ class LocoProp(Optimizer):
 
     def _sampling(self) -> Sampling | None:
         """Which rows the next step takes, as far as that is known before it."""
-        if processes.are_several(self.model):
-            return None
-        return sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
+        late = processes.are_several(self.model)
+        return None if late else sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
 
     def _attach(self) -> None:
         """Capture the supported layers of the model that ``aux`` leaves to us."""
@@ -252,8 +251,7 @@ class LocoProp(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         link_groups(self.param_groups, self.aux)
-        own = own_groups(self.param_groups)
-        together = processes.of(self)
+        own, together = own_groups(self.param_groups), processes.of(self)
         where = together.begin(self, lambda: places(own))
         (calls, idle, reports), finite = together.finish(lambda: self._solved(where, loss))
         self.rows_seed += 1

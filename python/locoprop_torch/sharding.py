@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from locoprop_torch.layouts import Layout
+if TYPE_CHECKING:
+    from locoprop_torch.layouts import Layout
 
 __all__ = [
     "check_layer",

@@ -1,6 +1,7 @@
 """DistributedDataParallel: a step of several processes is that of one process on their batches, one after another."""
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 #: Of the displacement from where training began.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
-OPTIONS = {"lr": 1e-2, "activation_lr": 3.0, "local_iterations": 4}
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "activation_lr": 3.0, "local_iterations": 4}
 
 
 class Grouped(nn.Module):
@@ -51,7 +52,7 @@ def frozen():
     return model
 
 
-MODELS = {
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mlp": (mlp, {}),
     "squared": (mlp, {"local_loss": "squared"}),
     "softmax": (mlp, {"transfers": {"4": "softmax"}, "rule": "adam"}),

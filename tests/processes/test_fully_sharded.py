@@ -1,5 +1,8 @@
 """FSDP2 (``fully_shard``): every process solves the local problems of the rows of weights that it holds."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,12 +35,14 @@ def shrink(start, increment):
 
 
 MASK = torch.arange(30).view(5, 6) % 3 != 1
-MODELS = {
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mlp": (mlp, {}),
     "squared": (mlp, {"local_loss": "squared", "prox": 0.1}),
+    "adam": (mlp, {"rule": "adam"}),
     "convolution": (Convolution, {"aux": "adamw", "weight_decay": 0.1, "rule": "adam"}),
     "grouped": (Grouped, {"aux": "adamw", "weight_decay": 0.1, "prox": 0.1, "rule": "adam"}),
     "softmax": (mlp, {"transfers": {"4": "softmax"}, "weight_decay": 0.2}),
+    "masked": (mlp, {"masks": {"0.weight": MASK}}),
     "regularised": (mlp, {"regulariser": shrink, "masks": {"0.weight": MASK}}),
     "tied": (Tied, {"rule": "adagrad"}),
     "frozen": (frozen, {"rule": "momentum", "reduction": "sum"}),
@@ -127,3 +132,99 @@ def test_gradient_accumulation(pools, rows, synchronised):
 @pytest.mark.parametrize("reshard", [False, True, 1])
 def test_what_is_resharded_after_the_forward_pass(pools, reshard):
     compare(pools, "mlp", [4, 3], rows=3, reshard=reshard)
+
+
+def mixed(rank, rows):
+    """The weights after steps with passes in float32 and parameters in float64, and what is in state."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64, output_dtype=torch.float64)
+    model = sharded(mlp(), mp_policy=policy)
+    opt = LocoProp(model, **OPTIONS, rows=rows, rule="adam")
+    for step in range(5):
+        opt.zero_grad()
+        xs, ys = batch_of(step, 0, [5, 4], torch.float64)
+        (F.mse_loss(model(xs[rank]), ys[rank], reduction="sum") * 2 / 9).backward()
+        opt.step()
+    kinds = {value.dtype for slots in opt.state.values() for name, value in slots.items() if name != "step"}
+    return [whole(p) for p in model.parameters()], kinds
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_mixed_precision(pools, rows):
+
+    expected = trained("adam", [5, 4], None, torch.float64, rows)
+    for found, kinds in pools[2].run(mixed, rows):
+        assert kinds == {torch.float64}
+        for weight, other, start in zip(found, expected, weights(mlp()), strict=True):
+            assert (weight - other).norm() < 1e-5 * (other - start).norm()
+
+
+def refused(rank):
+    """What is said about models that cannot be trained, or not in this way."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    found = []
+
+    def catch(step):
+        try:
+            step()
+        except ValueError as error:
+            found.append(str(error))
+
+    even = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    by_inputs = fully_shard(copy.deepcopy(even), mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    catch(lambda: LocoProp(by_inputs))
+    for style in (ColwiseParallel, RowwiseParallel):
+        parallel = parallelize_module(copy.deepcopy(even), mesh, {"0": style()})
+        catch(lambda parallel=parallel: LocoProp(parallel))
+    flat = FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"))
+    catch(lambda: LocoProp(flat))
+    model = mlp()
+    early = LocoProp(model)
+    fully_shard(model, mesh=mesh)
+    in_place = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)).double()
+    fully_shard(in_place, mesh=mesh)
+    for some, opt in ((model, early), (in_place, LocoProp(in_place)), (target := sharded(mlp()), None)):
+        opt = opt or LocoProp(target, target="primal")
+        x, y = batch_of(0, 0, [4, 4], torch.float64)
+        F.mse_loss(some(x[rank]), y[rank]).backward()
+        catch(opt.step)
+    return found
+
+
+def test_what_is_refused(pools):
+    first, second = pools[2].run(refused)
+    assert first == second
+    by_inputs, columns, rows, flat, early, in_place, target = first
+    assert (
+        "layer '0': its weight must be sharded by output rows, once, as fully_shard does, got (Shard(dim=1),)"
+        in by_inputs
+    )
+    assert "row-parallel" in by_inputs
+    assert all("does not support tensor parallelism yet, got '0.weight'" in text for text in (columns, rows))
+    assert "FullyShardedDataParallel, whose flat parameters have no rows" in flat
+    assert "build a new optimiser" in early
+    assert "the output of layer '0' was overwritten in place, and its weight is sharded by now" in in_place
+    assert "only the target 'dual' is supported" in target
+
+
+def discarded(rank, how):
+    """The weights after a step, before which a gradient was discarded."""
+    torch.manual_seed(0)
+    model = sharded(mlp())
+    opt = LocoProp(model, **OPTIONS)
+    for seed in (1, 2):
+        (opt if how == "optimiser" else model).zero_grad()
+        xs, ys = batch_of(seed, 0, [4, 3], torch.float64)
+        F.mse_loss(model(xs[rank]), ys[rank]).backward()
+    opt.step()
+    return [whole(p) for p in model.parameters()], opt.last_reports[0].problems[0].rows
+
+
+@pytest.mark.parametrize("how", ["optimiser", "model"])
+def test_rows_go_with_a_discarded_gradient(pools, how):
+    assert [rows for _, rows in pools[2].run(discarded, how)] == [7, 7]
