@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp
 
-__all__ = ["check", "own_part", "restore_state", "save"]
+__all__ = ["check", "own_part", "restore_state", "rows_seed", "save"]
 
 _FACTS = ("rule", "transfers", "local_loss", "reduction", "lr_decay")
 _Facts = Callable[[Mapping[str, Any], int], Mapping[str, str]]
@@ -25,7 +25,9 @@ def save(optimizer: LocoProp, saved: dict[str, Any], facts: _Facts) -> dict[str,
     for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         if not group.get("aux"):
             packed.update(facts(group, group["local_iterations"]))
-            packed.pop("transfer")
+            # What torch.distributed.checkpoint keeps: groups and state, and every entry that a group has.
+            packed["transfer"] = None if group["transfer"] is None else str(group["transfer"])
+            packed["rows_seed"] = optimizer.rows_seed
     saved["skipped_steps"] = optimizer.skipped_steps
     saved["rows_seed"] = optimizer.rows_seed
     if optimizer.aux is not None:
@@ -74,6 +76,12 @@ def own_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     ]
     ids = {i for group in groups for i in group["params"]}
     return {"state": {i: s for i, s in state_dict["state"].items() if i in ids}, "param_groups": groups}
+
+
+def rows_seed(state_dict: Mapping[str, Any], otherwise: int) -> int:
+    """``rows_seed`` of a checkpoint, ``otherwise`` where it has none."""
+    seeds = [int(group["rows_seed"]) for group in state_dict["param_groups"] if "rows_seed" in group]
+    return seeds[0] if seeds else int(state_dict.get("rows_seed", otherwise))
 
 
 def restore_state(optimizer: LocoProp, state_dict: Mapping[str, Any]) -> None:

@@ -141,6 +141,7 @@ class LocoProp(Optimizer):
             "rule": rules.get(rule),
             "weight_decay": weight_decay,
             "transfer": None,
+            "rows_seed": 0,
         }
         defaults.update(checked_hyperparameters(defaults))
         self.model = model = processes.unwrapped(model)
@@ -348,9 +349,8 @@ class LocoProp(Optimizer):
         """
         link_groups(self.param_groups, self.aux)
         checkpoints.check(self, state_dict, self._facts)
-        groups, own = self.param_groups, own_groups(self.param_groups)
-        kept = [{key: group[key] for key in ("rule", "transfer")} for group in own]
-        self.param_groups = own
+        groups, self.param_groups = self.param_groups, own_groups(self.param_groups)
+        kept = [{key: group[key] for key in ("rule", "transfer")} for group in self.param_groups]
         try:
             super().load_state_dict(checkpoints.own_part(state_dict))
         except BaseException:
@@ -361,7 +361,7 @@ class LocoProp(Optimizer):
         checkpoints.restore_state(self, state_dict)
         link_groups(self.param_groups, self.aux)
         self._skipped = SkipCounter(state_dict.get("skipped_steps", self.skipped_steps))
-        self.rows_seed = state_dict.get("rows_seed", self.rows_seed)
+        self.rows_seed = checkpoints.rows_seed(state_dict, self.rows_seed)
         self._model_layers.forget(release=True)
 
     def _facts(self, group: Mapping[str, Any], iterations: int) -> dict[str, str]:
