@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "check_coverage",
     "complete_groups",
     "link_groups",
+    "link_state",
     "made_aux",
     "own_groups",
     "trained_ids",
@@ -127,3 +128,8 @@ def link_groups(groups: list[Group], aux: Optimizer | None) -> None:
         for group in aux.param_groups:
             group["aux"] = True
         groups[:] = wanted
+
+
+def link_state(state: MutableMapping[Any, Any], aux: Optimizer) -> None:
+    """Show the state of ``aux`` in ``state``, too, where ``torch.distributed.checkpoint`` looks for it."""
+    state.update({p: aux.state[p] for group in aux.param_groups for p in group["params"] if p in aux.state})

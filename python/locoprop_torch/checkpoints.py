@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from locoprop_torch.auxiliary import link_state
+
 if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp
 
@@ -26,7 +28,7 @@ def save(optimizer: LocoProp, saved: dict[str, Any], facts: _Facts) -> dict[str,
         if not group.get("aux"):
             packed.update(facts(group, group["local_iterations"]))
             # What torch.distributed.checkpoint keeps: groups and state, and every entry that a group has.
-            packed["transfer"] = None if group["transfer"] is None else str(group["transfer"])
+            packed["transfer"] = "" if group["transfer"] is None else str(group["transfer"])
             packed["rows_seed"] = optimizer.rows_seed
     saved["skipped_steps"] = optimizer.skipped_steps
     saved["rows_seed"] = optimizer.rows_seed
@@ -106,3 +108,4 @@ def restore_state(optimizer: LocoProp, state_dict: Mapping[str, Any]) -> None:
             state.update({place: state_dict["state"].get(i) for place, i in zip(places, group["params"], strict=True)})
     known = {place: values for place, values in state.items() if values is not None}
     optimizer.aux.load_state_dict({"state": known, "param_groups": packed, **(state_dict.get("aux") or {})})
+    link_state(optimizer.state, optimizer.aux)

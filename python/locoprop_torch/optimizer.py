@@ -23,6 +23,7 @@ from locoprop_torch.auxiliary import (
     check_coverage,
     complete_groups,
     link_groups,
+    link_state,
     made_aux,
     own_groups,
     trained_ids,
@@ -148,11 +149,9 @@ class LocoProp(Optimizer):
         self.local_loss, self.reduction = local_loss, reduction
         self.lr_decay = lr_decay or default_lr_decay
         self.aux: Optimizer | None = aux if isinstance(aux, Optimizer) else None
-        self.backend, self.compute_dtype = backend, compute_dtype
-        self.target = target
+        self.backend, self.compute_dtype, self.target = backend, compute_dtype, target
         self.regulariser = as_regulariser(regulariser)
-        self.trace = trace
-        self.rows, self.rows_seed = rows, 0
+        self.trace, self.rows, self.rows_seed = trace, rows, 0
         self.last_reports: list[StepReport] = []
         self._skipped = SkipCounter()
         # The layers whose gradients without rows were logged.
@@ -259,6 +258,7 @@ class LocoProp(Optimizer):
         # The host decides whether aux steps, so with aux a step waits for the device.
         if self.aux is not None and finite:
             self.aux.step()
+            link_state(self.state, self.aux)
         if any(group["weight_decay"] for group in own):
             decay_weights(calls, where, finite)
         for call, report in zip(calls, reports, strict=True):
