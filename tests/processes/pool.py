@@ -61,12 +61,16 @@ class Pool:
 
     def run_until_first(self, function, *arguments):
         """What the function returned in the first process that did, whatever happens to the others."""
-        self._start()
-        for tasks in self._tasks:
-            tasks.put((function, arguments))
+        self.begin(function, *arguments)
         _, text, value = self._results.get(timeout=2 * PATIENCE)
         assert text is None, text
         return value
+
+    def begin(self, function, *arguments):
+        """Let new processes run the function, and do not wait for them."""
+        self._start()
+        for tasks in self._tasks:
+            tasks.put((function, arguments))
 
     def _start(self):
         self.stop()
