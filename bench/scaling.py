@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import device, report
+from bench import device, processes, report
 from bench.cases import Case, Layer
 from bench.contestants import Contestant, all_contestants
 from bench.measure import quantiles
@@ -56,7 +56,9 @@ def sweeps(gpu: bool) -> dict[str, tuple[list[int], Callable[[int], Case]]]:
 
 
 def main(arguments: list[str]) -> int:
-    """``python -m bench scaling``."""
+    """``python -m bench scaling``; with ``processes`` first, what several processes send each other."""
+    if arguments[:1] == ["processes"]:
+        return processes.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m bench scaling", description=__doc__)
     parser.add_argument(
         "--device",
@@ -170,3 +172,7 @@ def _draw(results: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{results['device']['name']}: time against size, with fitted exponents", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

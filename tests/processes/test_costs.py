@@ -1,0 +1,69 @@
+"""What a step sends, counted, is what the model in ``bench.processes`` says."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import processes
+from locoprop_torch import LocoProp
+from tests.helpers import RECENT
+from tests.processes.test_fully_sharded import sharded
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or not RECENT, reason="needs gloo; older FSDP2 needs a GPU"
+)
+SIZE, ROWS, ITERATIONS, BATCH = 64, 8, 5, 64
+
+
+class Received(TorchDispatchMode):
+    """Bytes that the collectives of a step bring to a process, without its own."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.found = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            tensor = args[0][0] if isinstance(args[0], list) else args[0]
+            whole = tensor.numel() * tensor.element_size()
+            # A flag is reduced: one comes from every other process.
+            self.found.append(
+                whole * (self.size - 1) if "reduce" in str(func) else whole * (self.size - 1) // self.size
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def counted(rank, wrap):
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh(), nn.Linear(SIZE, SIZE))
+    model = wrapped = sharded(model) if wrap == "sharded" else model
+    if wrap != "sharded":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    opt = LocoProp(model, rows=ROWS, local_iterations=ITERATIONS)
+    wrapped(torch.randn(BATCH // dist.get_world_size(), SIZE)).square().mean().backward()
+    with CommDebugMode() as calls, Received(dist.get_world_size()) as received:
+        opt.step()
+    return received.found, calls.get_total_counts()
+
+
+@pytest.mark.parametrize("wrap", ["replicated", "sharded"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_bytes_and_calls_are_those_of_the_model(pools, size, wrap):
+    for found, calls in pools[size].run(counted, wrap):
+        header, rows, flag = found
+        assert calls == 3
+        assert header + flag == processes.AGREEMENT * (size - 1)
+        assert rows == 2 * processes.of_rows(ROWS, ITERATIONS, SIZE, SIZE, size, 4)
+
+
+def test_few_rows_are_a_small_part_of_the_traffic_of_sharded_weights():
+    assert processes.of_rows(32, 10, 4096, 4096, 1024, 2) < 0.15 * processes.of_fsdp(4096, 4096, 1024, 2)
+
+
+def test_the_table(capsys):
+    assert processes.main([]) == 0
+    assert "1024" in capsys.readouterr().out
