@@ -1,9 +1,9 @@
 """What processes send each other in a step of LocoProp, beside FSDP2's own traffic: a model, checked by counted bytes.
 
 The model is per layer and process, in bytes received, with ``w`` processes: the rows that local steps take are
-gathered, ``r (T - 1) (K + N) (w - 1) / w`` numbers. FSDP2 gathers the weight in the forward and in the backward pass and
-reduces its gradient, ``3 K N (w - 1) / w``. `tests/processes/test_costs.py` counts the bytes at 2 and 4 processes; what
-is printed for more is the model alone.
+gathered, ``r (T - 1) (K + N) (w - 1) / w`` numbers. FSDP2 gathers the weight in the forward and in the backward pass
+and reduces its gradient, ``3 K N (w - 1) / w``. `tests/processes/test_costs.py` counts the bytes at 2 and 4 processes;
+what is printed for more is the model alone.
 """
 
 from __future__ import annotations

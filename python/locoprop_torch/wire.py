@@ -16,7 +16,7 @@ Shape = tuple[tuple[int, ...], torch.dtype]
 # Every tensor begins at a multiple of this many bytes, so that it can be looked at in its dtype.
 _ALIGNED = 16
 # The second is its name before torch 2.13.
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 class Wire:

@@ -6,6 +6,7 @@ import queue
 import socket
 import traceback
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ class Pool:
             self._start()
         for tasks in self._tasks:
             tasks.put((function, arguments))
-        found = {}
+        found: dict[int, tuple[str | None, Any]] = {}
         try:
             while len(found) < self.size:
                 rank, text, value = self._results.get(timeout=2 * PATIENCE)

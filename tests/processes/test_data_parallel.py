@@ -79,7 +79,7 @@ def trained(name, sizes, rank, dtype, options, steps=5, parts=1, how="after"):
     """The weights after some steps of one process of several, or of one that has all batches where ``rank`` is None."""
     model, own = made(name, dtype)
     options = {**OPTIONS, **own, **options}
-    make = {} if how in ("after", "before", "inner") else {how: True}
+    make: dict[str, Any] = {} if how in ("after", "before", "inner") else {how: True}
     wrapped = model
     if how == "before":
         opt = LocoProp(model, **options)

@@ -176,7 +176,7 @@ def refused(rank):
             found.append(str(error))
 
     even = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
-    by_inputs = fully_shard(copy.deepcopy(even), mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    by_inputs: Any = fully_shard(copy.deepcopy(even), mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
     catch(lambda: LocoProp(by_inputs))
     for style in (ColwiseParallel, RowwiseParallel):
         parallel = parallelize_module(copy.deepcopy(even), mesh, {"0": style()})

@@ -1,5 +1,7 @@
 """A process group of one process changes nothing."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -36,5 +38,5 @@ def test_names_and_functions_are_those_of_the_model(one_process):
     assert transfers_of(opt) == {"0": "tanh", "2": "sigmoid", "4": "softmax"}
     # A checkpoint of the model without its wrapper fits.
     opt.load_state_dict(LocoProp(mlp(), transfers={"4": "softmax"}).state_dict())
-    compiled = torch.compile(wrapped)
+    compiled: Any = torch.compile(wrapped)
     assert transfers_of(LocoProp(compiled)).keys() == {"0", "2", "4"}

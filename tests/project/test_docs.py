@@ -60,7 +60,7 @@ def test_no_block_escapes():
 
 def tree():
     """Every file and folder of the project, as ``/path/from/its/root``; folders end with a slash."""
-    tops = [ROOT / name for name in ("bench", "docs", "locoprop_kernels", "python", "tests")]
+    tops = [ROOT / name for name in ("bench", "docs", "examples", "locoprop_kernels", "python", "tests")]
     return [
         f"/{path.relative_to(ROOT).as_posix()}{'/' if path.is_dir() else ''}"
         for path in (*tops, *(path for top in tops for path in top.rglob("*")))
