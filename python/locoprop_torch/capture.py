@@ -33,6 +33,7 @@ from locoprop_torch.layouts import Layout, layout_class
 from locoprop_torch.masks import trained_parameters
 from locoprop_torch.passes import Gradients, Pass, SeenGradient
 from locoprop_torch.shares import Shares
+from locoprop_torch.unit import OutputGradient
 
 __all__ = ["ActivationHook", "CapturedLayer"]
 
@@ -110,6 +111,7 @@ class CapturedLayer:
         keep_gradients: keep ``∂L/∂A`` of each pass.
         reason: why the transfer function could not be read off the model, if so.
         sampling: says at any time which rows the next step will take; ``None`` for all.
+        output_gradient: measures the gradient at the model's output in the first step.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class CapturedLayer:
         keep_gradients: bool = False,
         reason: str | None = None,
         sampling: Callable[[], Sampling | None] = lambda: None,
+        output_gradient: OutputGradient | None = None,
     ) -> None:
         self.name, self.module = next(iter(modules.items()))
         self.modules, self.paths = dict(modules), {name: paths[name] for name in modules}
@@ -135,6 +138,7 @@ class CapturedLayer:
         # Other targets need all rows.
         self._sampling = sampling if not keep_gradients else lambda: None
         self._shares = Shares(self.name, self._layout)
+        self._output_gradient = output_gradient
         self.called = False
         self._latest: tuple[weakref.ref[Tensor], weakref.ref[Pass]] | None = None
         # The passes that a backward pass has come to, by its number.
@@ -207,7 +211,11 @@ class CapturedLayer:
     def _reach(self, captured: Pass, gradient: Tensor) -> None:
         """A backward pass has come to the output of ``captured``."""
         number = self._note(captured)
-        if number is not None and self.keep_gradients:
+        if number is None:
+            return
+        if self._output_gradient is not None:
+            captured.output = self._output_gradient.reach(self, number, gradient) or captured.output
+        if self.keep_gradients:
             captured.arrive(number, Gradients(output=gradient.detach()))
 
     def _reach_by_input(self, captured: Pass, gradient: Tensor) -> None:
@@ -241,7 +249,9 @@ class CapturedLayer:
         gradient = parameter.grad
         if gradient is not None:
             copy = gradient.detach().clone() if self.keep_gradients else None
-            self._seen[kind] = SeenGradient(TensorWeakRef(gradient), gradient._version, copy)
+            measured = any(captured.output for captured in self._reached.get(_backward_pass(), ()))
+            norm = gradient.detach().norm() if measured else None
+            self._seen[kind] = SeenGradient(TensorWeakRef(gradient), gradient._version, copy, norm)
         number = _backward_pass()
         # A backward pass comes to the last call first.
         found = sorted(self._reached.pop(number, ()), key=lambda captured: captured.number)
@@ -339,6 +349,14 @@ class CapturedLayer:
             assert captured.preactivation is not None
             if captured.preactivation.numel():
                 yield self._layout(captured.module), captured.preactivation, captured.gradients or Gradients()
+
+    def shrunk(self) -> float:
+        """Norm of the parameters' gradients over what it was after the backward pass; 1 where that is not known."""
+        for kind, parameter in self.trained.items():
+            assert parameter.grad is not None
+            if kind in self._seen and (factor := self._seen[kind].shrunk(parameter.grad)) is not None:
+                return factor
+        return 1.0
 
     def gradient_factor(self) -> float:
         """The number that the parameters' gradients were multiplied by since the backward pass, as by ``GradScaler``.

@@ -18,6 +18,7 @@ from locoprop_torch.hooks import AttachedHook, attach
 from locoprop_torch.layouts import number_of_groups, supported_modules, tied_layers
 from locoprop_torch.masks import trained_parameters
 from locoprop_torch.targets import Target
+from locoprop_torch.unit import OutputGradient
 
 __all__ = ["ModelLayers", "described", "transfer_in_use"]
 
@@ -33,6 +34,7 @@ class ModelLayers:
 
     Attributes:
         captured: the layers by name; those that share their weight are one.
+        output_gradient: the unit of activation learning rates per example.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ModelLayers:
         self._masks = _checked_masks(model, masks)
         self._activation_handles: list[AttachedHook] = []
         self._sampling = _Weak()
+        self.output_gradient = OutputGradient()
 
     def sample_by(self, sampling: Callable[[], Sampling | None]) -> None:
         """Have the layers keep the rows that a method of the optimiser says, which is not kept alive for it."""
@@ -111,7 +114,9 @@ class ModelLayers:
         """Capture a layer: its modules by name, and where they are in the model."""
         name = next(iter(modules))
         keep_gradients = self.target(name) != "dual"
-        self.captured[name] = CapturedLayer(modules, paths, transfer, keep_gradients, reason, self._sampling)
+        self.captured[name] = CapturedLayer(
+            modules, paths, transfer, keep_gradients, reason, self._sampling, self.output_gradient
+        )
 
     def detach(self) -> None:
         """Take all hooks off the model."""

@@ -157,7 +157,8 @@ def layer_work(
     lr: float,
     transfer: Transfer,
     target: Target,
-    group: Mapping[str, Any],
+    activation_lr: float,
+    rule: rules.Rule,
     state: Mapping[Any, dict[str, Tensor]],
 ) -> LayerWork:
     """What a step has to do for a layer with gradients.
@@ -171,7 +172,8 @@ def layer_work(
         lr: the learning rate of the local iterations, of which each parameter has a share.
         transfer: its transfer function.
         target: its target.
-        group: the parameter group whose rule and ``γ`` it takes.
+        activation_lr: ``γ``.
+        rule: the update rule.
         state: the optimiser's state.
 
     Raises:
@@ -191,12 +193,12 @@ def layer_work(
         target,
         transfer,
         found[0] if found else None,
-        float(group["activation_lr"]),
+        activation_lr,
     )
     states = {}
     for kind, (parameter, _, own_lr, masks) in trained.items():
         stored = state.get(parameter) or {}
-        states[kind] = give_parameter(problem, layout, kind, parameter, gradients[kind], group["rule"], stored)
+        states[kind] = give_parameter(problem, layout, kind, parameter, gradients[kind], rule, stored)
         if own_lr != lr:
             setattr(problem, f"rate_{kind}", own_lr / lr)
         if masks:

@@ -1,5 +1,7 @@
 """How the reference backend does few rows: in blocks, with folded biases, fused updates and memory that is kept."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ import locoprop_kernels as lk
 from locoprop_kernels import few_rows, folding, fused, reference, rules, scratch
 from tests.problems import RULES, copied, problem_for, random_layer, relative_error
 
-OPTIONS = {"lr": [0.02, 0.01, 0.005, 0.005], "rows": 5, "rows_seed": 3, "backend": "reference"}
+OPTIONS: dict[str, Any] = {"lr": [0.02, 0.01, 0.005, 0.005], "rows": 5, "rows_seed": 3, "backend": "reference"}
 
 
 def problem(transfer="tanh", dtype=torch.float64, seed=0, **options):
@@ -68,7 +70,7 @@ def test_a_folded_bias_is_a_bias(rule, transfer, monkeypatch):
 def settings_of(rule="adam", **changes):
     from locoprop_kernels.settings import Settings
 
-    known = {"lr": [0.1] * 3, "prox": 0.0, "reduction": "mean", "compute_dtype": None, "trace": False}
+    known: dict[str, Any] = {"lr": [0.1] * 3, "prox": 0.0, "reduction": "mean", "compute_dtype": None, "trace": False}
     return Settings.checked(rule, **{**known, "regulariser": None, "rows": 5, **changes})
 
 
