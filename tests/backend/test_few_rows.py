@@ -1,5 +1,6 @@
 """How the reference backend does few rows: in blocks, with folded biases, fused updates and memory that is kept."""
 
+import random
 from typing import Any
 
 import pytest
@@ -175,6 +176,24 @@ def test_no_more_than_the_limit_is_kept(monkeypatch):
     held = [tensor.numel() for tensors in scratch._kept.values() for tensor in tensors]
     assert held == [700]
     assert scratch._kept_bytes == 2800
+
+
+def test_memory_that_is_taken_and_given_back_in_any_order_stays_within_the_limit(monkeypatch):
+    monkeypatch.setattr(scratch, "_kept", {})
+    monkeypatch.setattr(scratch, "_kept_bytes", 0)
+    monkeypatch.setattr(scratch, "LIMIT", 4000)
+    random.seed(seed := random.randrange(10**6))
+    print("seed", seed)
+    taken: list[torch.Tensor] = []
+    for _ in range(500):
+        if taken and random.random() < 0.5:
+            scratch.give_back(taken.pop(random.randrange(len(taken))))
+        else:
+            taken.append(scratch.take((random.choice([100, 200, 300, 500]),), torch.float32, torch.device("cpu")))
+        held = [tensor for tensors in scratch._kept.values() for tensor in tensors]
+        assert scratch._kept_bytes == sum(tensor.numel() * 4 for tensor in held) <= 4000
+        places = [tensor.data_ptr() for tensor in [*held, *taken]]
+        assert len(set(places)) == len(places)
 
 
 def test_increments_that_somebody_holds_are_not_overwritten():
