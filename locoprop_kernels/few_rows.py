@@ -8,6 +8,7 @@ not depend on each other the loop can take a block of them at a time, which stay
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ class FewRowsForm(Form):
 
     def _laid_out(self, problem: LocalProblem, fold: bool) -> dict[int, _RowSet]:
         """Copies of all rows that local steps take, in one tensor each of inputs, pre-activations and activations."""
-        numbers = tuple(sorted(set(self.order)))
+        numbers = tuple(dict.fromkeys(self.order))
         places = _places(problem.shape[0], self.sets, numbers)
         inputs, preactivations = (
             _chosen(rows, self.sets, numbers, places) for rows in (problem.x, problem.preactivation)
@@ -186,8 +187,24 @@ def _chosen(rows: Tensor | Rows, sets: int, numbers: tuple[int, ...], places: _P
     """Sets of rows, one after the other, ``[.., len(numbers) * width, K]``."""
     if isinstance(rows, Tensor):
         return rows.index_select(-2, places.whole.to(rows.device))
-    joined = torch.cat([rows.every(number, sets) for number in numbers], -2)
+    parts = [rows.every(number, sets) for number in numbers]
+    joined = _side_by_side(parts)
+    if joined is None:
+        joined = torch.cat(parts, -2)
     return joined if places.filled is None else joined.index_select(-2, places.joined.to(joined.device))
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
+    """Matrices ``[r_i, K]`` that lie one behind the other in memory, as rows that were kept together do, as one."""
+    first, place, rows = parts[0], parts[0].storage_offset(), 0
+    for part in parts:
+        follows = (
+            part.storage_offset() == place and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        )
+        if part.dim() != 2 or not part.is_contiguous() or not follows:
+            return None
+        place, rows = place + part.numel(), rows + part.shape[0]
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
 def blocks_of_outputs(problem: LocalProblem, settings: Settings) -> list[slice]:

@@ -14,6 +14,7 @@ from locoprop_kernels.chosen import ChosenRows
 from locoprop_kernels.patches import Rows
 from locoprop_kernels.problem import accumulation_dtype, initial_state
 from locoprop_kernels.sampling import Sampling
+from locoprop_kernels.scratch import give_back
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.layouts import Layout, laid_out
@@ -140,6 +141,8 @@ class LayerWork:
     def release(self) -> None:
         """Let go of everything that only the local loop needed."""
         self.layer.forget(release=True)
+        if isinstance(self.problem.x, ChosenRows):
+            give_back(*(g for g in (self.problem.grad_weight, self.problem.grad_bias) if g is not None))
         self.problem.x = self.problem.preactivation = self.problem.weight.new_empty(0)
         self.problem.grad_weight = self.problem.grad_bias = None
 

@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from locoprop_kernels.chosen import ChosenRows
 from locoprop_kernels.patches import Rows, row_chunks
+from locoprop_kernels.scratch import take
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import check_choice
@@ -65,7 +67,7 @@ def starting_gradients(
     """
     if target == "dual" or x is None:
         return {
-            kind: layout.view(kind, laid_out(activation_lr * gradient, layer.parameters[kind]))
+            kind: layout.view(kind, laid_out(_scaled(gradient, activation_lr, x), layer.parameters[kind]))
             for kind, gradient in gradients.items()
         }
     residual = _residual(layer, target, transfer, activation_lr)
@@ -75,6 +77,13 @@ def starting_gradients(
     if "bias" in gradients:
         result["bias"] = residual.sum(-2)
     return result
+
+
+def _scaled(gradient: Tensor, factor: float, x: Tensor | Rows | None) -> Tensor:
+    """``factor * gradient``; with few rows in memory that is kept, see :mod:`locoprop_kernels.scratch`."""
+    if isinstance(x, ChosenRows) and gradient.is_contiguous():
+        return torch.mul(gradient, factor, out=take(gradient.shape, gradient.dtype, gradient.device))
+    return factor * gradient
 
 
 def _product(residual: Tensor, x: Tensor | Rows) -> Tensor:
