@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from bench.defaults import results
 from bench.defaults.configurations import expand
 from bench.defaults.report import draw, print_report
+from bench.defaults.results import Record
 from bench.defaults.tasks import TASKS
 from bench.defaults.training import run
 
@@ -76,21 +78,28 @@ def _run(given: argparse.Namespace) -> int:
     done = results.read(given.out)
     wanted = [(task, name, seed) for seed in given.seeds for name in names for task in tasks]
     todo = [key for key in wanted if key not in done]
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("runs", total=len(wanted), completed=len(wanted) - len(todo))
+        for record in _records([partial(run, *key, mnist=given.mnist, quick=given.quick) for key in todo], given.jobs):
+            results.append(given.out, record)
+            progress.advance(bar)
+    return 0
+
+
+def _records(runs: Sequence[Callable[[], Record]], jobs: int) -> Iterator[Record]:
+    """What the runs return, each as soon as it is there; more than one job are processes with a thread each."""
+    if jobs == 1:
+        yield from (one() for one in runs)
+        return
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = "1"
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    pool = ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"))
-    with pool, Progress(*columns, console=console) as progress:
-        bar = progress.add_task("runs", total=len(wanted), completed=len(wanted) - len(todo))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         try:
-            futures = [pool.submit(run, *key, mnist=given.mnist, quick=given.quick) for key in todo]
-            for future in as_completed(futures):
-                results.append(given.out, future.result())
-                progress.advance(bar)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return 0
+            for future in as_completed([pool.submit(one) for one in runs]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _report(given: argparse.Namespace) -> int:

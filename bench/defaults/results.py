@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Key", "append", "key_of", "read"]
+__all__ = ["Key", "Record", "append", "key_of", "read"]
 
 Key = tuple[str, str, int]
 Record = dict[str, Any]

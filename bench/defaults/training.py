@@ -59,6 +59,7 @@ class _OutputGradient:
             "max": rows.abs().amax(1).square().mean().sqrt().item(),
             "norm": rows.square().sum(1).mean().sqrt().item(),
             "element": rows.square().mean().sqrt().item(),
+            "peak": rows.abs().max().item(),
         }
 
 
