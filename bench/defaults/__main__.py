@@ -24,7 +24,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from bench.defaults import results
 from bench.defaults.configurations import expand
-from bench.defaults.report import draw, print_report
+from bench.defaults.report import draw, print_report, print_units
 from bench.defaults.results import Record
 from bench.defaults.tasks import TASKS
 from bench.defaults.training import run
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     reporting.set_defaults(command=_report)
     reporting.add_argument("configurations", nargs="*", help="these alone (default: all)")
     reporting.add_argument("--by-task", action="store_true", help="a table for each configuration, with every task")
+    reporting.add_argument("--units", action="store_true", help="also how large the measured units of γ were")
     reporting.add_argument("--plot", type=Path, metavar="FILE", help="write the plot of the best configurations")
     reporting.add_argument("--seeds", type=int, nargs="+", help="these seeds alone, which every entry must have")
     for command in (running, reporting):
@@ -109,6 +110,8 @@ def _report(given: argparse.Namespace) -> int:
     names = expand(given.configurations) if given.configurations else None
     console = Console() if sys.stdout.isatty() else Console(width=180)
     summary = print_report(console, chosen, names, given.by_task)
+    if given.units:
+        print_units(console, chosen)
     if given.plot and summary:
         draw(summary, given.plot)
     return 0

@@ -15,10 +15,11 @@ from rich.table import Table
 
 from bench.defaults.configurations import BASELINE
 
-__all__ = ["Summary", "draw", "print_report", "summaries"]
+__all__ = ["Summary", "draw", "print_report", "print_units", "summaries"]
 
 # More than this and a run counts as this bad: one that diverged would make every geometric mean infinite.
 WORST = 10.0
+_MEASURED = ("max", "norm", "element", "peak")
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,28 @@ def _print_tasks(console: Console, records: list[dict[str, Any]], found: Sequenc
     console.print(table)
     for i, one in enumerate(found):
         console.print(f"{i + 1}: {one.name}", highlight=False)
+
+
+def print_units(console: Console, records: Iterable[dict[str, Any]]) -> None:
+    """How large measured units of ``γ`` are, in numbers of terms that the loss averages over: 1 is the exact one."""
+    measured = defaultdict(list)
+    for record in records:
+        if "output" in record:
+            measured[record["task"]].append(record)
+    table = Table("task", title="measured units / number of terms", title_justify="left")
+    for column in ("terms", "rows", *_MEASURED):
+        table.add_column(column, justify="right")
+    for task, runs in measured.items():
+        of_seeds = {run["seed"]: run for run in runs}.values()
+        cells = [
+            fmean(1 / (run["output"][unit] * run["terms"]) for run in of_seeds if run["output"].get(unit))
+            if any(run["output"].get(unit) for run in of_seeds)
+            else math.nan
+            for unit in _MEASURED
+        ]
+        first = runs[0]
+        table.add_row(task, str(first["terms"]), str(first["output"]["rows"]), *(f"{cell:.3g}" for cell in cells))
+    console.print(table)
 
 
 def draw(found: Sequence[Summary], path: Path, most: int = 6) -> None:

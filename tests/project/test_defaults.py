@@ -113,7 +113,7 @@ def test_runs_are_continued_and_reported(tmp_path, monkeypatch, capsys):
     assert out.read_text() == before
     plot = tmp_path / "plot.png"
     pytest.importorskip("matplotlib")
-    assert command.main(["report", "--by-task", "--plot", str(plot), *arguments]) == 0
+    assert command.main(["report", "--by-task", "--units", "--plot", str(plot), *arguments]) == 0
     assert "T=3" in capsys.readouterr().out
     assert plot.stat().st_size > 0
 
