@@ -54,9 +54,11 @@ class _OutputGradient:
         assert output.grad is not None
         rows = self._layers[name].layout.outputs(output.grad)
         assert isinstance(rows, Tensor)
+        largest = rows.abs().amax(1).square().mean().sqrt().item()
         return {
             "rows": len(rows),
-            "max": rows.abs().amax(1).square().mean().sqrt().item(),
+            "max": largest,
+            "layers": largest * len(self._layers),
             "norm": rows.square().sum(1).mean().sqrt().item(),
             "element": rows.square().mean().sqrt().item(),
             "peak": rows.abs().max().item(),
