@@ -50,8 +50,8 @@ class Settings:
         unit: of ``γ``: the number of ``terms`` that the loss averages over, of ``examples`` in the batch, ``none``, or
             one over what is measured in the first step at the output layer: the root mean square over rows of the
             largest element of ``∂L/∂A0`` (``max``) or of its ``norm``, that over all elements (``element``), or the
-            largest of all elements (``peak``); ``layers`` is ``max`` divided by the number of captured layers, which all
-            move at once.
+            largest of all elements (``peak``); ``layers`` is ``max`` divided by the number of captured layers, all of
+            which move at once.
         T: local iterations.
         rows: of a local step; 0 for all.
         decay: of the learning rate over the local iterations: to a ``quarter`` (the library's), ``half``, ``zero``.
