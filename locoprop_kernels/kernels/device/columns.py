@@ -65,6 +65,7 @@ START = tl.constexpr(18)  # G_0 in float32, zero-padded, strides as DELTA; weigh
 
 WEIGHT_STRIDE = tl.constexpr(WEIGHT.value + STRIDE.value)
 WEIGHT_COPY = tl.constexpr(WEIGHT.value + COPY.value)
+WEIGHT_START = tl.constexpr(WEIGHT.value + START.value)
 WEIGHT_COPY_SIZE = tl.constexpr(WEIGHT.value + COPY_SIZE.value)
 BIAS_COPY = tl.constexpr(BIAS.value + COPY.value)
 BIAS_COPY_SIZE = tl.constexpr(BIAS.value + COPY_SIZE.value)
