@@ -19,7 +19,8 @@ class Decision:
         form: which formula: ``"product"`` (any transfer function), ``"gram"`` (the identity, through ``XᵀX``),
             ``"softmax"``; ``"rule"`` where there is a gradient alone, and ``"none"`` where there is nothing to do.
         driver: how it is launched: ``"single"`` (one launch for all local steps), ``"grouped"`` (one for each phase of
-            a local step), ``"rows"`` (one launch, whose programs have an n-block each); the form's name where there is no choice of launches, as in the reference backend.
+            a local step), ``"rows"`` (one launch, whose programs have an n-block each); the form's name where there is
+            no choice of launches, as in the reference backend.
         config: tile sizes and launch options, for kernels.
         programs: programs of the single launch; 0 for other drivers.
         splits: into how many splits the batch is cut in the products of update tiles.

@@ -123,11 +123,11 @@ def _gradient_offsets(row_ptr, P: tl.constexpr):
 
 
 @triton.jit
-def _weight_pass(row_ptr, n_block, e, when, scale, own, trace_ptr, FIRST: tl.constexpr, P: tl.constexpr,
+def _weight_pass(row_ptr, n_block, e, factor, when, scale, own, trace_ptr, FIRST: tl.constexpr, P: tl.constexpr,
                  U: tl.constexpr):  # fmt: skip
     """Local step ``t`` of the n-block's weights, and their product with the rows of the next one.
 
-    ``e`` is ``(E in the operands' dtype, factor of Eᵀ X)``, ``when`` is ``(t, following set, rate, prox)``.
+    ``factor`` is that of ``Eᵀ X``, ``scale`` that of Δ; ``when`` is ``(t, following set, rate, prox)``.
 
     Returns ``scale · Δ Xᵀ`` ``[n, rows]`` and, for float16 alone, the largest |Δ|.
     """
@@ -145,16 +145,18 @@ def _weight_pass(row_ptr, n_block, e, when, scale, own, trace_ptr, FIRST: tl.con
     now_offsets, pitch = _gradient_offsets(row_ptr, P)
     then_ptr = _x_pointer(row_ptr, c.X, following, P)
     then_offsets = examples[None, :] * stride(row_ptr, c.X_STRIDE).to(tl.int32) + inner[:, None]
-    nothing = tl.zeros((P.block_n, BLOCK_K), tl.float32)
-    product = tl.zeros((P.block_n, P.block_b), tl.float32)
+    nothing = tl.zeros((rows.shape[0], inner.shape[0]), tl.float32)
+    product = tl.zeros((rows.shape[0], examples.shape[0]), tl.float32)
     largest = 0.0
-    for start_column in range(0, k, BLOCK_K):
+    # The caller's tensors are read an element at a time; to load them ahead would take too many registers.
+    STAGES: tl.constexpr = 1 if FIRST else None
+    for start_column in tl.range(0, k, BLOCK_K, num_stages=STAGES):
         place = (rows, start_column + inner, n, k, row_stride)
         offsets = own_offsets + start_column
         start, delta, s0, s1, s2 = _load(row_ptr, own, offsets, place, FIRST, U)
         change = nothing
         if not FIRST:  # E_0 = 0
-            change = dot(e[0], tl.load(now_ptr + (now_offsets + start_column * pitch)), nothing, P) * e[1]
+            change = dot(e, tl.load(now_ptr + (now_offsets + start_column * pitch)), nothing, P) * factor
         grad, start = local_gradient(row_ptr + c.WEIGHT, start, change, delta, place, prox, loss_scale, U)
         delta, s0, s1, s2 = apply_rule(row_ptr + c.WEIGHT, delta, grad, (s0, s1, s2), place, rate, step, U)
         _store(own, offsets, start, delta, (s0, s1, s2), _present(place), FIRST, U)
@@ -178,7 +180,7 @@ def _product(row_ptr, n_block, scale, own, P: tl.constexpr):
     delta_ptrs = own[1] + (local_rows[:, None] * row_stride + inner[None, :])
     x_ptrs = address(row_ptr, c.X, P.operand)
     x_ptrs += examples[None, :] * stride(row_ptr, c.X_STRIDE).to(tl.int32) + inner[:, None]
-    product = tl.zeros((P.block_n, P.block_b), tl.float32)
+    product = tl.zeros((rows.shape[0], examples.shape[0]), tl.float32)
     for start in range(0, k, P.block_k):
         present = _present((rows, start + inner, n, k, row_stride))
         left = as_operand(tl.load(delta_ptrs + start, present, 0.0) * scale, P)
@@ -187,39 +189,84 @@ def _product(row_ptr, n_block, scale, own, P: tl.constexpr):
 
 
 @triton.jit
-def _pass(row_ptr, n_block, e, sums, when, scale, own, bad_ptr, trace_ptr, FIRST: tl.constexpr, P: tl.constexpr,
-          U: tl.constexpr):  # fmt: skip
-    """Local step ``t`` of the n-block; ``when`` is ``(t, last, following set, rate, prox)``.
-
-    Returns the change of the pre-activations ``[n, rows]`` that it makes, and the scale of the next local step.
-    """
-    t, last, following, rate, prox = when
+def _bias_pass(row_ptr, n_block, sums, when, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
+    """Local step ``t`` of the n-block's bias; ``sums`` are those of ``E``, ``when`` is ``(t, last, rate, prox)``."""
     rows = n_block * P.block_n + tl.arange(0, P.block_n)
-    loss_scale = bits_to_float(tl.load(row_ptr + c.SCALE))
-    k_blocks = tl.load(row_ptr + c.K_BLOCKS)
-    trace_ptr += tl.load(row_ptr + c.TRACE_UPDATE) + n_block * (k_blocks + 1)
-    factor = 1.0
-    if P.sampled:
-        factor = bits_to_float(tl.load(row_ptr + c.SETS))
-    shift = tl.zeros_like(sums)
     if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
-        moment = (t, last, rate, prox)
-        delta = bias_step(row_ptr, rows, sums * factor, moment, loss_scale, bad_ptr, trace_ptr + k_blocks, P, U)
-        shift = tl.sum(delta, 1)
-    product = tl.zeros((P.block_n, P.block_b), tl.float32)
+        loss_scale = bits_to_float(tl.load(row_ptr + c.SCALE))
+        change = sums
+        if P.sampled:
+            change = sums * bits_to_float(tl.load(row_ptr + c.SETS))
+        k_blocks = tl.load(row_ptr + c.K_BLOCKS)
+        bias_step(row_ptr, rows, change, when, loss_scale, bad_ptr, trace_ptr + k_blocks, P, U)
+
+
+@triton.jit
+def _change(row_ptr, n_block, product, P: tl.constexpr):
+    """The change of the pre-activations: the product with Δ, and δ."""
+    rows = n_block * P.block_n + tl.arange(0, P.block_n)
+    change = product
+    if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
+        change += tl.load(address(row_ptr, c.BIAS + c.DELTA, tl.float32) + rows)[:, None]
+    return change
+
+
+@triton.jit
+def _first_pass(row_ptr, n_block, when, own, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
+    """Local step 0, in which ``E_0 = 0``; ``when`` is ``(t, last, rate, prox)``.
+
+    Returns ``Δ Xᵀ`` with the rows of the next one, and the scale of its operands.
+    """
+    rows, examples = tl.arange(0, P.block_n), tl.arange(0, P.block_b)
+    trace_ptr += _update_slots(row_ptr, n_block)
+    _bias_pass(row_ptr, n_block, tl.zeros_like(rows).to(tl.float32), when, bad_ptr, trace_ptr, P, U)
+    product = tl.zeros((rows.shape[0], examples.shape[0]), tl.float32)
+    scale = 1.0
+    if tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0:
+        moment = (0, 0, when[2], when[3])
+        product, largest = _weight_pass(row_ptr, n_block, product, 1.0, moment, 1.0, own, trace_ptr, True, P, U)
+        if P.operand == tl.float16:
+            scale = scale_of(largest)
+            tl.debug_barrier()
+            product = _product(row_ptr, n_block, scale, own, P)
+    return product * (1.0 / scale), scale
+
+
+@triton.jit
+def _later_pass(row_ptr, n_block, e, when, following, scale, own, bad_ptr, trace_ptr, P: tl.constexpr,
+                U: tl.constexpr):  # fmt: skip
+    """Local step ``t`` and the product with the rows of set ``following``; arguments and results as above."""
+    local_rows, examples = tl.arange(0, P.block_n), tl.arange(0, P.block_b)
+    trace_ptr += _update_slots(row_ptr, n_block)
+    _bias_pass(row_ptr, n_block, tl.sum(e, 1), when, bad_ptr, trace_ptr, P, U)
+    # A load settles which thread has which number of E. Without it the compiler computes E again, with all that it
+    # comes from, for every way in which the threads share out what follows, and runs out of registers.
+    e_ptr = address(row_ptr, c.E, P.operand) + (n_block * P.block_n).to(tl.int64) * P.block_b
+    e_ptrs = e_ptr + (local_rows[:, None] * P.block_b + examples[None, :])
+    tl.store(e_ptrs, as_operand(e * scale, P))
+    # What one thread has stored, E, Δ or state, another may load from here on.
+    tl.debug_barrier()
+    left = tl.load(e_ptrs)
+    tl.debug_barrier()
+    product = tl.zeros((local_rows.shape[0], examples.shape[0]), tl.float32)
     new_scale = scale
     if tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0:
-        left = as_operand(e * scale, P)
-        both, moment = (left, factor / scale), (t, following, rate, prox)
-        product, largest = _weight_pass(row_ptr, n_block, both, moment, scale, own, trace_ptr, FIRST, P, U)
+        factor = 1.0
+        if P.sampled:
+            factor = bits_to_float(tl.load(row_ptr + c.SETS))
+        moment = (when[0], following, when[2], when[3])
+        product, largest = _weight_pass(
+            row_ptr, n_block, left, factor / scale, moment, scale, own, trace_ptr, False, P, U
+        )
         if P.operand == tl.float16:
             new_scale = scale_of(largest)
-            if FIRST:
-                tl.debug_barrier()
-                product = _product(row_ptr, n_block, new_scale, own, P)
-    if P.operand == tl.float16 and FIRST:
-        scale = new_scale
-    return product * (1.0 / scale) + shift[:, None], new_scale
+    return product * (1.0 / scale), new_scale
+
+
+@triton.jit
+def _update_slots(row_ptr, n_block):
+    """The n-block's first slot among the partial sums of an update."""
+    return tl.load(row_ptr + c.TRACE_UPDATE) + n_block * (tl.load(row_ptr + c.K_BLOCKS) + 1)
 
 
 @triton.jit
@@ -266,20 +313,17 @@ def _rows_kernel(
     last_set = iterations - 2
     if P.trace:
         last_set += 1
-    e = tl.zeros((P.block_n, P.block_b), tl.float32)
-    when = (0, iterations == 1, 0, tl.load(rates_ptr), prox)
-    change, scale = _pass(
-        row_ptr, n_block, e, tl.sum(e, 1), when, 1.0, own, bad_ptr, trace_ptr + trace_stride, True, P, U
-    )
+    when = (0, iterations == 1, tl.load(rates_ptr), prox)
+    product, scale = _first_pass(row_ptr, n_block, when, own, bad_ptr, trace_ptr + trace_stride, P, U)
     for t in range(1, iterations):
+        change = _change(row_ptr, n_block, product, P)
         e = difference(row_ptr, change, rows, examples, t, count_ptr, activation_ptr + t * trace_stride, P)
-        # What one thread has stored, another may load from here on.
-        tl.debug_barrier()
-        when = (t, t == iterations - 1, tl.minimum(t, last_set), tl.load(rates_ptr + t), prox)
-        next_ptr = trace_ptr + (t + 1) * trace_stride
-        change, scale = _pass(row_ptr, n_block, e, tl.sum(e, 1), when, scale, own, bad_ptr, next_ptr, False, P, U)
+        when = (t, t == iterations - 1, tl.load(rates_ptr + t), prox)
+        following, next_ptr = tl.minimum(t, last_set), trace_ptr + (t + 1) * trace_stride
+        product, scale = _later_pass(row_ptr, n_block, e, when, following, scale, own, bad_ptr, next_ptr, P, U)
     if P.trace:
         last_ptr = activation_ptr + iterations * trace_stride
+        change = _change(row_ptr, n_block, product, P)
         difference(row_ptr, change, rows, examples, iterations, count_ptr, last_ptr, P)
     tl.debug_barrier()
     if tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0:
