@@ -335,8 +335,6 @@ class Layout:
         if layer.a0_chunks:
             self._prepare_in_place(index, "a0", c.A0_SOURCE, a0, (1, b))
         self._scratch_place(index, c.E, n * b, self.kind.operand.itemsize)
-        if self.kind.driver == "rows":  # its programs have the sums over all examples
-            return
         self._scratch_place(index, c.ROW_SUMS, b_blocks * n, 4)
         self._set(index, c.ROW_SUM_COUNT, b_blocks)
         if self.kind.form == "softmax":

@@ -16,7 +16,7 @@ from locoprop_kernels.kernels.device.memory import address, as_operand, bits_to_
 from locoprop_kernels.kernels.device.products import dot, scale_of
 from locoprop_kernels.kernels.device.update import (
     apply_rule,
-    bias_step,
+    bias_tile,
     gradient_at_start,
     local_gradient,
     note_infinite,
@@ -189,16 +189,12 @@ def _product(row_ptr, n_block, scale, own, P: tl.constexpr):
 
 
 @triton.jit
-def _bias_pass(row_ptr, n_block, sums, when, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
-    """Local step ``t`` of the n-block's bias; ``sums`` are those of ``E``, ``when`` is ``(t, last, rate, prox)``."""
-    rows = n_block * P.block_n + tl.arange(0, P.block_n)
+def _bias_pass(row_ptr, n_block, when, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
+    """Local step ``t`` of the n-block's bias; ``when`` is ``(t, last, rate, prox)``."""
     if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
+        rows = n_block * P.block_n + tl.arange(0, P.block_n)
         loss_scale = bits_to_float(tl.load(row_ptr + c.SCALE))
-        change = sums
-        if P.sampled:
-            change = sums * bits_to_float(tl.load(row_ptr + c.SETS))
-        k_blocks = tl.load(row_ptr + c.K_BLOCKS)
-        bias_step(row_ptr, rows, change, when, loss_scale, bad_ptr, trace_ptr + k_blocks, P, U)
+        bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr + tl.load(row_ptr + c.K_BLOCKS), P, U)
 
 
 @triton.jit
@@ -219,7 +215,8 @@ def _first_pass(row_ptr, n_block, when, own, bad_ptr, trace_ptr, P: tl.constexpr
     """
     rows, examples = tl.arange(0, P.block_n), tl.arange(0, P.block_b)
     trace_ptr += _update_slots(row_ptr, n_block)
-    _bias_pass(row_ptr, n_block, tl.zeros_like(rows).to(tl.float32), when, bad_ptr, trace_ptr, P, U)
+    _bias_pass(row_ptr, n_block, when, bad_ptr, trace_ptr, P, U)
+    tl.debug_barrier()
     product = tl.zeros((rows.shape[0], examples.shape[0]), tl.float32)
     scale = 1.0
     if tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0:
@@ -238,15 +235,17 @@ def _later_pass(row_ptr, n_block, e, when, following, scale, own, bad_ptr, trace
     """Local step ``t`` and the product with the rows of set ``following``; arguments and results as above."""
     local_rows, examples = tl.arange(0, P.block_n), tl.arange(0, P.block_b)
     trace_ptr += _update_slots(row_ptr, n_block)
-    _bias_pass(row_ptr, n_block, tl.sum(e, 1), when, bad_ptr, trace_ptr, P, U)
-    # A load settles which thread has which number of E. Without it the compiler computes E again, with all that it
-    # comes from, for every way in which the threads share out what follows, and runs out of registers.
+    # Loads settle which thread has which number of E. Without them the compiler computes E, and all that it comes
+    # from, anew for every way in which the threads share out what follows, and runs out of registers.
     e_ptr = address(row_ptr, c.E, P.operand) + (n_block * P.block_n).to(tl.int64) * P.block_b
     e_ptrs = e_ptr + (local_rows[:, None] * P.block_b + examples[None, :])
     tl.store(e_ptrs, as_operand(e * scale, P))
-    # What one thread has stored, E, Δ or state, another may load from here on.
+    rows = n_block * P.block_n + local_rows
+    tl.store(address(row_ptr, c.ROW_SUMS, tl.float32) + rows, tl.sum(e, 1))
+    # What one thread has stored, another may load from here on: E, Δ, state.
     tl.debug_barrier()
     left = tl.load(e_ptrs)
+    _bias_pass(row_ptr, n_block, when, bad_ptr, trace_ptr, P, U)
     tl.debug_barrier()
     product = tl.zeros((local_rows.shape[0], examples.shape[0]), tl.float32)
     new_scale = scale

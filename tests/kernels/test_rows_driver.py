@@ -105,7 +105,7 @@ def test_random_problems(seed):
             setattr(problem, frozen, None)
         ours.append(copied(problem))
         theirs.append(problem)
-    rule = rng.choice([rules.RMSprop(eps=1e-3, centered=True), rules.Adam(eps=1e-3), rules.SGD(momentum=0.8)])
+    rule = rng.choice([rules.RMSprop(eps=0.1, centered=True), rules.Adam(eps=0.1), rules.SGD(momentum=0.8)])
     options = {"prox": rng.choice([0.0, 0.2]), "reduction": rng.choice(["mean", "sum"]), "trace": rng.random() < 0.5}
     config = configs.Config(*rng.choice([(4, 16, 32, 16), (16, 32, 8, 8), (8, 64, 16, 16)]))
     lr = [0.01 / (1 + t) for t in range(rng.randint(1, 4))]

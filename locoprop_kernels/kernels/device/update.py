@@ -208,18 +208,8 @@ def _weight_slice(row_ptr, multiplied, rows, start, when, scales, bad_ptr, trace
 
 
 @triton.jit
-def bias_step(row_ptr, rows, change, when, loss_scale, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
-    """A step of the rule on the bias of a block of rows, a matrix of one column; returns ``δ`` as one."""
-    place = (rows, tl.arange(0, 1), tl.load(row_ptr + c.OUTPUTS), 1, 1)
-    delta, gradient = _step(row_ptr + c.BIAS, change[:, None], place, when, loss_scale, bad_ptr, P, U)
-    if P.trace:
-        tl.store(trace_ptr, objective(delta, gradient, when[3]))
-    return delta
-
-
-@triton.jit
-def _bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
-    """Update of the bias of a block of rows."""
+def bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
+    """Update of the bias of a block of rows, a matrix of one column."""
     t = when[0]
     change = tl.zeros_like(rows).to(tl.float32)
     if t > 0:
@@ -234,9 +224,12 @@ def _bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr, P: tl.conste
                 change += tl.sum(tl.load(sums_ptrs + offsets, blocks < count, 0.0), 0)
             if P.sampled:
                 change *= bits_to_float(tl.load(row_ptr + c.SETS))
-    delta = bias_step(row_ptr, rows, change, when, loss_scale, bad_ptr, trace_ptr, P, U)
+    place = (rows, tl.arange(0, 1), tl.load(row_ptr + c.OUTPUTS), 1, 1)
+    delta, gradient = _step(row_ptr + c.BIAS, change[:, None], place, when, loss_scale, bad_ptr, P, U)
     if P.form == "gram":
         gram.keep_bias(row_ptr, rows, t, delta)
+    if P.trace:
+        tl.store(trace_ptr, objective(delta, gradient, when[3]))
 
 
 @triton.jit
@@ -330,4 +323,4 @@ def update_tile(row_ptr, n_block, k_block, when, bad_ptr, trace_ptr, trace_strid
         block = (n_block, k_block, rows, columns)
         _weight_tile(row_ptr, block, (batch, k_blocks), when, loss_scale, bad_ptr, trace_ptr, P, U)
     if (k_block == 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
-        _bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr + k_blocks * SLICES, P, U)
+        bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr + k_blocks * SLICES, P, U)
