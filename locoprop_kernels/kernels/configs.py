@@ -121,16 +121,11 @@ _ROWS_INTERPRETER = (
     Config(n=16, b=128, k=64, r=64),
 )
 _ROWS: dict[tuple[str, str], tuple[Config, ...]] = {}
-_ROWS_OTHERS = {
-    precision: (
-        Config(n=16, b=16, k=128, r=16, warps=4, stages=2, occupancy=2),
-        Config(n=32, b=32, k=64, r=32, warps=4, stages=2, occupancy=2),
-        Config(n=16, b=32, k=128, r=32, warps=4, stages=2, occupancy=2),
-        Config(n=16, b=64, k=128, r=64, warps=4, stages=2, occupancy=2),
-        Config(n=16, b=128, k=128, r=128, warps=4, stages=2, occupancy=2),
-    )
-    for precision in ("bf16", "fp16", "tf32", "ieee")
-}
+_ROWS_OTHERS = (
+    Config(n=32, b=32, k=32, r=32, warps=4, stages=3, occupancy=2),
+    Config(n=16, b=64, k=64, r=64, warps=4, stages=3, occupancy=2),
+    Config(n=16, b=128, k=32, r=32, warps=4, stages=3, occupancy=2),
+)
 
 
 @dataclass(frozen=True)
@@ -164,7 +159,7 @@ def for_rows(target: str, precision: str) -> tuple[Config, ...]:
     """The configurations of the rows driver; ``b`` is the most rows of a local step. Arguments as above."""
     if target == "interpreter":
         return _ROWS_INTERPRETER
-    return _ROWS.get((target, precision), _ROWS_OTHERS[precision])
+    return _ROWS.get((target, precision), _ROWS_OTHERS)
 
 
 def asked() -> Asked:
