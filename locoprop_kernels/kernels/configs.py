@@ -120,12 +120,21 @@ _ROWS_INTERPRETER = (
     Config(n=16, b=32, k=64, r=32),
     Config(n=16, b=128, k=64, r=64),
 )
-_ROWS: dict[tuple[str, str], tuple[Config, ...]] = {}
-_ROWS_OTHERS = (
-    Config(n=32, b=32, k=32, r=32, warps=4, stages=3, occupancy=2),
+_ROWS_NARROW = (
+    Config(n=16, b=32, k=32, r=32, warps=4, stages=3, occupancy=2),
     Config(n=16, b=64, k=64, r=64, warps=4, stages=3, occupancy=2),
     Config(n=16, b=128, k=32, r=32, warps=4, stages=3, occupancy=2),
 )
+# More rows of the weight for each read of X, where that does not spill registers.
+_ROWS_TALL = (Config(n=32, b=32, k=32, r=32, warps=4, stages=3, occupancy=2), *_ROWS_NARROW[1:])
+# Operands of four bytes, within the shared memory of the smallest chips.
+_ROWS_WIDE = (
+    Config(n=16, b=32, k=32, r=32, warps=4, stages=2, occupancy=2),
+    Config(n=16, b=64, k=32, r=32, warps=4, stages=2, occupancy=2),
+    Config(n=16, b=128, k=32, r=32, warps=4, stages=2, occupancy=2),
+)
+_ROWS = {(target, "bf16"): _ROWS_TALL for target in ("sm_90", "sm_100", "sm_120")}
+_ROWS_OTHERS = {"bf16": _ROWS_NARROW, "fp16": _ROWS_NARROW, "tf32": _ROWS_WIDE, "ieee": _ROWS_WIDE}
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,7 @@ def for_rows(target: str, precision: str) -> tuple[Config, ...]:
     """The configurations of the rows driver; ``b`` is the most rows of a local step. Arguments as above."""
     if target == "interpreter":
         return _ROWS_INTERPRETER
-    return _ROWS.get((target, precision), _ROWS_OTHERS)
+    return _ROWS.get((target, precision), _ROWS_OTHERS[precision])
 
 
 def asked() -> Asked:
