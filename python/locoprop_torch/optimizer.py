@@ -132,7 +132,7 @@ class LocoProp(Optimizer):
         param_groups: Iterable[dict[str, Any]] = (),
         masks: Mapping[str, Tensor] | None = None,
         trace: bool = False,
-        rows: int | None = 32,
+        rows: int | None = 64,
     ) -> None:
         check_rows(rows)
         check_arguments(model, local_loss, reduction, backend, compute_dtype, lr_decay)

@@ -7,10 +7,16 @@ of a single term is about one: a probability minus a label, or a residual of tar
 
     u = RMS over the rows of the output layer of  max_j |∂L/∂A0_ij|
 
-at the first step, and ``γ = PerExample.scale / u``: at first the target of an output moves by about ``scale``. The
-largest element of a row, not its norm, makes this independent of the number of outputs: it is near one both for a class
-too many and for residuals in all outputs. Later steps keep ``u``, so that targets come nearer as the loss falls, and
-only correct it for the number of rows: with a mean, a smaller batch has larger gradients.
+at the first step. The largest element of a row, not its norm, makes this independent of the number of outputs: it is
+near one both for a class too many and for residuals in all outputs.
+
+All ``L`` captured layers move at once, and each of them to correct the same error, so each gets a share of it:
+
+    γ = scale / (L u)
+
+which moves the targets of all layers together by about ``scale``, counted at the output. Later steps keep ``L u``, so
+that targets come nearer as the loss falls, and only correct it for the number of rows: with a mean, a smaller batch has
+larger gradients.
 """
 
 from __future__ import annotations
@@ -42,8 +48,8 @@ class PerExample:
     """An activation learning rate in a unit that depends neither on the batch nor on how the loss averages.
 
     Args:
-        scale: how far the target of an output moves at first, where 1 is about as far as the gradient of one example
-            says; ``> 0``.
+        scale: how far the targets of all layers together move at first, where 1 is about as far as the gradient of one
+            example says; ``> 0``.
     """
 
     scale: float = 1.0
@@ -71,7 +77,7 @@ class PerExample:
         return cls(float(number))
 
 
-#: The default: what the output of a single example wants, a few times over.
+#: The default, from the study in ``bench/results/defaults``.
 PER_EXAMPLE = PerExample(3.0)
 
 
@@ -93,9 +99,9 @@ class OutputGradient:
     """Measures the unit at the first layer that a backward pass comes to, which is the model's last.
 
     Attributes:
-        size: ``u`` times the number of rows that it was measured on; ``None`` before the first step.
+        size: ``L u`` times the number of rows that it was measured on; ``None`` before the first step.
         layer: the name of the layer that it was measured at.
-        rate: ``1 / u`` for the number of rows of the latest step.
+        rate: ``1 / (L u)`` for the number of rows of the latest step.
     """
 
     def __init__(self) -> None:
@@ -158,7 +164,8 @@ class OutputGradient:
         rows = sum(measured.rows for measured in found[name])
         mean = float(torch.stack([measured.squares for measured in found[name]]).sum()) / rows
         factor = layers[name].shrunk()
-        size = math.sqrt(mean) * rows * (factor if factor < _CLIPPED else 1.0)
+        moving = sum(bool(layer.passes) for layer in layers.values())
+        size = moving * math.sqrt(mean) * rows * (factor if factor < _CLIPPED else 1.0)
         if math.isfinite(size) and size > 0:
             self.size, self.layer = size, name
 
