@@ -78,7 +78,7 @@ class PerExample:
 
 
 #: The default, from the study in ``bench/results/defaults``.
-PER_EXAMPLE = PerExample(3.0)
+PER_EXAMPLE = PerExample(5.0)
 
 
 class Measured(NamedTuple):
