@@ -110,7 +110,7 @@ class Work:
             activation_lr=textbook.ACTIVATION_LR,
             local_iterations=self.case.iterations,
             transfers=dict(zip(names, self.local_names, strict=True)),
-            **options,
+            **{"rule": lk.rules.RMSprop(eps=textbook.EPS), "rows": None, **options},
         )
 
     # --- single layers
