@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from bench import device
-from locoprop_torch import LocoProp
+from locoprop_torch import LocoProp, presets
 
 __all__ = ["LOOPS", "LiveBytes", "main", "peak"]
 
@@ -93,11 +93,12 @@ LOOPS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Tensor]] = {
     "checkpointed": _checkpointed,
     "eight parts": _in_parts,
 }
+PUBLISHED = {**presets["package"], "lr": 1e-6}
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "Adam": lambda model: torch.optim.Adam(model.parameters()),
-    "LocoProp": lambda model: LocoProp(model, lr=1e-6),
-    "LocoProp, rows=32": lambda model: LocoProp(model, lr=1e-6, rows=32),
-    "LocoProp-S": lambda model: LocoProp(model, lr=1e-6, local_loss="squared"),
+    "LocoProp": lambda model: LocoProp(model, **PUBLISHED),
+    "LocoProp, rows=32": lambda model: LocoProp(model, **{**PUBLISHED, "rows": 32}),
+    "LocoProp-S": lambda model: LocoProp(model, **PUBLISHED, local_loss="squared"),
 }
 
 

@@ -98,7 +98,7 @@ def test_patches_are_multiplied_in_the_layout_they_were_written_in(monkeypatch):
 
     monkeypatch.setattr(reference, "rounded", seen)
     model = nn.Sequential(nn.Conv2d(32, 4, 3, bias=False), nn.Tanh())
-    opt = LocoProp(model, lr=1e-6, local_iterations=2, backend="reference")
+    opt = LocoProp(model, lr=1e-6, local_iterations=2, rows=None, backend="reference")
     model(torch.randn(4, 32, 10, 10)).square().sum().backward()
     opt.step()
     rows, weight = contiguous

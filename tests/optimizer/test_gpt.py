@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from locoprop_torch import LocoProp
+from tests.helpers import published
 
 TEXT = (
     "it was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
@@ -64,7 +64,7 @@ def test_loss_falls(tied):
     projections = {id(p) for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
     aux = torch.optim.AdamW([p for p in model.parameters() if id(p) not in projections], lr=3e-3)
     # The loss is a mean over 16 * 32 tokens, and so is the local loss: γ makes up for one of the two.
-    opt = LocoProp(model, lr=1e-3, activation_lr=500.0, local_iterations=4, aux=aux)
+    opt = published(model, lr=1e-3, activation_lr=500.0, local_iterations=4, aux=aux)
     assert "gelu" in repr(opt)
     history = list(losses(model, opt, 60))
     assert opt.skipped_steps == 0

@@ -98,6 +98,7 @@ def follow(path, backend):
     opt = LocoProp(
         model,
         lr=1.0,  # set in every step
+        rows=None,
         activation_lr=1.0 if back_propagation else meta["act_lr"],
         local_iterations=1 if back_propagation else meta["T"],
         rule=rule_of(meta),

@@ -58,6 +58,7 @@ class Experiment:
             reduction="sum",
             backend=self.backend,
             compute_dtype=self.compute_dtype,
+            rows=None,
             **options,
         )
 
@@ -105,8 +106,8 @@ FILES = Experiment(
     epochs=2,
     baseline_epochs=2,
     hyperparameters={
-        "locoprop-m": {"lr": 1e-5, "activation_lr": 10.0},
-        "locoprop-s": {"lr": 1e-5, "activation_lr": 10.0},
+        "locoprop-m": {"lr": 1e-5, "activation_lr": 10.0, "local_iterations": 10},
+        "locoprop-s": {"lr": 1e-5, "activation_lr": 10.0, "local_iterations": 10},
         "rmsprop": {"lr": 3e-4, "alpha": 0.9, "momentum": 0.9},
         "adam": {"lr": 1e-3},
     },
