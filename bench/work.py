@@ -111,7 +111,7 @@ class Work:
             local_iterations=self.case.iterations,
             rows=self.case.rows,
             transfers=dict(zip(names, self.local_names, strict=True)),
-            **{"rule": lk.rules.RMSprop(eps=textbook.EPS), "rows": None, **options},
+            **{"rule": lk.rules.RMSprop(eps=textbook.EPS), **options},
         )
 
     # --- single layers

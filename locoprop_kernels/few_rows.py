@@ -81,12 +81,13 @@ class FewRowsForm(Form):
             x[..., columns:] = 1.0
         if places.filled is not None:
             x.index_fill_(-2, places.filled.to(x.device), 0.0)
-        dtype = accumulation_dtype(problem.weight.dtype)
-        a0 = take([*lead, preactivations.shape[-1], rows], dtype, x.device).copy_(preactivations.mT)
+        # A tensor of its own for each set, so that no set's numbers depend on how many there are, to the bit.
+        by_set = preactivations.unflatten(-2, (len(numbers), places.width)).movedim(-3, 0)
+        a0 = take(by_set.mT.shape, accumulation_dtype(problem.weight.dtype), x.device).copy_(by_set.mT)
         whole, f = rounded(x, self.operands), self._f_(copy_of(a0))
         self.memory = [x, a0, f]
         xs = (Operand(part, whole.exponent) for part in whole.tensor.split(places.width, -2))
-        parts = zip(places.counts, xs, a0.split(places.width, -1), f.split(places.width, -1), strict=True)
+        parts = zip(places.counts, xs, a0.unbind(), f.unbind(), strict=True)
         return {number: _RowSet(*part) for number, part in zip(numbers, parts, strict=True)}
 
     def outputs(self, some: slice) -> FewRowsForm:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from locoprop_torch.hooks import AttachedHook, attach
 from locoprop_torch.layouts import number_of_groups, supported_modules, tied_layers
 from locoprop_torch.masks import trained_parameters
 from locoprop_torch.targets import Target
-from locoprop_torch.unit import OutputGradient
+from locoprop_torch.unit import OutputGradient, PerExample
 
 __all__ = ["ModelLayers", "described", "transfer_in_use"]
 
@@ -56,6 +56,10 @@ class ModelLayers:
     def sample_by(self, sampling: Callable[[], Sampling | None]) -> None:
         """Have the layers keep the rows that a method of the optimiser says, which is not kept alive for it."""
         self._sampling.method = weakref.WeakMethod(sampling)
+
+    def want_unit(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Measure the unit of activation learning rates if one of these parameter groups has it."""
+        self.output_gradient.wanted = any(isinstance(group["activation_lr"], PerExample) for group in groups)
 
     def owned(self) -> dict[int, nn.Parameter]:
         """The parameters of captured layers, by ``id``."""

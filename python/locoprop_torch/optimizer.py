@@ -96,8 +96,8 @@ class LocoProp(Optimizer):
         rows: how many rows of the batch a local step takes at most, other ones in each, to estimate how the gradient
             has changed; ``None`` for all, the published method. A row is an example, a token or an output position.
 
-    The defaults are for everybody, chosen by ``bench/results/defaults``. Those of the paper's notebook and of the PyPI
-    package are :data:`locoprop_torch.presets`: ``LocoProp(model, **presets["notebook"])``.
+    The defaults are for everybody (``bench/results/defaults``); :data:`locoprop_torch.presets` has the settings of the
+    paper's notebook and of the PyPI package: ``LocoProp(model, **presets["notebook"])``.
 
     Attributes:
         rows_seed: says which rows the next step takes; counts the steps, and is in ``state_dict``.
@@ -227,6 +227,7 @@ class LocoProp(Optimizer):
             group["transfer"] = transfers.get(group["transfer"])
         group.update(checked_hyperparameters(group))
         super().add_param_group(group)
+        self._model_layers.want_unit(own_groups(self.param_groups))
         if self._complete:
             link_groups(self.param_groups, self.aux)
 
@@ -240,10 +241,7 @@ class LocoProp(Optimizer):
         captured rows takes one step of the rule on ``γ · grad``. :attr:`last_reports` says what was done.
 
         Args:
-            closure: re-evaluates the model, calls ``backward`` and returns the loss; optional.
-
-        Returns:
-            What ``closure`` returned, or ``None``.
+            closure: re-evaluates the model, calls ``backward`` and returns the loss, which ``step`` then returns.
 
         Raises:
             ValueError: what was captured does not fit the parameters any more (changed shapes, replaced layers, inputs
@@ -260,11 +258,13 @@ class LocoProp(Optimizer):
         # Schedulers and users may have set anything since the last step.
         for group in own:
             group.update(checked_hyperparameters(group))
+        self._model_layers.want_unit(own)
         where = places(own)
         calls, idle = self._calls(where)
         validate(calls)
         reports = [self._solve(call) for call in calls]
         self.rows_seed += 1
+        self._model_layers.output_gradient.keep()
         finite = all_finite(reports, loss, self.aux)
         # The host decides whether aux steps, so with aux a step waits for the device.
         if self.aux is not None and finite:
@@ -283,6 +283,8 @@ class LocoProp(Optimizer):
         """The calls of the backend that make this step, and the names of the layers that have no gradient."""
         calls: dict[tuple[int, float, bool], Call] = {}
         idle = []
+        unit = self._model_layers.output_gradient
+        unit.look(self._layers)
         for name, layer in self._layers.items():
             found = trained(layer, where, self._model_layers.masks(layer))
             if found is None:
@@ -292,9 +294,8 @@ class LocoProp(Optimizer):
             lr = max(part.lr for part in parts.values())
             transfer = transfer_in_use(layer, place.group["transfer"], self.local_loss)
             target = self._model_layers.target(name)
-            activation_lr = self._model_layers.output_gradient.activation_lr(place.group["activation_lr"], self._layers)
-            rule = place.group["rule"]
-            work = layer_work(layer, parts, lr, transfer, target, activation_lr, rule, self.state)
+            activation_lr = unit.activation_lr(place.group["activation_lr"])
+            work = layer_work(layer, parts, lr, transfer, target, activation_lr, place.group["rule"], self.state)
             if not work.rows:
                 tell_without_rows(work, self.model, self._told)
             key = (place.number, lr, work.rows > 0)

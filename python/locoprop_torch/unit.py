@@ -102,12 +102,16 @@ class OutputGradient:
         size: ``L u`` times the number of rows that it was measured on; ``None`` before the first step.
         layer: the name of the layer that it was measured at.
         rate: ``1 / (L u)`` for the number of rows of the latest step.
+        wanted: whether anybody has a :class:`PerExample`.
     """
 
     def __init__(self) -> None:
         self.size: float | None = None
         self.layer: str | None = None
         self.rate: float | None = None
+        self.wanted = False
+        # What the three will be once the step that is being made has been committed.
+        self._next: tuple[float | None, str | None, float | None] = (None, None, None)
         # The latest backward pass of which the first layer is known.
         self._number = -1
         self._order = itertools.count()
@@ -123,7 +127,7 @@ class OutputGradient:
         Returns:
             What was measured; ``None`` where nothing is to be.
         """
-        if self.size is not None or number == self._number or not gradient.numel():
+        if not self.wanted or self.size is not None or number == self._number or not gradient.numel():
             return None
         self._number = number
         rows = layer.layout.outputs(gradient.detach())
@@ -133,41 +137,31 @@ class OutputGradient:
         whole = whole if whole.dim() == 1 else whole.amax(0)
         return Measured(next(self._order), whole.square().sum(), len(whole))
 
-    def activation_lr(self, given: Any, layers: Mapping[str, CapturedLayer]) -> float:
-        """``γ`` for this step.
+    def look(self, layers: Mapping[str, CapturedLayer]) -> None:
+        """Find the rate of a step that is being made; :meth:`keep` makes it last.
 
         Args:
-            given: the hyper-parameter: a number is ``γ`` itself.
             layers: the captured layers by name, with the passes that count.
         """
+        size, name = (self.size, self.layer) if self.size is not None or not self.wanted else _measured(layers)
+        rate = self.rate
+        if size is not None:
+            rows = _count_rows(layers[name]) if name is not None and name in layers else 0
+            # A step that does not go through this layer takes the rate of the last one that did.
+            if rows or rate is None:
+                rate = max(rows, 1) / size
+        self._next = size, name, rate
+
+    def activation_lr(self, given: Any) -> float:
+        """``γ`` of the step that is being made, for a hyper-parameter: a number is ``γ`` itself."""
         if not isinstance(given, PerExample):
             return float(given)
-        if self.size is None:
-            self._measure(layers)
-        if self.size is not None:
-            rows = _count_rows(layers[self.layer]) if self.layer is not None and self.layer in layers else 0
-            # A step that does not go through this layer takes the rate of the last one that did.
-            if rows or self.rate is None:
-                self.rate = max(rows, 1) / self.size
-        return given.scale * (1.0 if self.rate is None else self.rate)
+        rate = self._next[2]
+        return given.scale * (1.0 if rate is None else rate)
 
-    def _measure(self, layers: Mapping[str, CapturedLayer]) -> None:
-        """Find ``size`` from what the passes that count have brought; leave it if they have brought nothing usable."""
-        found = {
-            name: sorted(captured.output for captured in layer.passes if captured.output is not None)
-            for name, layer in layers.items()
-        }
-        # Backward passes within others, as those of checkpoints are, begin at layers inside of the model.
-        name = min((name for name, some in found.items() if some), key=lambda name: found[name][0], default=None)
-        if name is None:
-            return
-        rows = sum(measured.rows for measured in found[name])
-        mean = float(torch.stack([measured.squares for measured in found[name]]).sum()) / rows
-        factor = layers[name].shrunk()
-        moving = sum(bool(layer.passes) for layer in layers.values())
-        size = moving * math.sqrt(mean) * rows * (factor if factor < _CLIPPED else 1.0)
-        if math.isfinite(size) and size > 0:
-            self.size, self.layer = size, name
+    def keep(self) -> None:
+        """The step has been made."""
+        self.size, self.layer, self.rate = self._next
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, in plain numbers and text; empty before the first step."""
@@ -176,6 +170,24 @@ class OutputGradient:
     def load(self, state: Mapping[str, Any]) -> None:
         """Resume from :meth:`state`."""
         self.size, self.layer, self.rate = state.get("size"), state.get("layer"), state.get("rate")
+
+
+def _measured(layers: Mapping[str, CapturedLayer]) -> tuple[float | None, str | None]:
+    """``size`` and ``layer`` from what the passes that count have brought; ``None`` if that is nothing usable."""
+    found = {
+        name: sorted(captured.output for captured in layer.passes if captured.output is not None)
+        for name, layer in layers.items()
+    }
+    # Backward passes within others, as those of checkpoints are, begin at layers inside of the model.
+    name = min((name for name, some in found.items() if some), key=lambda name: found[name][0], default=None)
+    if name is None:
+        return None, None
+    rows = sum(measured.rows for measured in found[name])
+    mean = float(torch.stack([measured.squares for measured in found[name]]).sum()) / rows
+    factor = layers[name].shrunk()
+    moving = sum(bool(layer.passes) for layer in layers.values())
+    size = moving * math.sqrt(mean) * rows * (factor if factor < _CLIPPED else 1.0)
+    return (size, name) if math.isfinite(size) and size > 0 else (None, None)
 
 
 def _count_rows(layer: CapturedLayer) -> int:
