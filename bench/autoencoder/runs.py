@@ -45,6 +45,9 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Numbers by name; ``"train_loss"`` is among them."""
 
+    def samples(self, model: nn.Module) -> str:
+        """What the report shows of a trained model: grey images, see :func:`bench.autoencoder.tasks.as_text`; or ``""``."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -84,6 +87,7 @@ class History:
         optimiser_seconds: of each epoch, ``optimizer.step()``.
         state_bytes: size of the optimiser's saved state.
         done: whether it is complete; a run whose loss is not finite ends early.
+        samples: of the trained model, from the task.
     """
 
     facts: dict[str, Any]
@@ -92,6 +96,7 @@ class History:
     optimiser_seconds: list[float] = field(default_factory=list)
     state_bytes: int = 0
     done: bool = False
+    samples: str = ""
 
     @property
     def epochs(self) -> int:
@@ -208,6 +213,7 @@ def _train(
         for seconds, one in zip((history.model_seconds, history.optimiser_seconds), watch.take(), strict=True):
             seconds.append(one)
         history.done = not finite or epoch + 1 == plan.epochs
+        history.samples = task.samples(model) if history.done else ""
         saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         history.state_bytes = _save(checkpoint, saved, history)
         write(path, json.dumps(asdict(history), indent=1) + "\n")
@@ -235,11 +241,11 @@ def _epoch(
         scheduler.step()
 
 
+@torch.no_grad()
 def _measure(task: Task, model: nn.Module, history: History) -> bool:
     """Append to the curves; whether the train loss is finite."""
     model.eval()
-    with torch.no_grad():
-        values = task.evaluate(model)
+    values = task.evaluate(model)
     for name, value in values.items():
         history.curves.setdefault(name, []).append(value if math.isfinite(value) else None)
     return math.isfinite(values["train_loss"])

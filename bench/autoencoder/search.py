@@ -16,7 +16,7 @@ from typing import Any
 from bench.autoencoder.optimisers import Contestant
 from bench.autoencoder.runs import write
 
-__all__ = ["CHOSEN", "chosen", "remember", "search"]
+__all__ = ["CHOSEN", "about", "chosen", "remember", "search", "steps_of"]
 
 #: The chosen values of every search that is in the repository.
 CHOSEN = Path(__file__).parent / "chosen.json"
@@ -95,6 +95,28 @@ def chosen(path: Path, subject: str, contestant: Contestant) -> dict[str, float]
     entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     entry = entries.get(subject, {}).get(contestant.name)
     return dict(entry["values"] if entry else contestant.usual)
+
+
+def steps_of(path: Path, subject: str, contestant: Contestant) -> int | None:
+    """How many steps between two evaluations a contestant takes, if ``path`` says so."""
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    steps = entries.get(subject, {}).get(contestant.name, {}).get("steps")
+    return None if steps is None else int(steps)
+
+
+def about(path: Path, subject: str, names: list[str]) -> str:
+    """A sentence on how the values of these contestants were chosen."""
+    entries = json.loads(path.read_text(encoding="utf-8")).get(subject, {}) if path.is_file() else {}
+    counts = sorted({len(entries[name]["trials"]) for name in names if name in entries})
+    where = sorted({f"{entries[name]['searched_on']}, {entries[name]['epochs']} epochs" for name in names if name in entries})
+    usual = [name for name in names if name not in entries]
+    sentences = []
+    if counts:
+        trials = " or ".join(map(str, counts))
+        sentences.append(f"Hyper-parameters: best of {trials} trials for each optimiser ({'; '.join(where)}, another seed).")
+    if usual:
+        sentences.append(f"Usual values, not searched: {', '.join(usual)}.")
+    return " ".join(sentences)
 
 
 def remember(path: Path, subject: str, found: Mapping[str, Chosen]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +15,12 @@ from torch import Tensor, nn
 from bench.autoencoder import networks
 from bench.autoencoder.data import Images
 from bench.autoencoder.protocol import Protocol
+from locoprop_torch.demo.data import SIDE
 
-__all__ = ["Autoencoder", "order"]
+__all__ = ["SAMPLES", "Autoencoder", "as_images", "as_text", "order"]
+
+#: How many test images the report shows.
+SAMPLES = 10
 
 # How many images at once are reconstructed to measure a loss.
 _CHUNK = 5000
@@ -23,6 +29,16 @@ _CHUNK = 5000
 def order(count: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch's examples: ``[count]``, from the seed and the epoch alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+
+
+def as_text(images: Tensor) -> str:
+    """Images ``[count, 784]`` in [0, 1] as bytes in base 64."""
+    return base64.b64encode((255 * images).round().to(torch.uint8).cpu().numpy().tobytes()).decode()
+
+
+def as_images(text: str) -> np.ndarray:
+    """``[count, 28, 28]`` uint8 from :func:`as_text`."""
+    return np.frombuffer(base64.b64decode(text), dtype=np.uint8).reshape(-1, SIDE, SIDE)
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,11 @@ class Autoencoder:
             "train_error": train_error,
             "test_error": test_error,
         }
+
+    @torch.no_grad()
+    def samples(self, model: nn.Module) -> str:
+        """Reconstructions of the first test images."""
+        return as_text(model(self.images.test[:SAMPLES]).sigmoid())
 
     def _measure(self, model: nn.Module, images: Tensor) -> tuple[float, float]:
         loss = error = 0.0

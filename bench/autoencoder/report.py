@@ -1,0 +1,155 @@
+"""The report: one HTML file that needs no other, the PNG files that are in it, and the table in the terminal."""
+
+from __future__ import annotations
+
+import base64
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Console
+from rich.table import Table
+
+from bench.autoencoder import pictures
+from bench.autoencoder.compare import Entry, epoch_seconds, final_loss, spread, thresholds, time_to
+from bench.autoencoder.runs import write
+
+__all__ = ["show", "write_report"]
+
+_HEADS = (
+    "train loss",
+    "range",
+    "test loss",
+    "train error",
+    "test error",
+    "s / epoch",
+    "of which optimiser",
+    "peak MiB",
+    "state MiB",
+    "values",
+)
+
+
+def _number(value: float, digits: int = 1) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "diverged"
+
+
+def _row(entry: Entry) -> list[str]:
+    low, _, high = (part[-1] for part in spread(entry))
+    names = ("train_loss", "test_loss", "train_error", "test_error")
+    losses = {name: final_loss(entry, name) for name in names}
+    share = epoch_seconds(entry, "optimiser") / epoch_seconds(entry)
+    return [
+        entry["label"],
+        _number(losses["train_loss"]),
+        f"{_number(low)} – {_number(high)}",
+        _number(losses["test_loss"]),
+        _number(losses["train_error"], 2),
+        _number(losses["test_error"], 2),
+        f"{epoch_seconds(entry):.3g}",
+        f"{100 * share:.0f} %",
+        f"{entry['peak_mib']:.1f}",
+        f"{entry['state_mib']:.1f}",
+        ", ".join(f"{name} {value:.2g}" for name, value in entry["values"].items()),
+    ]
+
+
+def _by_loss(entries: dict[str, Entry]) -> list[Entry]:
+    return sorted(entries.values(), key=final_loss)
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """Tables of the comparisons and of the statements."""
+    for title, block in results["compare"].items():
+        table = Table("optimiser", *_HEADS[:-1], title=title)
+        for entry in _by_loss({**block["entries"], **block["longer"]}):
+            table.add_row(*_row(entry)[:-1])
+        console.print(table)
+        for one in block["statements"]:
+            word = "not tried" if one["holds"] is None else "holds" if one["holds"] else "does not hold"
+            console.print(f"{word}: {one['text']} {one['evidence']}", highlight=False)
+
+
+def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw the pictures and write ``report.html``; returns all files."""
+    files: list[Path] = []
+
+    def embedded(path: Path) -> str:
+        files.append(path)
+        return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+    parts = {
+        "config": results["config"],
+        "environment": results["environment"],
+        "comparisons": [_comparison(title, block, results["config"], folder, embedded) for title, block in results["compare"].items()],
+        "ablations": _ablations(results.get("ablations"), folder, embedded),
+        "method": _method(results.get("method"), folder, embedded),
+        "beyond": _beyond(results.get("beyond"), folder, embedded),
+    }
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    write(folder / "report.html", page.get_template("report.html.j2").render(parts))
+    return [folder / "report.html", *files]
+
+
+def _comparison(title: str, block: dict[str, Any], config: dict[str, Any], folder: Path, embedded: Any) -> dict[str, Any]:
+    entries, everyone = block["entries"], {**block["entries"], **{f"{name}+": one for name, one in block["longer"].items()}}
+    stem = title.replace(", ", "-").replace(" ", "-")
+    losses = thresholds(entries)
+    drawn = pictures.curves(entries, f"Deep autoencoder on {title}", config["clock"], folder / f"curves-{stem}.png")
+    images = pictures.reconstructions(entries, block["images"], f"Test images of {title}", folder / f"images-{stem}.png")
+    return {
+        "title": title,
+        "curves": embedded(drawn),
+        "reconstructions": embedded(images),
+        "heads": _HEADS,
+        "rows": [_row(entry) for entry in _by_loss(everyone)],
+        "thresholds": losses,
+        "times": [[entry["label"], *(_time(entry, loss) for loss in losses)] for entry in _by_loss(everyone)],
+        "statements": block["statements"],
+    }
+
+
+def _time(entry: Entry, loss: float) -> str:
+    found = time_to(entry, loss)
+    return "–" if found is None else f"{found:.3g}"
+
+
+def _ablations(found: dict[str, Any] | None, folder: Path, embedded: Any) -> dict[str, Any] | None:
+    if not found:
+        return None
+    return {**found, "picture": embedded(pictures.ablations(found["groups"], found["title"], folder / "ablations.png"))}
+
+
+def _method(found: dict[str, Any] | None, folder: Path, embedded: Any) -> dict[str, Any] | None:
+    if not found:
+        return None
+    return {
+        "about": found["about"],
+        "cosines": embedded(pictures.cosines(found["closed_form"], folder / "cosines.png")),
+        "traces": embedded(pictures.traces(found["traces"], found["title"], folder / "traces.png")),
+    }
+
+
+def _beyond(found: dict[str, Any] | None, folder: Path, embedded: Any) -> dict[str, Any] | None:
+    if not found:
+        return None
+    tasks = []
+    for title, entries in found["tasks"].items():
+        names = [name for name in ("train_loss", "test_loss", "accuracy") if name in next(iter(entries.values()))["runs"][0]["curves"]]
+        rows = [
+            [
+                entry["label"],
+                *(_number(final_loss(entry, name), 3) for name in names),
+                str(entry["steps"]),
+                f"{statistics.median(sum(one['model_seconds']) + sum(one['optimiser_seconds']) for one in entry['runs']):.3g}",
+                ", ".join(f"{name} {value:.2g}" for name, value in entry["values"].items()),
+            ]
+            for entry in _by_loss(entries)
+        ]
+        heads = [*(name.replace("_", " ") for name in names), "steps", "seconds", "values"]
+        tasks.append({"title": title, "heads": heads, "rows": rows})
+    picture = pictures.beyond(found["tasks"], folder / "beyond.png")
+    return {"about": found["about"], "picture": embedded(picture), "tasks": tasks}
