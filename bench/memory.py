@@ -124,6 +124,7 @@ def peak(optimizer: str, loop: str, width: int, layers: int, batch: int, where: 
         batch: examples.
         where: device.
     """
+
     def work() -> None:
         x, y = torch.rand(2, batch, width, device=where).unbind()
         model = nn.Sequential(

@@ -1,1 +1,1 @@
-"""The paper's experiments by one command: ``python -m bench.autoencoder``. The guide's page on experiments explains it."""
+"""The paper's experiments by one command: ``python -m bench.autoencoder``; the guide has a page on it."""

@@ -43,14 +43,26 @@ def _parser() -> argparse.ArgumentParser:
         help="Train on these: curves, fashion-mnist (Debian's package), an .npz file with x_train and x_test, a folder "
         "of IDX files (default: curves). Searches, ablations and figures of the method take the first.",
     )
-    add("--optimisers", nargs="+", metavar="NAME", help=f"Train these: {', '.join(optimisers.AUTOENCODER)} (default: all).")
+    add(
+        "--optimisers",
+        nargs="+",
+        metavar="NAME",
+        help=f"Train these: {', '.join(optimisers.AUTOENCODER)} (default: all).",
+    )
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="Do these parts (default: all).")
     add("--activation", nargs="+", choices=ACTIVATIONS, default=["tanh"], help="Activation functions (default: tanh).")
     add("--width", type=float, default=1.0, help="Make hidden layers this many times as wide (default: %(default)s).")
     add("--depth", type=int, default=1, help="Take each hidden layer this many times (default: %(default)s).")
     add("--seeds", type=int, help="Report this many seeds (default: 3, or 2 with --quick).")
-    add("--search", type=int, metavar="TRIALS", help="First search hyper-parameters, with this many trials for each optimiser.")
-    add("--chosen", type=Path, default=search.CHOSEN, help="Read and write searched values here (default: %(default)s).")
+    add(
+        "--search",
+        type=int,
+        metavar="TRIALS",
+        help="First search hyper-parameters, with this many trials for each optimiser.",
+    )
+    add(
+        "--chosen", type=Path, default=search.CHOSEN, help="Read and write searched values here (default: %(default)s)."
+    )
     add("--out", type=Path, default=Path("bench_out/autoencoder"), help="Put everything here (default: %(default)s).")
     add("--resume", action="store_true", help="Continue what --out has.")
     add("--minutes", type=float, help="Stop after about this long, between two epochs; --resume continues.")
@@ -136,7 +148,11 @@ def _about(args: argparse.Namespace, protocol: Protocol, context: Any, tasks: li
         "clock": args.clock,
         "search": searched,
         "data": {
-            task.images.name: {"digest": task.images.digest, "train": len(task.images.train), "test": len(task.images.test)}
+            task.images.name: {
+                "digest": task.images.digest,
+                "train": len(task.images.train),
+                "test": len(task.images.test),
+            }
             for task in tasks
         },
     }
@@ -183,16 +199,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Stopped; all that is complete is in {args.out}. Continue with: {again}{more}", file=sys.stderr)
         return UNFINISHED if isinstance(stopped, OutOfTime) else 130
     about = _about(args, protocol, context, tasks)
-    where = {"device": device.describe(torch.device(args.device)), "versions": _versions(), "commit": device.commit()}
-    where["device"].pop("memory_bytes", None)
-    _publish({"config": about, "environment": where, **results}, args.out)
+    _publish({"config": about, "environment": _environment(args.device), **results}, args.out)
     return 0
 
 
-def _versions() -> dict[str, str]:
-    """Those that the results depend on, the baselines' libraries among them."""
-    found = device.versions("pytorch_optimizer", "singd", "optuna")
-    return {name: version for name, version in found.items() if version != "absent"}
+def _environment(where: str) -> dict[str, Any]:
+    """The machine, and the versions that the results depend on, the baselines' libraries among them."""
+    about = device.describe(torch.device(where))
+    about.pop("memory_bytes", None)
+    versions = device.versions("pytorch_optimizer", "singd", "optuna")
+    found = {name: version for name, version in versions.items() if version != "absent"}
+    return {"device": about, "versions": found, "commit": device.commit()}
 
 
 def _publish(results: dict[str, Any], out: Path) -> None:
@@ -200,7 +217,7 @@ def _publish(results: dict[str, Any], out: Path) -> None:
 
     from bench.autoencoder import report
 
-    console = Console()
+    console = Console(width=140)
     write(out / "results.json", json.dumps(results, indent=1) + "\n")
     report.show(results, console)
     for path in (out / "results.json", *report.write_report(results, out)):

@@ -79,9 +79,9 @@ def study(context: Context, task: Autoencoder) -> dict[str, Any]:
     epochs = context.protocol.ablation_epochs
     return {
         "title": f"LocoProp-M on {task.images.name}, train loss after {epochs} epochs",
-        "about": "LocoProp-M with its chosen values at the top of each panel, and one thing changed below it; one seed, "
-        "nothing searched again, so that a variant with another best learning rate is at a disadvantage. The last panel "
-        "compares textbook and increment form with the rule of the PyPI package, at a constant learning rate.",
+        "about": "LocoProp-M with its chosen values at the top of each panel, and one thing changed below it. There is "
+        "one seed, and nothing is searched again: a variant with another best learning rate is at a disadvantage. The last "
+        "panel compares textbook and increment form with the rule of the PyPI package, at a constant learning rate.",
         "groups": groups,
     }
 
@@ -100,7 +100,7 @@ def _loss(context: Context, task: Autoencoder, values: Values) -> float | None:
 
 
 def _with_targets(model: nn.Module, values: Values) -> Values:
-    """A target by name for every hidden layer: the last layer's transfer function is in the loss, and has the dual one."""
+    """A target by name for every hidden layer: the last transfer function is in the loss, which takes the dual one."""
     if "target" not in values:
         return values
     hidden = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "logits"]
@@ -118,7 +118,9 @@ def precisions(context: Context, task: Autoencoder) -> list[dict[str, Any]]:
         for form, train in (("increment", _increment), ("textbook", _textbook)):
             name = f"{form}, {str(dtype).removeprefix('torch.')}"
             facts = {**task.facts(), "epochs": epochs, "seed": SEED}
-            path = context.out / "runs" / f"precision-{name.replace(', ', '-')}-{task.images.name}-{task.activation}.json"
+            path = (
+                context.out / "runs" / f"precision-{name.replace(', ', '-')}-{task.images.name}-{task.activation}.json"
+            )
             found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             if found.get("facts") != facts:
                 context.deadline.check()

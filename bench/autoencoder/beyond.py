@@ -60,7 +60,12 @@ class Convnet:
         return self.images.train.device
 
     def facts(self) -> dict[str, Any]:
-        return {"data": self.images.name, "digest": self.images.digest, "steps": self.count, "batch_size": self.batch_size}
+        return {
+            "data": self.images.name,
+            "digest": self.images.digest,
+            "steps": self.count,
+            "batch_size": self.batch_size,
+        }
 
     def network(self, seed: int) -> nn.Module:
         return convnet(seed)
@@ -261,16 +266,12 @@ def study(
     name = text.name if text else f"Python {platform.python_version()}"
     tasks[f"GPT on characters of {name}"] = ("gpt", _tokens(learnt, where))
     found = {title: _contest(context, subject, task, trials) for title, (subject, task) in tasks.items()}
-    seconds = context.protocol.beyond_seconds
+    searched = search.about(context.chosen, f"{context.protocol.name} gpt", list(CONTESTANTS))
     return {
-        "about": f"Everyone trains for {seconds:g} s of the {context.clock} clock (steps by a measurement beforehand) and has "
-        f"the same search. LocoProp-M takes five local steps of Adam on 64 rows. {search.about(context.chosen, *_searched(context))}",
+        "about": f"Everyone trains for {context.protocol.beyond_seconds:g} s of the {context.clock} clock, in steps "
+        f"that a measurement beforehand has fitted to it. LocoProp-M takes five local steps of Adam on 64 rows. {searched}",
         "tasks": found,
     }
-
-
-def _searched(context: Context) -> tuple[str, list[str]]:
-    return f"{context.protocol.name} gpt", list(CONTESTANTS)
 
 
 def _contest(context: Context, subject: str, task: Convnet | Text, trials: int | None) -> dict[str, Any]:
@@ -300,7 +301,9 @@ def _without_facts(history: Any) -> dict[str, Any]:
 
 def _count(context: Context, key: str, task: Convnet | Text, contestant: Contestant) -> int:
     """Steps between two evaluations that fit the time: what is remembered, or what is measured now."""
-    known = search.steps_of(context.chosen, key, contestant) or search.steps_of(context.out / "steps.json", key, contestant)
+    known = search.steps_of(context.chosen, key, contestant) or search.steps_of(
+        context.out / "steps.json", key, contestant
+    )
     if known:
         return known
     model = task.network(0).to(task.device)
@@ -322,7 +325,9 @@ def _count(context: Context, key: str, task: Convnet | Text, contestant: Contest
 
 def _tune(context: Context, key: str, task: Convnet | Text, contestant: Contestant, trials: int) -> None:
     def objective(values: Values, number: int) -> float:
-        return _run(context, f"search-{number}-{key.split()[-1]}", task, contestant, values, context.search_seed).final("test_loss")
+        return _run(context, f"search-{number}-{key.split()[-1]}", task, contestant, values, context.search_seed).final(
+            "test_loss"
+        )
 
     found = search.search(contestant, trials, context.out / "search.log", key, objective)
     about = {"searched_on": key, "epochs": _POINTS, "seed": context.search_seed, "steps": task.count}

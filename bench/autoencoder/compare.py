@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def compare(context: Context, task: Autoencoder) -> dict[str, Entry]:
 
 
 def longer(context: Context, task: Autoencoder, entries: dict[str, Entry]) -> dict[str, Entry]:
-    """The best first-order method of ``entries`` again, with ``protocol.longer`` times the epochs and its own schedule."""
+    """The best first-order method of ``entries`` again, with ``protocol.longer`` times the epochs."""
     first = [one for one in context.contestants if one.kind == "first-order"]
     if not first:
         return {}
@@ -145,19 +145,21 @@ def median_curve(entry: Entry) -> list[float]:
 
 
 def time_to(entry: Entry, loss: float) -> float | None:
-    """Median training time until the train loss is at most ``loss``; ``None`` if it stays above it for half the seeds."""
+    """Median training time until the train loss is at most ``loss``; ``None`` if half the seeds stay above it."""
     times = [_first_time(one, loss) for one in entry["runs"]]
     found = statistics.median_high(times)
     return None if found == float("inf") else found
 
 
 def _first_time(one: dict[str, Any], loss: float) -> float:
-    reached = (time for time, value in zip(seconds_of(one), numbers(one["curves"]["train_loss"]), strict=True) if value <= loss)
+    reached = (
+        time for time, value in zip(seconds_of(one), numbers(one["curves"]["train_loss"]), strict=True) if value <= loss
+    )
     return next(reached, float("inf"))
 
 
 def thresholds(entries: dict[str, Entry]) -> Sequence[float]:
-    """The losses that the table of times asks for: the best final loss of a first-order method, and less ambitious ones."""
+    """The losses that the table of times asks for: around the best final loss of a first-order method."""
     first = [final_loss(entry) for entry in entries.values() if entry["kind"] == "first-order"]
     best = min(first or [final_loss(entry) for entry in entries.values()])
     return [round(best * part, 1) for part in (1.5, 1.25, 1.1, 1.0, 0.9)]

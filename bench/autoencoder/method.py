@@ -54,9 +54,13 @@ def study(context: Context, task: Autoencoder) -> dict[str, Any]:
         "title": f"The local objective of every layer; {where}",
         "about": "The increment of T local steps on the squared loss, against the minimiser of the same local problem "
         f"(λ a hundredth of the largest eigenvalue of XᵀX/B), in float64. Layer {shape} on {where}. SGD and momentum "
-        "have the largest stable learning rate, RMSProp a falling one. Below: the matching losses and squared losses that "
-        "the local steps really see, with the rule and the values of the comparison and twice its local steps.",
-        "closed_form": {"T": list(STEPS), "cosines": found, "title": f"Layer {shape}: LocoProp-S against the closed form"},
+        "have the largest stable learning rate, RMSProp a falling one. Below: the losses that the "
+        "local steps really see, with the rule and the values of the comparison and twice its local steps.",
+        "closed_form": {
+            "T": list(STEPS),
+            "cosines": found,
+            "title": f"Layer {shape}: LocoProp-S against the closed form",
+        },
         "traces": traces,
     }
 
@@ -125,8 +129,8 @@ def cosines(problem: lk.LocalProblem, steps: tuple[int, ...], advance: Any = lam
 
 
 def _cosine(one: tuple[Tensor | None, ...], two: tuple[Tensor | None, ...]) -> float:
-    flat = [torch.cat([part.flatten() for part in parts if part is not None]) for parts in (one, two)]
-    return float(torch.nn.functional.cosine_similarity(*flat, dim=0))
+    first, second = (torch.cat([part.flatten() for part in parts if part is not None]) for parts in (one, two))
+    return float(torch.nn.functional.cosine_similarity(first, second, dim=0))
 
 
 def _trace(

@@ -68,7 +68,7 @@ class _Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder on characters: logits ``[batch, length, vocabulary]`` of the next one, from indices ``[batch, length]``.
+    """A decoder on characters: logits ``[batch, length, vocabulary]`` of the next, from indices ``[batch, length]``.
 
     Args:
         vocabulary: number of characters.

@@ -210,12 +210,8 @@ AUTOENCODER: dict[str, Contestant] = {
             "singd",
         ),
         Contestant("soap", "SOAP", "second-order", _soap, _SOAP, {"lr": 3e-3, "forget": 0.05}, "pytorch_optimizer"),
-        Contestant(
-            "locoprop-s", "LocoProp-S", "LocoProp", _locoprop("squared"), _LOCAL, {"lr": 1e-4, "gamma": 20.0}
-        ),
-        Contestant(
-            "locoprop-m", "LocoProp-M", "LocoProp", _locoprop("matching"), _LOCAL, {"lr": 5e-5, "gamma": 5.0}
-        ),
+        Contestant("locoprop-s", "LocoProp-S", "LocoProp", _locoprop("squared"), _LOCAL, {"lr": 1e-4, "gamma": 20.0}),
+        Contestant("locoprop-m", "LocoProp-M", "LocoProp", _locoprop("matching"), _LOCAL, {"lr": 5e-5, "gamma": 5.0}),
         Contestant(
             "locoprop-m-rows32",
             "LocoProp-M, 32 rows",
@@ -232,7 +228,7 @@ def checked(names: list[str] | None, known: dict[str, Contestant]) -> list[Conte
     """The contestants of these names; of all whose libraries are there if ``names`` is ``None``.
 
     Raises:
-        ValueError: an unknown name, or one whose library is missing; says which there are, or the command to install it.
+        ValueError: an unknown name, or one whose library is missing; says which there are, or how to install it.
     """
     for name in names or ():
         if name not in known:

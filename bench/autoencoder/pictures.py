@@ -17,7 +17,13 @@ from bench.autoencoder.tasks import as_images
 
 __all__ = ["ablations", "beyond", "cosines", "curves", "reconstructions", "traces"]
 
-_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
 _LINES = {"LocoProp": "-", "second-order": "-.", "first-order": "--"}
 # Okabe & Ito's colours, which colour-blind readers can tell apart; dashes and markers say it again.
 _COLOURS = {
@@ -29,7 +35,7 @@ _MARKERS = "os^vDP"
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     return path
 
 
@@ -39,21 +45,22 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) 
     return figure, list(axes.flat)
 
 
-def _styles(entries: dict[str, Entry]) -> dict[str, dict[str, Any]]:
+def _styles(entries: dict[str, Entry]) -> list[dict[str, Any]]:
     """Colour, dashes and marker of each entry, by its place among those of its kind."""
     places: dict[str, int] = {}
-    styles = {}
-    for name, entry in entries.items():
+    styles = []
+    for entry in entries.values():
         kind = entry["kind"]
         place = places[kind] = places.get(kind, -1) + 1
         colours = _COLOURS[kind]
-        styles[name] = {
+        style = {
             "color": colours[place % len(colours)],
             "linestyle": _LINES[kind],
             "marker": _MARKERS[place % len(_MARKERS)],
             "linewidth": 2 if kind == "LocoProp" else 1.4,
             "markersize": 4,
         }
+        styles.append(style)
     return styles
 
 
@@ -74,7 +81,7 @@ def _draw(axes: Axes, x: Sequence[float], entry: Entry, name: str, style: dict[s
 def curves(entries: dict[str, Entry], title: str, clock: str, path: Path) -> Path:
     """Train loss against epochs and against time: median over the seeds, and the range between lowest and highest."""
     figure, (by_epoch, by_time) = _figure(1, 2, (12, 5), sharey=True)
-    for (name, entry), style in zip(entries.items(), _styles(entries).values(), strict=True):
+    for entry, style in zip(entries.values(), _styles(entries), strict=True):
         epochs = range(1, 1 + len(spread(entry)[0]))
         _draw(by_epoch, epochs, entry, "train_loss", style)
         _draw(by_time, median_curve(entry), entry, "train_loss", style)
@@ -96,7 +103,7 @@ def reconstructions(entries: dict[str, Entry], originals: str, title: str, path:
     rows = [("images", originals), *((entry["label"], entry["runs"][0]["samples"]) for entry in ordered)]
     figure, panels = _figure(len(rows), 1, (7.5, 0.62 * len(rows) + 0.5))
     for axes, (label, text) in zip(panels, rows, strict=True):
-        axes.imshow(np.hstack(list(as_images(text))), cmap="gray_r", vmin=0, vmax=255)
+        axes.imshow(np.hstack(list(as_images(text))), cmap="gray_r", vmin=0, vmax=255, aspect="equal")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(False)
@@ -146,12 +153,14 @@ def cosines(found: dict[str, Any], path: Path) -> Path:
 
 @matplotlib.rc_context(_STYLE)
 def traces(found: dict[str, dict[str, list[float]]], title: str, path: Path) -> Path:
-    """The local objective of every layer over the local steps, in shares of its largest change; a panel for each method."""
+    """The local objective of every layer over the local steps, in shares of its largest change."""
     figure, panels = _figure(1, len(found), (5.5 * len(found), 4), sharey=True)
     for axes, (label, layers) in zip(panels, found.items(), strict=True):
         for i, (name, values) in enumerate(layers.items()):
             scale = max(abs(value) for value in values) or 1.0
-            axes.plot(np.array(values) / scale, label=name, color=matplotlib.colormaps["viridis"](i / max(1, len(layers))))
+            axes.plot(
+                np.array(values) / scale, label=name, color=matplotlib.colormaps["viridis"](i / max(1, len(layers)))
+            )
         axes.axhline(0, color="0.4", linewidth=1)
         axes.set_title(label)
         axes.set_xlabel("local step")
@@ -166,7 +175,7 @@ def beyond(tasks: dict[str, dict[str, Entry]], path: Path) -> Path:
     """Test loss against training time of the tasks beyond the paper, all optimisers with the same time."""
     figure, panels = _figure(1, len(tasks), (5.5 * len(tasks), 4))
     for axes, (task, entries) in zip(panels, tasks.items(), strict=True):
-        for (_, entry), style in zip(entries.items(), _styles(entries).values(), strict=True):
+        for entry, style in zip(entries.values(), _styles(entries), strict=True):
             _draw(axes, median_curve(entry), entry, "test_loss", style)
         axes.set_title(task)
         axes.set_xlabel("training time (seconds)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.autoencoder import pictures
-from bench.autoencoder.compare import Entry, epoch_seconds, final_loss, spread, thresholds, time_to
+from bench.autoencoder.compare import Entry, epoch_seconds, final_loss, median_curve, spread, thresholds, time_to
 from bench.autoencoder.runs import write
 
 __all__ = ["show", "write_report"]
@@ -52,19 +51,28 @@ def _row(entry: Entry) -> list[str]:
         f"{100 * share:.0f} %",
         f"{entry['peak_mib']:.1f}",
         f"{entry['state_mib']:.1f}",
-        ", ".join(f"{name} {value:.2g}" for name, value in entry["values"].items()),
+        _values(entry),
     ]
+
+
+def _values(entry: Entry) -> str:
+    return ", ".join(f"{name} {value:.2g}" for name, value in entry["values"].items())
 
 
 def _by_loss(entries: dict[str, Entry]) -> list[Entry]:
     return sorted(entries.values(), key=final_loss)
 
 
+def _everyone(block: dict[str, Any]) -> dict[str, Entry]:
+    """Those of a comparison, and those that were trained for longer."""
+    return {**block["entries"], **{f"{name}, longer": entry for name, entry in block["longer"].items()}}
+
+
 def show(results: dict[str, Any], console: Console) -> None:
     """Tables of the comparisons and of the statements."""
     for title, block in results["compare"].items():
         table = Table("optimiser", *_HEADS[:-1], title=title)
-        for entry in _by_loss({**block["entries"], **block["longer"]}):
+        for entry in _by_loss(_everyone(block)):
             table.add_row(*_row(entry)[:-1])
         console.print(table)
         for one in block["statements"]:
@@ -83,7 +91,10 @@ def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
     parts = {
         "config": results["config"],
         "environment": results["environment"],
-        "comparisons": [_comparison(title, block, results["config"], folder, embedded) for title, block in results["compare"].items()],
+        "comparisons": [
+            _comparison(title, block, results["config"], folder, embedded)
+            for title, block in results["compare"].items()
+        ],
         "ablations": _ablations(results.get("ablations"), folder, embedded),
         "method": _method(results.get("method"), folder, embedded),
         "beyond": _beyond(results.get("beyond"), folder, embedded),
@@ -94,12 +105,16 @@ def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
     return [folder / "report.html", *files]
 
 
-def _comparison(title: str, block: dict[str, Any], config: dict[str, Any], folder: Path, embedded: Any) -> dict[str, Any]:
-    entries, everyone = block["entries"], {**block["entries"], **{f"{name}+": one for name, one in block["longer"].items()}}
+def _comparison(
+    title: str, block: dict[str, Any], config: dict[str, Any], folder: Path, embedded: Any
+) -> dict[str, Any]:
+    entries, everyone = block["entries"], _everyone(block)
     stem = title.replace(", ", "-").replace(" ", "-")
     losses = thresholds(entries)
     drawn = pictures.curves(entries, f"Deep autoencoder on {title}", config["clock"], folder / f"curves-{stem}.png")
-    images = pictures.reconstructions(entries, block["images"], f"Test images of {title}", folder / f"images-{stem}.png")
+    images = pictures.reconstructions(
+        entries, block["images"], f"Test images of {title}", folder / f"images-{stem}.png"
+    )
     return {
         "title": title,
         "curves": embedded(drawn),
@@ -136,20 +151,26 @@ def _method(found: dict[str, Any] | None, folder: Path, embedded: Any) -> dict[s
 def _beyond(found: dict[str, Any] | None, folder: Path, embedded: Any) -> dict[str, Any] | None:
     if not found:
         return None
-    tasks = []
-    for title, entries in found["tasks"].items():
-        names = [name for name in ("train_loss", "test_loss", "accuracy") if name in next(iter(entries.values()))["runs"][0]["curves"]]
-        rows = [
-            [
-                entry["label"],
-                *(_number(final_loss(entry, name), 3) for name in names),
-                str(entry["steps"]),
-                f"{statistics.median(sum(one['model_seconds']) + sum(one['optimiser_seconds']) for one in entry['runs']):.3g}",
-                ", ".join(f"{name} {value:.2g}" for name, value in entry["values"].items()),
-            ]
-            for entry in _by_loss(entries)
+    picture = embedded(pictures.beyond(found["tasks"], folder / "beyond.png"))
+    tasks = [_task(title, entries) for title, entries in found["tasks"].items()]
+    return {"about": found["about"], "picture": picture, "tasks": tasks}
+
+
+def _task(title: str, entries: dict[str, Entry]) -> dict[str, Any]:
+    measured = next(iter(entries.values()))["runs"][0]["curves"]
+    names = [name for name in ("train_loss", "test_loss", "accuracy") if name in measured]
+    rows = [
+        [
+            entry["label"],
+            *(_number(final_loss(entry, name), 3) for name in names),
+            str(entry["steps"]),
+            f"{median_curve(entry)[-1]:.3g}",
+            _values(entry),
         ]
-        heads = [*(name.replace("_", " ") for name in names), "steps", "seconds", "values"]
-        tasks.append({"title": title, "heads": heads, "rows": rows})
-    picture = pictures.beyond(found["tasks"], folder / "beyond.png")
-    return {"about": found["about"], "picture": embedded(picture), "tasks": tasks}
+        for entry in sorted(entries.values(), key=lambda entry: final_loss(entry, "test_loss"))
+    ]
+    return {
+        "title": title,
+        "heads": [*(name.replace("_", " ") for name in names), "steps", "seconds", "values"],
+        "rows": rows,
+    }

@@ -1,4 +1,4 @@
-"""Runs in a folder: a training with checkpoints after every epoch, which a later process continues to the same numbers."""
+"""Runs in a folder: training with a checkpoint after every epoch, which a later process takes to the same numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,9 @@ __all__ = ["Deadline", "History", "OutOfTime", "Plan", "Task", "diverged", "fact
 class Task(Protocol):
     """What is trained on what: a network, its batches, its loss, and what is measured after an epoch."""
 
-    device: torch.device
+    @property
+    def device(self) -> torch.device:
+        """Where it is trained."""
 
     def facts(self) -> dict[str, Any]:
         """What a run's numbers depend on; goes into its file and is compared when it is continued."""
@@ -46,7 +49,7 @@ class Task(Protocol):
         """Numbers by name; ``"train_loss"`` is among them."""
 
     def samples(self, model: nn.Module) -> str:
-        """What the report shows of a trained model: grey images, see :func:`bench.autoencoder.tasks.as_text`; or ``""``."""
+        """What the report shows of a trained model: images by :func:`bench.autoencoder.tasks.as_text`, or ``""``."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +272,7 @@ def _load(path: Path, history: History, model: nn.Module, optimizer: Optimizer, 
     try:
         # Some optimisers keep objects of their own in their state, which only unpickling brings back; it is our file.
         saved = torch.load(path, weights_only=False)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path}: the checkpoint cannot be read ({error}); remove this run's files to train it again: "
             f"rm {path.with_suffix('')}.*"

@@ -52,7 +52,9 @@ def search(
             storage=storage, study_name=f"{subject} {contestant.name}", load_if_exists=True, direction="minimize"
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: optuna cannot read this journal ({error}); remove it to search again: rm {path}") from error
+        raise ValueError(
+            f"{path}: optuna cannot read this journal ({error}); remove it to search again: rm {path}"
+        ) from error
     space = {
         name: optuna.distributions.FloatDistribution(low, high, log=True)
         for name, (low, high) in contestant.space.items()
@@ -108,12 +110,16 @@ def about(path: Path, subject: str, names: list[str]) -> str:
     """A sentence on how the values of these contestants were chosen."""
     entries = json.loads(path.read_text(encoding="utf-8")).get(subject, {}) if path.is_file() else {}
     counts = sorted({len(entries[name]["trials"]) for name in names if name in entries})
-    where = sorted({f"{entries[name]['searched_on']}, {entries[name]['epochs']} epochs" for name in names if name in entries})
+    where = sorted(
+        {f"{entries[name]['searched_on']}, {entries[name]['epochs']} epochs" for name in names if name in entries}
+    )
     usual = [name for name in names if name not in entries]
     sentences = []
     if counts:
         trials = " or ".join(map(str, counts))
-        sentences.append(f"Hyper-parameters: best of {trials} trials for each optimiser ({'; '.join(where)}, another seed).")
+        sentences.append(
+            f"Hyper-parameters: best of {trials} trials for each optimiser ({'; '.join(where)}, another seed)."
+        )
     if usual:
         sentences.append(f"Usual values, not searched: {', '.join(usual)}.")
     return " ".join(sentences)

@@ -1,4 +1,4 @@
-"""The paper's statements, and ours, checked against a comparison: each holds or does not, with the numbers that say so."""
+"""The paper's statements, and ours, checked against a comparison: each holds or does not, by the numbers it gives."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def _lower_at_equal_epochs(entries: Entries, extra: Entries) -> tuple[bool, str]
     if not others:
         return None
     ours = final_loss(entries["locoprop-m"])
-    return ours < min(map(final_loss, others.values())), f"train loss at the end: LocoProp-M {ours:.1f}; {_losses(others)}"
+    return ours < min(
+        map(final_loss, others.values())
+    ), f"train loss at the end: LocoProp-M {ours:.1f}; {_losses(others)}"
 
 
 def _comparable(entries: Entries, extra: Entries) -> tuple[bool, str] | None:
@@ -57,7 +59,10 @@ def _comparable(entries: Entries, extra: Entries) -> tuple[bool, str] | None:
     if not others:
         return None
     ours, best = final_loss(entries["locoprop-m"]), min(map(final_loss, others.values()))
-    return ours <= COMPARABLE * best, f"LocoProp-M {ours:.1f}; {_losses(others)}; comparable is at most 5 % above the best"
+    return (
+        ours <= COMPARABLE * best,
+        f"LocoProp-M {ours:.1f}; {_losses(others)}; comparable is at most 5 % above the best",
+    )
 
 
 def _faster(entries: Entries, extra: Entries) -> tuple[bool, str] | None:
@@ -115,9 +120,17 @@ _STATEMENTS: tuple[tuple[str, str, Check], ...] = (
     ("paper", "At equal epochs LocoProp-M ends below every first-order method.", _lower_at_equal_epochs),
     ("paper", "LocoProp-M ends at a loss comparable with Shampoo's and K-FAC's.", _comparable),
     ("paper", "LocoProp-M reaches their final losses in less time than they do.", _faster),
-    ("paper", "The matching loss (LocoProp-M) does at least as well as the squared loss (LocoProp-S).", _matching_below_squared),
+    (
+        "paper",
+        "The matching loss (LocoProp-M) does at least as well as the squared loss (LocoProp-S).",
+        _matching_below_squared,
+    ),
     ("ours", "Local steps on 32 rows end within 5 % of those on all rows, and are faster.", _few_rows),
-    ("ours", "At equal time LocoProp-M ends below the best first-order method, trained for longer.", _lower_at_equal_time),
+    (
+        "ours",
+        "At equal time LocoProp-M ends below the best first-order method, trained for longer.",
+        _lower_at_equal_time,
+    ),
 )
 
 

@@ -44,4 +44,5 @@ def _between(one: float | torch.cuda.Event, two: float | torch.cuda.Event) -> fl
     if isinstance(one, float) and isinstance(two, float):
         return two - one
     assert isinstance(one, torch.cuda.Event)
+    assert isinstance(two, torch.cuda.Event)
     return one.elapsed_time(two) / 1e3
