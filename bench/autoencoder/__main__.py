@@ -85,7 +85,7 @@ def _context(args: argparse.Namespace, protocol: Protocol) -> Any:
         raise ValueError(f"{args.out} has results; continue them with --resume, or name another folder with --out")
     return Context(
         protocol=protocol,
-        contestants=optimisers.checked(args.optimisers, optimisers.AUTOENCODER),
+        contestants=optimisers.checked(args.optimisers, protocol),
         seeds=range(args.seeds or protocol.seeds),
         out=args.out,
         chosen=args.chosen,

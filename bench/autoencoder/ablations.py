@@ -12,7 +12,7 @@ from torch import nn
 from bench import textbook
 from bench.autoencoder.compare import SUBJECT
 from bench.autoencoder.context import Context
-from bench.autoencoder.optimisers import AUTOENCODER, Values
+from bench.autoencoder.optimisers import Values, contestant_of
 from bench.autoencoder.runs import Plan, run, write
 from bench.autoencoder.search import chosen
 from bench.autoencoder.tasks import Autoencoder
@@ -25,6 +25,10 @@ __all__ = ["precisions", "study", "variants"]
 SEED = 0
 #: Textbook and increment form take bench.textbook's rule and γ.
 _LR, _ITERATIONS = 2e-5, 10
+
+_ABOUT = """LocoProp-M with its chosen values at the top of each panel, and one thing changed below it. There is one
+seed, and nothing is searched again: a variant with another best learning rate is at a disadvantage. The last panel
+compares textbook and increment form with the rule of the PyPI package, at a constant learning rate."""
 
 Variant = tuple[str, Values]
 
@@ -67,7 +71,8 @@ def variants(values: Values, squared: Values) -> dict[str, list[Variant]]:
 def study(context: Context, task: Autoencoder) -> dict[str, Any]:
     """The final train loss of every variant on one seed."""
     subject = f"{context.protocol.name} {SUBJECT}"
-    values, squared = (chosen(context.chosen, subject, AUTOENCODER[name]) for name in ("locoprop-m", "locoprop-s"))
+    two = (contestant_of(name, context.protocol) for name in ("locoprop-m", "locoprop-s"))
+    values, squared = (chosen(context.chosen, subject, one) for one in two)
     questions = variants(values, squared)
     groups = {
         question: [{"label": label, "train_loss": _loss(context, task, changed)} for label, changed in rows]
@@ -79,15 +84,13 @@ def study(context: Context, task: Autoencoder) -> dict[str, Any]:
     epochs = context.protocol.ablation_epochs
     return {
         "title": f"LocoProp-M on {task.images.name}, train loss after {epochs} epochs",
-        "about": "LocoProp-M with its chosen values at the top of each panel, and one thing changed below it. There is "
-        "one seed, and nothing is searched again: a variant with another best learning rate is at a disadvantage. The last "
-        "panel compares textbook and increment form with the rule of the PyPI package, at a constant learning rate.",
+        "about": _ABOUT,
         "groups": groups,
     }
 
 
 def _loss(context: Context, task: Autoencoder, values: Values) -> float | None:
-    protocol, contestant = context.protocol, AUTOENCODER["locoprop-m"]
+    protocol, contestant = context.protocol, contestant_of("locoprop-m", context.protocol)
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         return contestant.optimiser(model, _with_targets(model, values), protocol)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -267,9 +268,10 @@ def study(
     tasks[f"GPT on characters of {name}"] = ("gpt", _tokens(learnt, where))
     found = {title: _contest(context, subject, task, trials) for title, (subject, task) in tasks.items()}
     searched = search.about(context.chosen, f"{context.protocol.name} gpt", list(CONTESTANTS))
+    seconds = f"{context.protocol.beyond_seconds:g} s of the {context.clock} clock"
+    clock = f"Everyone trains for {seconds}, in steps that a measurement beforehand has fitted to it."
     return {
-        "about": f"Everyone trains for {context.protocol.beyond_seconds:g} s of the {context.clock} clock, in steps "
-        f"that a measurement beforehand has fitted to it. LocoProp-M takes five local steps of Adam on 64 rows. {searched}",
+        "about": f"{clock} LocoProp-M takes five local steps of Adam on 64 rows. {searched}",
         "tasks": found,
     }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import locoprop_kernels as lk
 from bench.autoencoder.compare import SUBJECT
 from bench.autoencoder.context import Context
-from bench.autoencoder.optimisers import AUTOENCODER, Values
+from bench.autoencoder.optimisers import Values, contestant_of
 from bench.autoencoder.search import chosen
 from bench.autoencoder.tasks import Autoencoder
 from locoprop_kernels import rules
@@ -35,10 +35,11 @@ def study(context: Context, task: Autoencoder) -> dict[str, Any]:
     protocol = context.protocol
     context.deadline.check()
     subject = f"{protocol.name} {SUBJECT}"
-    values = {name: chosen(context.chosen, subject, AUTOENCODER[name]) for name in ("locoprop-m", "locoprop-s")}
+    two = [contestant_of(name, protocol) for name in ("locoprop-m", "locoprop-s")]
+    values = {one.name: chosen(context.chosen, subject, one) for one in two}
     model = task.network(SEED).to(task.device)
     # Its hooks stay on this model, which is only looked at afterwards.
-    train(model, AUTOENCODER["locoprop-m"].optimiser(model, values["locoprop-m"], protocol), task, epoch=0)
+    train(model, two[0].optimiser(model, values["locoprop-m"], protocol), task, epoch=0)
     batch, _ = next(task.batches(SEED, 1))
     layer = [module for module in model.modules() if isinstance(module, nn.Linear)][1]
     problem = problem_of(model, layer, task, batch)
@@ -46,7 +47,7 @@ def study(context: Context, task: Autoencoder) -> dict[str, Any]:
         found = cosines(problem, STEPS, advance)
     traces = {}
     for name, own in values.items():
-        contestant = AUTOENCODER[name]
+        contestant = contestant_of(name, context.protocol)
         traces[contestant.label] = _trace(model, task, batch, name, own, context)
     shape = f"{layer.in_features} → {layer.out_features}"
     where = f"{task.images.name}, after one epoch of LocoProp-M, a batch of {len(batch)}"
@@ -137,7 +138,7 @@ def _trace(
     model: nn.Module, task: Autoencoder, batch: Tensor, name: str, values: Values, context: Context
 ) -> dict[str, list[float]]:
     """The local objective of every layer before each local step and at the end, relative to the start."""
-    contestant = AUTOENCODER[name]
+    contestant = contestant_of(name, context.protocol)
     copy = task.network(SEED).to(task.device)
     copy.load_state_dict(model.state_dict())
     optimizer = contestant.optimiser(copy, {**values, "local_iterations": _TRACED, "trace": True}, context.protocol)

@@ -7,19 +7,20 @@ or ``β₁``. The search begins with the usual values. Everything else is fixed 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from bench.autoencoder.protocol import Protocol
+from bench.autoencoder.protocol import FULL, Protocol
 from locoprop_kernels import rules
 from locoprop_torch import LocoProp
 
-__all__ = ["AUTOENCODER", "KINDS", "Contestant", "checked", "notebook_rule"]
+__all__ = ["AUTOENCODER", "KINDS", "Contestant", "checked", "contestant_of", "notebook_rule"]
 
 Values = dict[str, Any]
 Range = tuple[float, float]
@@ -37,7 +38,8 @@ class Contestant:
         make: makes the optimiser for a model from hyper-parameters and the protocol.
         space: lowest and highest value of each hyper-parameter to search, logarithmic.
         usual: where the search begins.
-        library: module that must be there, with the name of its package.
+        library: module that must be there.
+        usual_full: where the search of the full protocol begins, if that is elsewhere.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Contestant:
     space: dict[str, Range]
     usual: dict[str, float]
     library: str = "torch"
+    usual_full: dict[str, float] | None = None
 
     def optimiser(self, model: nn.Module, values: Values, protocol: Protocol) -> Optimizer:
         return self.make(model, values, protocol)
@@ -143,6 +146,8 @@ def _locoprop(local_loss: str, rows: int | None = None) -> Callable[[nn.Module, 
 
 
 _FORGET = (0.02, 0.5)
+# The demo's values for a short run, the notebook's for a long one.
+_DEMO_S, _DEMO_M, _NOTEBOOK = {"lr": 1e-4, "gamma": 20.0}, {"lr": 5e-5, "gamma": 5.0}, {"lr": 1e-5, "gamma": 10.0}
 _LOCAL = {"lr": (5e-6, 5e-4), "gamma": (1.0, 100.0)}
 _SOAP = {"lr": (1e-3, 1e-1), "forget": (0.02, 0.5)}
 
@@ -210,30 +215,39 @@ AUTOENCODER: dict[str, Contestant] = {
             "singd",
         ),
         Contestant("soap", "SOAP", "second-order", _soap, _SOAP, {"lr": 3e-3, "forget": 0.05}, "pytorch_optimizer"),
-        Contestant("locoprop-s", "LocoProp-S", "LocoProp", _locoprop("squared"), _LOCAL, {"lr": 1e-4, "gamma": 20.0}),
-        Contestant("locoprop-m", "LocoProp-M", "LocoProp", _locoprop("matching"), _LOCAL, {"lr": 5e-5, "gamma": 5.0}),
+        Contestant("locoprop-s", "LocoProp-S", "LocoProp", _locoprop("squared"), _LOCAL, _DEMO_S, usual_full=_NOTEBOOK),
+        Contestant(
+            "locoprop-m", "LocoProp-M", "LocoProp", _locoprop("matching"), _LOCAL, _DEMO_M, usual_full=_NOTEBOOK
+        ),
         Contestant(
             "locoprop-m-rows32",
             "LocoProp-M, 32 rows",
             "LocoProp",
             _locoprop("matching", 32),
             _LOCAL,
-            {"lr": 5e-5, "gamma": 5.0},
+            _DEMO_M,
+            usual_full=_NOTEBOOK,
         ),
     )
 }
 
 
-def checked(names: list[str] | None, known: dict[str, Contestant]) -> list[Contestant]:
-    """The contestants of these names; of all whose libraries are there if ``names`` is ``None``.
+def contestant_of(name: str, protocol: Protocol) -> Contestant:
+    """A contestant of the autoencoder, with the usual values of this protocol."""
+    one = AUTOENCODER[name]
+    return replace(one, usual=one.usual_full) if one.usual_full and protocol is FULL else one
+
+
+def checked(names: list[str] | None, protocol: Protocol) -> list[Contestant]:
+    """The contestants of the autoencoder with these names; all if ``names`` is ``None``.
 
     Raises:
         ValueError: an unknown name, or one whose library is missing; says which there are, or how to install it.
     """
     for name in names or ():
-        if name not in known:
-            raise ValueError(f"--optimisers must be among {', '.join(known)}; got {name!r}")
-    chosen = [known[name] for name in (names or known)]
+        if name not in AUTOENCODER:
+            raise ValueError(f"--optimisers must be among {', '.join(AUTOENCODER)}; got {name!r}")
+    chosen = [contestant_of(name, protocol) for name in (names or AUTOENCODER)]
     missing = [contestant for contestant in chosen if importlib.util.find_spec(contestant.library) is None]
     if missing:
         labels = ", ".join(contestant.name for contestant in missing)

@@ -14,7 +14,7 @@ import torch
 
 from bench.autoencoder import beyond, data, networks, optimisers, runs, search
 from bench.autoencoder.optimisers import AUTOENCODER
-from bench.autoencoder.protocol import PROTOCOLS, TINY
+from bench.autoencoder.protocol import FULL, PROTOCOLS, TINY
 from bench.autoencoder.runs import Deadline, OutOfTime, Plan
 from bench.autoencoder.tasks import Autoencoder
 
@@ -377,6 +377,13 @@ def test_broken_text(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         beyond.text_of(tmp_path / "none.txt")
     assert len(beyond.text_of(None)) > 1e5
+
+
+def test_the_full_protocol_begins_with_the_notebooks_values():
+    values = {"lr": 1e-5, "gamma": 10.0}
+    assert optimisers.contestant_of("locoprop-m", FULL).usual == values
+    assert FULL.encoder == (784, 1000, 500, 250, 30)
+    assert (FULL.batch_size, FULL.epochs, FULL.warm_up, FULL.momentum) == (1000, 100, 5, 0.999)
 
 
 def test_everyone_has_a_space_and_a_start_in_it():
