@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,7 @@ def show(results: dict[str, Any], console: Console) -> None:
             table.add_row(*_row(entry)[:-1])
         console.print(table)
         for one in block["statements"]:
-            word = "not tried" if one["holds"] is None else "holds" if one["holds"] else "does not hold"
-            console.print(f"{word}: {one['text']} {one['evidence']}", highlight=False)
+            console.print(f"{_word(one)}: {one['text']} {one['evidence']}", highlight=False)
 
 
 def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -102,7 +102,39 @@ def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     write(folder / "report.html", page.get_template("report.html.j2").render(parts))
-    return [folder / "report.html", *files]
+    write(folder / "README.md", _summary(parts))
+    return [folder / "report.html", folder / "README.md", *files]
+
+
+def _summary(parts: dict[str, Any]) -> str:
+    """The tables and the statements in Markdown."""
+    config, environment = parts["config"], parts["environment"]
+    threads = environment["device"].get("threads")
+    lines = [
+        "# The paper's experiments",
+        "",
+        f"`{config['command']}`, {environment['device']['name']}{f', {threads} thread(s)' if threads else ''}; "
+        f"protocol *{config['protocol']['name']}*, seeds {', '.join(map(str, config['seeds']))}. {config['search']}",
+        f"[`report.html`](report.html) has everything; times are of the {config['clock']} clock and of training alone.",
+    ]
+    for block in parts["comparisons"]:
+        lines += ["", f"## {block['title']}", "", *_markdown(("optimiser", *block["heads"][:-1]), block["rows"])]
+        heads = ("seconds until the train loss is", *(f"≤ {loss}" for loss in block["thresholds"]))
+        lines += ["", *_markdown(heads, block["times"]), ""]
+        lines += [f"* {_word(one).capitalize()}: {one['text']} ({one['evidence']})" for one in block["statements"]]
+    for task in parts["beyond"]["tasks"] if parts["beyond"] else ():
+        lines += ["", f"## {task['title']}", "", *_markdown(("optimiser", *task["heads"]), task["rows"])]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table; ``rows`` may be longer than ``heads``."""
+    width = len(heads)
+    return [f"| {' | '.join(row[:width])} |" for row in (heads, ["---"] * width, *rows)]
+
+
+def _word(statement: dict[str, Any]) -> str:
+    return {None: "not tried", True: "holds", False: "does not hold"}[statement["holds"]]
 
 
 def _comparison(
