@@ -74,7 +74,7 @@ REDUCED = Protocol(
     seeds=2,
     interval=20,
     momentum=0.99,
-    longer=4,
+    longer=10,
     ablation_epochs=5,
     beyond_seconds=3.0,
 )
