@@ -155,14 +155,15 @@ def run(
     Args:
         plan: the run.
         task: what it trains.
-        folder: has ``NAME.json`` of every run, and ``NAME.pt`` of those that are not complete.
+        folder: has ``NAME.json`` of every run, and ``NAME.pt`` of those that are not complete. The name ends with a
+            digest of the run's facts, so that other settings are another run.
         clock: ``"wall"`` or ``"cpu"``, see :data:`bench.device.CLOCKS`.
         deadline: asked before every epoch.
         progress: called after every epoch, also those that an earlier process has trained.
 
     Raises:
         OutOfTime: from ``deadline``; nothing is lost.
-        ValueError: the folder has a run of this name with other settings.
+        ValueError: a file of this run cannot be read; names it, and the command that mends it.
     """
     facts = json.loads(json.dumps({**plan.facts(), **task.facts(), "clock": clock}))
     name = f"{plan.label}-{plan.optimiser}-s{plan.seed}-{_digest(facts)}"

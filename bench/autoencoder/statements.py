@@ -10,7 +10,7 @@ from bench.autoencoder.compare import Entry, epoch_seconds, final_loss, median_c
 
 __all__ = ["Statement", "check"]
 
-#: How much above another loss a loss may be and still be called comparable.
+#: How much above another loss a loss may be and still be called comparable, and how much more a time has to be.
 COMPARABLE = 1.05
 Entries = dict[str, Entry]
 
@@ -95,7 +95,7 @@ def _few_rows(entries: Entries, extra: Entries) -> tuple[bool, str] | None:
     whole, few = entries["locoprop-m"], entries["locoprop-m-rows32"]
     losses, seconds = [final_loss(one) for one in (whole, few)], [epoch_seconds(one) for one in (whole, few)]
     evidence = f"loss {losses[0]:.1f} and {losses[1]:.1f}, an epoch {seconds[0]:.3g} s and {seconds[1]:.3g} s"
-    return losses[1] <= COMPARABLE * losses[0] and seconds[1] < seconds[0], evidence
+    return losses[1] <= COMPARABLE * losses[0] and COMPARABLE * seconds[1] <= seconds[0], evidence
 
 
 def _lower_at_equal_time(entries: Entries, extra: Entries) -> tuple[bool, str] | None:
@@ -125,7 +125,11 @@ _STATEMENTS: tuple[tuple[str, str, Check], ...] = (
         "The matching loss (LocoProp-M) does at least as well as the squared loss (LocoProp-S).",
         _matching_below_squared,
     ),
-    ("ours", "Local steps on 32 rows end within 5 % of those on all rows, and are faster.", _few_rows),
+    (
+        "ours",
+        "Local steps on 32 rows end within 5 % of the loss with all rows, and take at least 5 % less time.",
+        _few_rows,
+    ),
     (
         "ours",
         "At equal time LocoProp-M ends below the best first-order method, trained for longer.",

@@ -275,6 +275,9 @@ def test_statements_follow_the_figures():
     assert list(found.values()) == [True, True, False, None, None, False]
     entries["locoprop-m"] = entry_of("LocoProp", [1.0, 2.5], [0.5, 0.5])
     assert [one["holds"] for one in statements.check(entries, {})] == [False, False, True, None, None, None]
+    for seconds, holds in ((0.5, False), (0.45, True)):
+        entries["locoprop-m-rows32"] = entry_of("LocoProp", [1.0, 2.6], [seconds, seconds])
+        assert statements.check(entries, {})[4]["holds"] is holds
     del entries["locoprop-m"]
     assert {one["holds"] for one in statements.check(entries, extra)} == {None}
 
