@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ from bench import textbook
 from bench.autoencoder.compare import SUBJECT
 from bench.autoencoder.context import Context
 from bench.autoencoder.optimisers import Values, contestant_of
-from bench.autoencoder.runs import Plan, run, write
+from bench.autoencoder.runs import Plan, remembered, run
 from bench.autoencoder.search import chosen
 from bench.autoencoder.tasks import Autoencoder
 from locoprop_kernels import rules
@@ -119,19 +118,16 @@ def precisions(context: Context, task: Autoencoder) -> list[dict[str, Any]]:
     epochs, rows = context.protocol.ablation_epochs, []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for form, train in (("increment", _increment), ("textbook", _textbook)):
-            name = f"{form}, {str(dtype).removeprefix('torch.')}"
-            facts = {**task.facts(), "epochs": epochs, "seed": SEED}
-            path = (
-                context.out / "runs" / f"precision-{name.replace(', ', '-')}-{task.images.name}-{task.activation}.json"
-            )
-            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            if found.get("facts") != facts:
+            name = f"{form}-{str(dtype).removeprefix('torch.')}"
+
+            def measure(name: str = name, train: Any = train, dtype: torch.dtype = dtype) -> float:
                 context.deadline.check()
                 with context.bar(f"arithmetic: {name}", epochs) as advance:
-                    loss = train(task, dtype, epochs, advance)
-                found = {"facts": facts, "train_loss": _finite(loss)}
-                write(path, json.dumps(found) + "\n")
-            rows.append({"label": name, "train_loss": found["train_loss"]})
+                    return train(task, dtype, epochs, advance)
+
+            facts = {**task.facts(), "epochs": epochs, "seed": SEED}
+            path = context.out / "runs" / f"precision-{name}-{task.images.name}.json"
+            rows.append({"label": name.replace("-", ", "), "train_loss": remembered(path, facts, measure)})
     return rows
 
 

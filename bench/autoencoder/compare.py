@@ -13,7 +13,7 @@ from bench import memory
 from bench.autoencoder import search
 from bench.autoencoder.context import Context
 from bench.autoencoder.optimisers import Contestant, Values
-from bench.autoencoder.runs import History, Plan, run
+from bench.autoencoder.runs import History, Plan, remembered, run
 from bench.autoencoder.tasks import Autoencoder
 
 __all__ = ["SUBJECT", "Entry", "compare", "longer", "median_curve", "seconds_of", "spread", "time_to", "tune"]
@@ -75,7 +75,7 @@ def _entry(context: Context, task: Autoencoder, contestant: Contestant, epochs: 
         "label": contestant.label,
         "kind": contestant.kind,
         "values": values,
-        "peak_mib": round(_peak(context, task, contestant, values), 1),
+        "peak_mib": _peak(context, task, contestant, values),
         "state_mib": round(max(history.state_bytes for history in histories) / memory.MIB, 2),
         "runs": [_facts(history) for history in histories],
     }
@@ -91,7 +91,7 @@ def _run(context: Context, one: Plan, task: Autoencoder, description: str) -> Hi
         return run(one, task, context.out / "runs", context.clock, context.deadline, advance)
 
 
-def _peak(context: Context, task: Autoencoder, contestant: Contestant, values: Values) -> float:
+def _peak(context: Context, task: Autoencoder, contestant: Contestant, values: Values) -> float | None:
     """Peak memory of a few training steps in MiB, model, batches and optimiser; until its matrices have been formed."""
     steps = context.protocol.interval + 1 if contestant.kind == "second-order" else 2
 
@@ -104,7 +104,9 @@ def _peak(context: Context, task: Autoencoder, contestant: Contestant, values: V
             task.loss(model, batch, batch).backward()
             optimizer.step()
 
-    return memory.peak_of(work, task.device)
+    facts = {**task.facts(), "values": values, "steps": steps}
+    path = context.out / "runs" / f"peak-{task.images.name}-{task.activation}-{contestant.name}.json"
+    return remembered(path, facts, lambda: memory.peak_of(work, task.device))
 
 
 def numbers(values: Iterable[float | None]) -> list[float]:

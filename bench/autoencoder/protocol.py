@@ -75,8 +75,8 @@ REDUCED = Protocol(
     interval=20,
     momentum=0.99,
     longer=10,
-    ablation_epochs=5,
-    beyond_seconds=3.0,
+    ablation_epochs=4,
+    beyond_seconds=2.0,
 )
 #: Seconds: what the tests run.
 TINY = Protocol(

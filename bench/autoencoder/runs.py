@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bench.autoencoder.stopwatch import Stopwatch
 
-__all__ = ["Deadline", "History", "OutOfTime", "Plan", "Task", "diverged", "factor", "run", "write"]
+__all__ = ["Deadline", "History", "OutOfTime", "Plan", "Task", "diverged", "factor", "remembered", "run", "write"]
 
 
 class Task(Protocol):
@@ -145,6 +145,16 @@ def write(path: Path, content: str | bytes) -> None:
     beside = path.with_name(path.name + ".new")
     beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, path)
+
+
+def remembered(path: Path, facts: dict[str, Any], measure: Callable[[], float]) -> float | None:
+    """A number that ``path`` has for these facts, or else is measured now and kept; ``None`` if not finite."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if found.get("facts") != facts:
+        value = measure()
+        found = {"facts": facts, "value": value if math.isfinite(value) else None}
+        write(path, json.dumps(found) + "\n")
+    return found["value"]
 
 
 def run(
