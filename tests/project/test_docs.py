@@ -119,6 +119,11 @@ def test_experiments_table_is_the_measured_one():
     for i, one in enumerate(blocks["mnist, tanh"]["statements"]):
         holds = [words[block["statements"][i]["holds"]] for block in blocks.values()]
         assert f"| {one['text']} | {' | '.join(holds)} |" in page
+    entries, longer = (blocks["mnist, tanh"][part] for part in ("entries", "longer"))
+    ours, soap, rmsprop = (compare.final_loss(entries[name]) for name in ("locoprop-m", "soap", "rmsprop"))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"lowest at equal epochs ({ours:.1f}; SOAP {soap:.1f}, RMSProp {rmsprop:.1f})" in readme
+    assert f"at equal time RMSProp does ({compare.final_loss(longer['rmsprop']):.1f})" in readme
     picture = (ROOT / "docs/paper_curves.png").read_bytes()
     assert picture == (folder / "curves-mnist-tanh.png").read_bytes()
 
