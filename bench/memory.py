@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from bench import device
 from locoprop_torch import LocoProp, presets
 
-__all__ = ["LOOPS", "LiveBytes", "main", "peak"]
+__all__ = ["LOOPS", "LiveBytes", "main", "peak", "peak_of"]
 
 MIB = 2**20
 STEPS = 3
@@ -102,6 +102,19 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+def peak_of(work: Callable[[], object], where: torch.device) -> float:
+    """Peak memory in MiB of what ``work`` allocates on the device ``where``; what was there before does not count."""
+    counter = LiveBytes()
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+        before = torch.cuda.memory_allocated(where)
+    with counter:
+        work()
+    if where.type == "cuda":
+        return (torch.cuda.max_memory_allocated(where) - before) / MIB
+    return counter.peak / MIB
+
+
 def peak(optimizer: str, loop: str, width: int, layers: int, batch: int, where: torch.device) -> float:
     """Peak memory of ``STEPS`` training steps in MiB, everything from the model and the batch on.
 
@@ -113,11 +126,8 @@ def peak(optimizer: str, loop: str, width: int, layers: int, batch: int, where: 
         batch: examples.
         where: device.
     """
-    counter = LiveBytes()
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
-        before = torch.cuda.memory_allocated(where)
-    with counter:
+
+    def work() -> None:
         x, y = torch.rand(2, batch, width, device=where).unbind()
         model = nn.Sequential(
             *(part for _ in range(layers) for part in (nn.Linear(width, width, device=where), nn.Tanh()))
@@ -128,9 +138,8 @@ def peak(optimizer: str, loop: str, width: int, layers: int, batch: int, where: 
             loss = LOOPS[loop](model, x, y)
             made.step()
         float(loss.detach())
-    if where.type == "cuda":
-        return (torch.cuda.max_memory_allocated(where) - before) / MIB
-    return counter.peak / MIB
+
+    return peak_of(work, where)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from bench.autoencoder import compare
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A comment on the line before a block, <!-- skip-test: reason -->, exempts it.
@@ -102,6 +104,28 @@ def test_training_table_is_the_measured_one():
         run = results["methods"]["LocoProp-M"]
         losses = [*run["train_loss"], run["test_loss"][-1]]
         assert f"| {dtype} | {' | '.join(f'{loss:.2f}' for loss in losses)} |" in page
+
+
+def test_experiments_table_is_the_measured_one():
+    """The table in experiments.md and its statements, from bench/results/autoencoder; the picture is the report's."""
+    page = (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
+    folder = ROOT / "bench/results/autoencoder"
+    blocks = json.loads((folder / "results.json").read_text(encoding="utf-8"))["compare"]
+    for name in blocks["mnist, tanh"]["entries"]:
+        entries = [block["entries"][name] for block in blocks.values()]
+        figures = [f"{compare.final_loss(one):.1f} | {compare.epoch_seconds(one):.2f}" for one in entries]
+        assert f"| {entries[0]['label']} | {' | '.join(figures)} |" in page
+    words = {True: "yes", False: "no"}
+    for i, one in enumerate(blocks["mnist, tanh"]["statements"]):
+        holds = [words[block["statements"][i]["holds"]] for block in blocks.values()]
+        assert f"| {one['text']} | {' | '.join(holds)} |" in page
+    entries, longer = (blocks["mnist, tanh"][part] for part in ("entries", "longer"))
+    ours, soap, rmsprop = (compare.final_loss(entries[name]) for name in ("locoprop-m", "soap", "rmsprop"))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"lowest at equal epochs ({ours:.1f}; SOAP {soap:.1f}, RMSProp {rmsprop:.1f})" in readme
+    assert f"at equal time RMSProp does ({compare.final_loss(longer['rmsprop']):.1f})" in readme
+    picture = (ROOT / "docs/paper_curves.png").read_bytes()
+    assert picture == (folder / "curves-mnist-tanh.png").read_bytes()
 
 
 def test_readme_quotes_its_results():
