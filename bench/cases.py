@@ -199,6 +199,9 @@ def all_cases() -> list[Case]:
         replace(paper, name="paper-rows", family="rows", rows=32, quick=False),
         replace(paper, name="paper-rows-local", family="rows", rows=32, scope="local", quick=False),
     ]
+    sizes = pairwise((784, 256, 256, 10))
+    classifier = tuple(Layer(128, k, n, "tanh" if n > 10 else "sigmoid") for k, n in sizes)
+    cases.append(Case("classifier-rows", "rows", classifier, rows=32))
     cases += [network(f"width-x{factor}", _wide(factor), 1000, "width") for factor in (2, 4)]
     cases += [network(f"depth-{8 + 2 * extra}", _deep(extra), 1000, "depth") for extra in (1, 2, 4)]
     cases += [replace(paper, name=f"T-{t}", family="iterations", iterations=t, quick=False) for t in (1, 2, 5, 20, 50)]
