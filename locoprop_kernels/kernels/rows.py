@@ -18,10 +18,10 @@ from locoprop_kernels.kernels.device.update import (
     apply_rule,
     bias_tile,
     gradient_at_start,
-    local_gradient,
     note_infinite,
     note_result,
     objective,
+    regularised,
     rule_at,
 )
 from locoprop_kernels.kernels.spec import Spec, StepArguments
@@ -157,7 +157,8 @@ def _weight_pass(row_ptr, n_block, e, factor, when, scale, own, trace_ptr, FIRST
         change = nothing
         if not FIRST:  # E_0 = 0
             change = dot(e, tl.load(now_ptr + (now_offsets + start_column * pitch)), nothing, P) * factor
-        grad, start = local_gradient(row_ptr + c.WEIGHT, start, change, delta, place, prox, loss_scale, U)
+        grad = (start + change) * loss_scale + prox * delta
+        grad, start = regularised(row_ptr + c.WEIGHT, grad, start, delta, place, U)
         delta, s0, s1, s2 = apply_rule(row_ptr + c.WEIGHT, delta, grad, (s0, s1, s2), place, rate, step, U)
         _store(own, offsets, start, delta, (s0, s1, s2), _present(place), FIRST, U)
         if P.operand == tl.float16:

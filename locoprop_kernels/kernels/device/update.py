@@ -80,12 +80,11 @@ def gradient_at_start(parameter_ptr, place, U: tl.constexpr):
 
 
 @triton.jit
-def local_gradient(parameter_ptr, start, change, delta, place, prox, loss_scale, U: tl.constexpr):
-    """The gradient of the local objective, and ``G_0``, both zero where the parameter's mask is 0."""
+def regularised(parameter_ptr, grad, start, delta, place, U: tl.constexpr):
+    """``grad`` with the regulariser's gradient, and ``G_0``, both zero where the parameter's mask is 0."""
     rows, columns, n, width, _ = place
     valid = (rows < n)[:, None] & (columns < width)[None, :]
     long_rows = rows.to(tl.int64)[:, None]
-    grad = (start + change) * loss_scale + prox * delta
     if U.regulariser is not None:
         value = _value(parameter_ptr, long_rows, columns, valid, U)
         grad += U.regulariser(value + delta, value)
@@ -133,11 +132,14 @@ def _step(parameter_ptr, change, place, when, loss_scale, bad_ptr, P: tl.constex
     old_offsets = long_rows * width + columns[None, :]
 
     start = gradient_at_start(parameter_ptr, place, U)
+    # Ahead of the branch: behind it, Triton 3.7's pass for tensor memory fails on sm_100.
+    grad = (start + change) * loss_scale
     delta_ptrs = address(parameter_ptr, c.DELTA, tl.float32) + new_offsets
     delta = tl.zeros_like(start)
     if t > 0:
         delta = tl.load(delta_ptrs)
-    grad, start = local_gradient(parameter_ptr, start, change, delta, place, prox, loss_scale, U)
+        grad += prox * delta
+    grad, start = regularised(parameter_ptr, grad, start, delta, place, U)
 
     s0, s1, s2 = grad, grad, grad
     if U.slots > 0:
