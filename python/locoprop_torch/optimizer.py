@@ -261,8 +261,13 @@ class LocoProp(Optimizer):
         for group in own:
             group.update(checked_hyperparameters(group))
         where = places(own)
-        calls, idle = self._calls(where)
-        validate(calls)
+        unit = self.output_gradient
+        try:
+            calls, idle = self._calls(where)
+            validate(calls)
+        except BaseException:
+            self._model_layers.output_gradient.load(unit)
+            raise
         reports = [self._solve(call) for call in calls]
         self.rows_seed += 1
         finite = all_finite(reports, loss, self.aux)
