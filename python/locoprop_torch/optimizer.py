@@ -261,13 +261,9 @@ class LocoProp(Optimizer):
         for group in own:
             group.update(checked_hyperparameters(group))
         where = places(own)
-        unit = self.output_gradient
-        try:
+        with self._model_layers.output_gradient.as_before_if_refused():
             calls, idle = self._calls(where)
             validate(calls)
-        except BaseException:
-            self._model_layers.output_gradient.load(unit)
-            raise
         reports = [self._solve(call) for call in calls]
         self.rows_seed += 1
         finite = all_finite(reports, loss, self.aux)
@@ -398,9 +394,8 @@ class LocoProp(Optimizer):
             group = groups_of.get(id(layer.weight), self.defaults)
             transfer = transfer_in_use(layer, group["transfer"], self.local_loss)
             lines.append(f"  {name:<{width}}  {described(layer, transfer)}")
-        rate = self._model_layers.output_gradient.rate
-        if rate is not None:
-            lines.append(f"1 per example is an activation_lr of {rate:g}")
+        if self.output_gradient:
+            lines.append(f"1 per example is an activation_lr of {self.output_gradient['rate']:g}")
         if self.aux is not None:
             lines.append(f"aux: {type(self.aux).__name__}")
         return "\n".join(lines)

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -161,6 +162,16 @@ class OutputGradient:
         size = math.sqrt(mean) * rows * (factor if factor < _CLIPPED else 1.0)
         if math.isfinite(size) and size > 0:
             self.size, self.layer = size, name
+
+    @contextmanager
+    def as_before_if_refused(self) -> Iterator[None]:
+        """Forget what is measured within if that raises: a step is a transaction."""
+        before = self.size, self.layer, self.rate
+        try:
+            yield
+        except BaseException:
+            self.size, self.layer, self.rate = before
+            raise
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, in plain numbers and text; empty before the first step."""
