@@ -103,7 +103,7 @@ def test_aux_for_a_transformer_in_one_line():
 
 def test_bad_functions_for_aux():
     with pytest.raises(TypeError, match=r"aux must return a torch\.optim\.Optimizer, got 3"):
-        published(WithNorm(), aux=lambda params: 3)  # type: ignore[arg-type, return-value]
+        published(WithNorm(), aux=lambda params: 3)
     model = WithNorm()
     with pytest.raises(ValueError, match="aux must return an optimiser of the parameters that it was given"):
         published(model, aux=lambda params: torch.optim.SGD(model.parameters(), lr=0.1))

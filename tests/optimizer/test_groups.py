@@ -122,7 +122,7 @@ def test_lr_of_zero_is_allowed():
 @pytest.mark.parametrize("argument", ["lr", "activation_lr", "prox", "backend", "compute_dtype", "reduction", "aux"])
 def test_errors_print_no_tensors(argument):
     with pytest.raises((TypeError, ValueError), match=r"Tensor of shape \[100\]") as caught:
-        published(mlp(), **{argument: torch.zeros(100)})  # type: ignore[arg-type]
+        published(mlp(), **{argument: torch.zeros(100)})
     assert len(str(caught.value)) < 300
 
 

@@ -142,4 +142,4 @@ def test_bad_masks():
     with pytest.raises(ValueError, match=r"mask of '0\.weight' must have shape \[5, 6\], got \[6\]"):
         published(mlp(), masks={"0.weight": torch.ones(6)})
     with pytest.raises(TypeError, match=r"mask of '0\.weight' must be a torch\.Tensor, got int"):
-        published(mlp(), masks={"0.weight": 1})  # type: ignore[dict-item]
+        published(mlp(), masks={"0.weight": 1})

@@ -1,7 +1,7 @@
 """The lines of the README train a model as they are, without a hyper-parameter.
 
-The images are noisy enough that neither optimiser is done after ``STEPS`` steps. With twice the picture in them both are
-(losses below 0.02), and there Adam ends lower for four seeds of five.
+The images are noisy enough that neither optimiser is done after ``STEPS`` steps. With twice the picture in them both
+are (losses below 0.02), and there Adam ends lower for four seeds of five.
 """
 
 import re
