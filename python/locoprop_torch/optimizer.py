@@ -394,9 +394,8 @@ class LocoProp(Optimizer):
             group = groups_of.get(id(layer.weight), self.defaults)
             transfer = transfer_in_use(layer, group["transfer"], self.local_loss)
             lines.append(f"  {name:<{width}}  {described(layer, transfer)}")
-        rate = self._model_layers.output_gradient.rate
-        if rate is not None:
-            lines.append(f"1 per example is an activation_lr of {rate:g}")
+        if self.output_gradient:
+            lines.append(f"1 per example is an activation_lr of {self.output_gradient['rate']:g}")
         if self.aux is not None:
             lines.append(f"aux: {type(self.aux).__name__}")
         return "\n".join(lines)
