@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bench.autoencoder import compare
+from locoprop_torch.unit import PER_EXAMPLE
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -126,6 +127,26 @@ def test_experiments_table_is_the_measured_one():
     assert f"at equal time RMSProp does ({compare.final_loss(longer['rmsprop']):.1f})" in readme
     picture = (ROOT / "docs/paper_curves.png").read_bytes()
     assert picture == (folder / "curves-mnist-tanh.png").read_bytes()
+
+
+def test_table_of_the_defaults_is_the_measured_one():
+    """The first column of bench/results/defaults/README.md is that of the defaults that the library has."""
+    folder = ROOT / "bench/results/defaults"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    losses: dict[tuple[str, str], list[float]] = {}
+    for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        losses.setdefault((run["task"], run["configuration"]), []).append(run["test"])
+    ours = next(name for _, name in losses if name.startswith("library") and f"{PER_EXAMPLE!r}" in name)
+    ratios = {}
+    for task in {task for task, _ in losses}:
+        assert len(losses[task, ours]) == len(losses[task, "adam"]) == 3
+        ratios[task] = sum(losses[task, ours]) / sum(losses[task, "adam"])
+        assert f"| {task} | {ratios[task]:.3f} ±" in page
+    good = sum(ratio <= 1 for ratio in ratios.values())
+    assert f"| as good as Adam | {good} of {len(ratios)} |" in page
+    assert f"| worst | {max(ratios.values()):.3f} |" in page
+    assert good >= 0.9 * len(ratios)
 
 
 def test_readme_quotes_its_results():
