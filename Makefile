@@ -4,21 +4,28 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
+PAPER_READY := $(VENV)/.paper-ready
+# Of `make paper`: what it trains on, and the reduced protocol unless FULL=1.
+DATA ?= curves
 # A process for each core (tests/conftest.py says how many), each with one thread; idle ones take tests from the others.
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help test test-sweeps test-all demo bench report lint hooks docs gpu clean
+.PHONY: help test test-sweeps test-all demo paper bench report lint hooks docs gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,demo,triton,lint]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,demo,study,triton,lint]"
 	@touch $@
 
 $(DOCS_READY): $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
+$(PAPER_READY): $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[paper]"
 	@touch $@
 
 test: $(READY)  ## the tests of everything, a few minutes on two cores
@@ -31,6 +38,9 @@ test-all: test test-sweeps  ## the whole test suite that this machine can run
 
 demo: $(READY)  ## train the demo's autoencoders; writes demo_out/
 	$(RUN) -m locoprop_torch.demo --out demo_out
+
+paper: $(PAPER_READY)  ## the paper's experiments, reduced (or FULL=1; DATA="mnist.npz fashion-mnist"); goes on where it stopped
+	$(RUN) -m bench.autoencoder $(if $(FULL),,--quick) --data $(DATA) --resume $(ARGS)
 
 bench: $(READY)  ## the microbenchmarks; writes bench_out/
 	$(RUN) -m bench --out bench_out

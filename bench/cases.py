@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from locoprop_kernels.sampling import count_sets, set_size
+
 __all__ = ["Case", "Convolution", "Layer", "all_cases", "select"]
 
 PAPER_WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
@@ -72,6 +74,7 @@ class Case:
         scope: ``"step"``: forward, backward and local loops; ``"local"``: the local loops alone.
         loss: ``"matching"`` (LocoProp-M) or ``"squared"`` (LocoProp-S).
         quick: part of ``--quick``.
+        rows: rows of the batch in each local step; ``None`` for all.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Case:
     scope: str = "step"
     loss: str = "matching"
     quick: bool = False
+    rows: int | None = None
 
     def local_flops(self) -> int:
         """Products of the local loops in increment form; with the squared loss the cheaper of product and Gram form."""
@@ -91,11 +95,17 @@ class Case:
 
     def takes_gram(self, layer: Layer) -> bool:
         """Whether ``layer`` has a Gram form, which only the identity has, and that form needs fewer products."""
+        if self.local_batch(layer) < layer.batch:
+            return False
         identity = self.loss == "squared" or layer.transfer == "identity"
         return identity and self._gram_flops(layer) < self._product_flops(layer)
 
+    def local_batch(self, layer: Layer) -> int:
+        """Rows of a layer's batch in a local step, at most."""
+        return set_size(layer.batch, count_sets(layer.batch, self.rows), 0)
+
     def _product_flops(self, layer: Layer) -> int:
-        return 4 * layer.macs * (self.iterations - 1)
+        return 4 * self.local_batch(layer) * layer.inputs * layer.outputs * (self.iterations - 1)
 
     def _gram_flops(self, layer: Layer) -> int:
         return 2 * layer.inputs**2 * (layer.batch + layer.outputs * (self.iterations - 1))
@@ -186,7 +196,12 @@ def all_cases() -> list[Case]:
         paper,
         replace(paper, name="paper-local", scope="local", quick=True),
         replace(paper, name="paper-s", loss="squared", quick=True),
+        replace(paper, name="paper-rows", family="rows", rows=32, quick=False),
+        replace(paper, name="paper-rows-local", family="rows", rows=32, scope="local", quick=False),
     ]
+    sizes = pairwise((784, 256, 256, 10))
+    classifier = tuple(Layer(128, k, n, "tanh" if n > 10 else "sigmoid") for k, n in sizes)
+    cases.append(Case("classifier-rows", "rows", classifier, rows=32))
     cases += [network(f"width-x{factor}", _wide(factor), 1000, "width") for factor in (2, 4)]
     cases += [network(f"depth-{8 + 2 * extra}", _deep(extra), 1000, "depth") for extra in (1, 2, 4)]
     cases += [replace(paper, name=f"T-{t}", family="iterations", iterations=t, quick=False) for t in (1, 2, 5, 20, 50)]

@@ -48,12 +48,12 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the timings depend on."""
+def versions(*others: str) -> dict[str, str]:
+    """Versions of what the timings depend on, and of ``others``."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-    for name in ("triton", "numpy", "locoprop"):
+    for name in ("triton", "numpy", "locoprop", *others):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -21,8 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import cases, device, measure, report
+from bench import cases, device, measure, model, report
 from bench.contestants import Contestant, all_contestants, with_config
+from locoprop_kernels import devices
 
 __all__ = ["CASES", "goals", "main"]
 
@@ -32,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CASES = (
     "paper-local",
     "paper",
+    "paper-rows-local",
+    "paper-rows",
     "square-4096-B8192",
     "tokens-64k-s",
     "tokens-64k-m",
@@ -164,7 +167,10 @@ def timings(results: dict[str, Any], options: argparse.Namespace, end: float, co
 
     def run(name: str, case: cases.Case, contestants: list[Contestant]) -> None:
         begin = time.monotonic()
-        entry = measure.measure(case, contestants, where, results["rates"], budget, lambda text: None)
+        entry = {
+            "predicted_seconds": _predicted(case),
+            **measure.measure(case, contestants, where, results["rates"], budget, lambda text: None),
+        }
         results["cases"][name] = entry
         report.print_case(console, name, entry)
         console.print(f"[dim]{time.monotonic() - begin:.0f} s[/]")
@@ -180,6 +186,15 @@ def timings(results: dict[str, Any], options: argparse.Namespace, end: float, co
         if time.monotonic() < end - 45 and not results.get("not_reached"):
             name = f"configurations-{case.name}"
             run(name, replace(case, name=name), _configurations(field))
+
+
+def _predicted(case: cases.Case) -> float | None:
+    """Seconds of the local loops alone, by the model of this device; ``None`` where it has none."""
+    if case.loss == "squared":
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    found = next((one for one in devices.DEVICES if one.name in properties.name.replace(" ", "-")), devices.H100)
+    return model.predict(case, device=found.with_multiprocessors(properties.multi_processor_count)).seconds
 
 
 def _ordered(patterns: list[str]) -> list[cases.Case]:
@@ -225,6 +240,11 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     gram, product = seconds("tokens-64k-s", "ours-bf16"), seconds("tokens-64k-m", *ours)
     both = product / gram if gram and product else None
+    graph = ("ours-graph-bf16",)
+    local = _scaled(seconds("paper-rows-local", *graph), 1e3)
+    found.append(("paper-rows-local, bf16, one graph: ms", local, "<=", 0.12))
+    adam = ratio("paper-rows", graph, ("adam-fused-graph",))
+    found.append(("paper-rows: over a fused-Adam step, both one graph", adam, "<=", 1.5))
     found.append(("tokens-64k: Gram over the product form", both, ">=", 10))
     return [
         {"goal": name, "bound": f"{sign} {bound:g}", "measured": value, "met": _met(value, sign, bound)}

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "1"  # so that the Triton backend takes tensors on the CPU
     from locoprop_kernels.kernels import commit, configs, phases, prepare, single, softmax
-    from locoprop_torch import LocoProp
+    from locoprop_torch import LocoProp, presets
 
     for module in (commit, phases, prepare, single, softmax):
         for name in vars(module):
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 setattr(module, name, _nothing)
     torch.set_num_threads(1)
     model = nn.Sequential(*(part for _ in range(options.layers) for part in (nn.Linear(4, 4), nn.Tanh())))
-    optimizer = LocoProp(model, backend="triton", compute_dtype=torch.bfloat16)
+    optimizer = LocoProp(model, **presets["package"], backend="triton", compute_dtype=torch.bfloat16)
     x = torch.rand(8, 4)
     profile = cProfile.Profile()
     seconds = []

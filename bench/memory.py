@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from bench import device
-from locoprop_torch import LocoProp
+from locoprop_torch import LocoProp, presets
 
-__all__ = ["LOOPS", "LiveBytes", "main", "peak"]
+__all__ = ["LOOPS", "LiveBytes", "main", "peak", "peak_of"]
 
 MIB = 2**20
 STEPS = 3
@@ -93,12 +93,26 @@ LOOPS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Tensor]] = {
     "checkpointed": _checkpointed,
     "eight parts": _in_parts,
 }
+PUBLISHED = {**presets["package"], "lr": 1e-6}
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "Adam": lambda model: torch.optim.Adam(model.parameters()),
-    "LocoProp": lambda model: LocoProp(model, lr=1e-6),
-    "LocoProp, rows=32": lambda model: LocoProp(model, lr=1e-6, rows=32),
-    "LocoProp-S": lambda model: LocoProp(model, lr=1e-6, local_loss="squared"),
+    "LocoProp": lambda model: LocoProp(model, **PUBLISHED),
+    "LocoProp, rows=32": lambda model: LocoProp(model, **{**PUBLISHED, "rows": 32}),
+    "LocoProp-S": lambda model: LocoProp(model, **PUBLISHED, local_loss="squared"),
 }
+
+
+def peak_of(work: Callable[[], object], where: torch.device) -> float:
+    """Peak memory in MiB of what ``work`` allocates on the device ``where``; what was there before does not count."""
+    counter = LiveBytes()
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+        before = torch.cuda.memory_allocated(where)
+    with counter:
+        work()
+    if where.type == "cuda":
+        return (torch.cuda.max_memory_allocated(where) - before) / MIB
+    return counter.peak / MIB
 
 
 def peak(optimizer: str, loop: str, width: int, layers: int, batch: int, where: torch.device) -> float:
@@ -112,11 +126,8 @@ def peak(optimizer: str, loop: str, width: int, layers: int, batch: int, where: 
         batch: examples.
         where: device.
     """
-    counter = LiveBytes()
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
-        before = torch.cuda.memory_allocated(where)
-    with counter:
+
+    def work() -> None:
         x, y = torch.rand(2, batch, width, device=where).unbind()
         model = nn.Sequential(
             *(part for _ in range(layers) for part in (nn.Linear(width, width, device=where), nn.Tanh()))
@@ -127,9 +138,8 @@ def peak(optimizer: str, loop: str, width: int, layers: int, batch: int, where: 
             loss = LOOPS[loop](model, x, y)
             made.step()
         float(loss.detach())
-    if where.type == "cuda":
-        return (torch.cuda.max_memory_allocated(where) - before) / MIB
-    return counter.peak / MIB
+
+    return peak_of(work, where)
 
 
 def main(argv: list[str] | None = None) -> None:

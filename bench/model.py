@@ -17,12 +17,17 @@ from bench.cases import Case, select
 from locoprop_kernels.devices import DEVICES, H100, DeviceModel
 from locoprop_kernels.kernels import configs
 from locoprop_kernels.kernels.choose import choose, predicted
+from locoprop_kernels.schedule import row_blocks, rows_bytes
 from locoprop_kernels.schedule.costs import ACTIVATION_BYTES, OPERAND_BYTES, UPDATE_BYTES
+from locoprop_kernels.schedule.row_blocks import PASS_BYTES
 
 __all__ = ["Prediction", "main", "predict", "predict_with"]
 
 # Of a weight's UPDATE_BYTES, what the epilogues write: Δ, its 16-bit copy and two slots.
 _WRITTEN_BYTES = 14
+# Of the rows driver, what lies in the cache for a weight: G_0, Δ and two slots. The check at the end reads as much: the
+# weight itself in the place of G_0.
+_ROWS_KEPT_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Prediction:
 
     Attributes:
         config: tile sizes.
-        driver: ``"single"`` or ``"grouped"``.
+        driver: ``"single"``, ``"grouped"`` or ``"rows"``.
         seconds: the whole: start, local steps, and the traffic that fills the caches.
         step: a local step; the longer of the next two.
         queue: what the schedule predicts for it: products or loads from L2, epilogues, waits.
@@ -53,19 +58,24 @@ class Prediction:
 def predict(case: Case, found: tuple[configs.Config, ...] | None = None, device: DeviceModel = H100) -> Prediction:
     """Predicted local loops of ``case`` with bf16 operands in product form, as the Triton backend would run them."""
     found = found or configs.candidates(device.target, "bf16")
-    choice = choose(found, _sizes(case), "product", 2, device)
-    return predict_with(case, choice.config, "single" if choice.programs else "grouped", device)
+    sizes = _sizes(case)
+    most = max(batch for batch, _, _ in sizes)
+    for_rows = tuple(config for config in configs.for_rows(device.target, "bf16") if config.b >= most)
+    choice = choose(found, sizes, "product", 2, device, None, for_rows)
+    return predict_with(case, choice.config, choice.driver, device)
 
 
 def predict_with(case: Case, config: configs.Config, driver: str, device: DeviceModel = H100) -> Prediction:
     """The same for one configuration and driver."""
+    if driver == "rows":
+        return _predict_rows(case, config, device)
     sizes = _sizes(case)
     steps = case.iterations - 1
     even = predicted(config, "grouped", sizes, "product", device.with_multiprocessors(1)) / device.multiprocessors
     queue = predicted(config, driver, sizes, "product", device)
     weights = sum(layer.inputs * layer.outputs for layer in case.layers)
-    activations = sum(layer.batch * layer.outputs for layer in case.layers)
-    inputs = sum(layer.batch * layer.inputs for layer in case.layers)
+    activations = sum(batch * outputs for batch, _, outputs in sizes)
+    inputs = sum(batch * inputs for batch, inputs, _ in sizes)
     # X; A0 and E; G_0, Δ, two slots and the copy of Δ.
     read = OPERAND_BYTES * inputs + ACTIVATION_BYTES * activations
     read += (UPDATE_BYTES - _WRITTEN_BYTES + OPERAND_BYTES) * weights
@@ -88,8 +98,44 @@ def predict_with(case: Case, config: configs.Config, driver: str, device: Device
     )
 
 
+def _predict_rows(case: Case, config: configs.Config, device: DeviceModel) -> Prediction:
+    """The same for the rows driver: a pass over the weights for each local step, and one to check the result."""
+    sizes = _sizes(case)
+    weights = sum(inputs * outputs for _, inputs, outputs in sizes)
+    queued = predicted(config, "rows", sizes, "product", device) / device.macs_per_second
+    # Only n-blocks whose programs run take part in the traffic; their programs run all local steps.
+    programs = len(row_blocks(sizes, config.tiles))
+    resident = min(1.0, device.multiprocessors * config.occupancy / programs)
+    working = resident * _ROWS_KEPT_BYTES * weights
+    missed = max(0.0, 1 - device.cache_bytes / working)
+    memory = missed * PASS_BYTES * weights / device.memory_bandwidth
+    step = max(queued, memory)
+    check = _ROWS_KEPT_BYTES * weights / device.cache_bandwidth
+    floor = 2 * 2 * (case.iterations - 1) * sum(batch * inputs * outputs for batch, inputs, outputs in sizes)
+    return Prediction(
+        config=config,
+        driver="rows",
+        seconds=device.start + _rows_bytes(case) / device.memory_bandwidth + case.iterations * step + check,
+        step=step,
+        queue=queued,
+        memory=memory,
+        floor=floor / device.flops_bf16,
+        balance=rows_bytes(sizes, config.tiles) / device.cache_bandwidth / queued,
+    )
+
+
+def _rows_bytes(case: Case) -> int:
+    """Least traffic with HBM: as of :meth:`Case.bytes`, but for the rows that no local step takes."""
+    rows = 0
+    for layer in case.layers:
+        taken = min(layer.batch, case.local_batch(layer) * (case.iterations - 1))
+        rows += taken * (OPERAND_BYTES * layer.inputs + 4 * layer.outputs)
+    weights = sum((layer.inputs + 1) * layer.outputs for layer in case.layers)
+    return rows + 28 * weights
+
+
 def _sizes(case: Case) -> tuple[tuple[int, int, int], ...]:
-    return tuple((layer.batch, layer.inputs, layer.outputs) for layer in case.layers)
+    return tuple((case.local_batch(layer), layer.inputs, layer.outputs) for layer in case.layers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = found.config
         table.add_row(
             case.name,
-            f"{4 * (case.iterations - 1) * sum(layer.macs for layer in case.layers) / 1e9:,.0f}",
+            f"{4 * (case.iterations - 1) * sum(b * k * n for b, k, n in _sizes(case)) / 1e9:,.0f}",
             f"{config.n}x{config.b}x{config.k}",
             found.driver,
             f"{found.balance:.2f}",

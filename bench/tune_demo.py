@@ -32,6 +32,7 @@ def grid(**options: Iterable[Any]) -> Iterator[dict[str, Any]]:
 
 GRIDS = {
     "locoprop-m": list(grid(lr=[5e-5, 1e-4, 2e-4], activation_lr=[3.0, 5.0, 10.0], local_iterations=[5])),
+    "locoprop-rows": list(grid(lr=[5e-5, 1e-4, 2e-4], activation_lr=[3.0, 5.0, 10.0], local_iterations=[5])),
     "locoprop-s": list(grid(lr=[5e-5, 1e-4, 2e-4], activation_lr=[5.0, 10.0, 20.0], local_iterations=[5])),
     "rmsprop": list(grid(lr=[3e-4, 1e-3, 3e-3], alpha=[0.9], momentum=[0.0, 0.5, 0.9])),
     "adam": list(grid(lr=[1e-3, 3e-3, 1e-2], betas=[(0.5, 0.999), (0.8, 0.999), (0.9, 0.999)])),

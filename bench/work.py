@@ -109,8 +109,9 @@ class Work:
             lr=LR,
             activation_lr=textbook.ACTIVATION_LR,
             local_iterations=self.case.iterations,
+            rows=self.case.rows,
             transfers=dict(zip(names, self.local_names, strict=True)),
-            **options,
+            **{"rule": lk.rules.RMSprop(eps=textbook.EPS), **options},
         )
 
     # --- single layers
@@ -147,7 +148,7 @@ class Work:
         dtype = torch.float64 if self.exact else torch.float32
         if self.case.scope == "local":
             problems = self.problems(dtype)
-            lk.local_steps_(problems, lr=self.rates, backend="reference")
+            lk.local_steps_(problems, lr=self.rates, rows=self.case.rows, backend="reference")
             changed = [(p.weight, p.bias) for p in problems]
         else:
             model = self.model(dtype)

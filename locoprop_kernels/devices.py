@@ -30,6 +30,7 @@ class DeviceModel:
         cache_bytes: size of that cache.
         shared_bytes: the most shared memory that one program gets.
         tile_efficiency: share of ``flops_bf16`` that a kernel reaches inside its tiles.
+        multiprocessor_bandwidth: bytes out of the cache that one multiprocessor can take, if others leave them to it.
         wait: seconds from the last signal of the single launch to the first load of who waits for it.
         launch: seconds from the end of a launch to the first product of the next.
         host_launch: seconds that the host needs for a launch.
@@ -50,6 +51,8 @@ class DeviceModel:
     shared_bytes: int
     # Guess: between Triton's products of matrices (0.75) and its fused kernels.
     tile_efficiency: float = 0.65
+    # Guess: 64 bytes a clock, at 1.7 GHz.
+    multiprocessor_bandwidth: float = 1.1e11
     # Guess: two round trips to the cache, about 1.5 µs; on an H100 3.0 million multiply-accumulates.
     wait: float = 1.53e-6
     # Published for an H100: 1.3 µs from launch to launch. Guess: 1.5 µs to the first product.
@@ -89,6 +92,11 @@ class DeviceModel:
     def wait_cost(self) -> int:
         """``wait`` in multiply-accumulates."""
         return int(_two_digits(self.wait * self.macs_per_second))
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds from a load to the number from the cache."""
+        return self.wait / 2
 
     @property
     def launch_cost(self) -> int:

@@ -8,6 +8,7 @@ not depend on each other the loop can take a block of them at a time, which stay
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ class FewRowsForm(Form):
 
     def _laid_out(self, problem: LocalProblem, fold: bool) -> dict[int, _RowSet]:
         """Copies of all rows that local steps take, in one tensor each of inputs, pre-activations and activations."""
-        numbers = tuple(sorted(set(self.order)))
+        numbers = tuple(dict.fromkeys(self.order))
         places = _places(problem.shape[0], self.sets, numbers)
         inputs, preactivations = (
             _chosen(rows, self.sets, numbers, places) for rows in (problem.x, problem.preactivation)
@@ -80,12 +81,13 @@ class FewRowsForm(Form):
             x[..., columns:] = 1.0
         if places.filled is not None:
             x.index_fill_(-2, places.filled.to(x.device), 0.0)
-        dtype = accumulation_dtype(problem.weight.dtype)
-        a0 = take([*lead, preactivations.shape[-1], rows], dtype, x.device).copy_(preactivations.mT)
+        # A tensor of its own for each set, so that no set's numbers depend on how many there are, to the bit.
+        by_set = preactivations.unflatten(-2, (len(numbers), places.width)).movedim(-3, 0)
+        a0 = take(by_set.mT.shape, accumulation_dtype(problem.weight.dtype), x.device).copy_(by_set.mT)
         whole, f = rounded(x, self.operands), self._f_(copy_of(a0))
         self.memory = [x, a0, f]
         xs = (Operand(part, whole.exponent) for part in whole.tensor.split(places.width, -2))
-        parts = zip(places.counts, xs, a0.split(places.width, -1), f.split(places.width, -1), strict=True)
+        parts = zip(places.counts, xs, a0.unbind(), f.unbind(), strict=True)
         return {number: _RowSet(*part) for number, part in zip(numbers, parts, strict=True)}
 
     def outputs(self, some: slice) -> FewRowsForm:
@@ -186,8 +188,24 @@ def _chosen(rows: Tensor | Rows, sets: int, numbers: tuple[int, ...], places: _P
     """Sets of rows, one after the other, ``[.., len(numbers) * width, K]``."""
     if isinstance(rows, Tensor):
         return rows.index_select(-2, places.whole.to(rows.device))
-    joined = torch.cat([rows.every(number, sets) for number in numbers], -2)
+    parts = [rows.every(number, sets) for number in numbers]
+    joined = _side_by_side(parts)
+    if joined is None:
+        joined = torch.cat(parts, -2)
     return joined if places.filled is None else joined.index_select(-2, places.joined.to(joined.device))
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
+    """Matrices ``[r_i, K]`` that lie one behind the other in memory, as rows that were kept together do, as one."""
+    first, place, rows = parts[0], parts[0].storage_offset(), 0
+    for part in parts:
+        follows = (
+            part.storage_offset() == place and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        )
+        if part.dim() != 2 or not part.is_contiguous() or not follows:
+            return None
+        place, rows = place + part.numel(), rows + part.shape[0]
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
 def blocks_of_outputs(problem: LocalProblem, settings: Settings) -> list[slice]:

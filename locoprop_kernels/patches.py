@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,8 +92,15 @@ def every(x: Tensor | Rows, start: int, step: int) -> Tensor:
 def several(x: Tensor | Rows, starts: Sequence[int], step: int) -> Tensor:
     """:func:`every` for each of ``starts``, one after another: a copy."""
     if isinstance(x, Tensor):
-        return torch.cat([every(x, start, step) for start in starts], -2)
+        return x.index_select(-2, _places(x.shape[-2], tuple(starts), step).to(x.device))
     return x.several(starts, step)
+
+
+# All layers of a forward pass with a batch of one size ask for the same.
+@lru_cache(maxsize=8)
+def _places(count: int, starts: tuple[int, ...], step: int) -> Tensor:
+    """Numbers of the rows ``start``, ``start + step``, ... below ``count``, for one of ``starts`` after another."""
+    return torch.from_numpy(np.concatenate([np.arange(start, count, step, dtype=np.int64) for start in starts]))
 
 
 class Stacked(Rows):

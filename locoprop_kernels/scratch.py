@@ -24,17 +24,13 @@ _kept_bytes = 0
 
 def take(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of any content, contiguous; one that was given back where there is one. Only CPUs need this."""
-    global _kept_bytes
     count = 1
     for size in shape:
         count *= size
     if device.type == "cpu":
         with _lock:
-            found = _kept.get((count, dtype))
-            if found:
-                buffer = found.pop()
-                _kept_bytes -= count * dtype.itemsize
-                return buffer.view(tuple(shape))
+            if (count, dtype) in _kept:
+                return _let_go((count, dtype)).view(tuple(shape))
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
@@ -60,8 +56,13 @@ def _keep(tensor: Tensor, size: int) -> None:
     _kept[key] = [*_kept.pop(key, []), tensor]
     _kept_bytes += size
     while _kept_bytes > LIMIT:
-        oldest = next(iter(_kept))
-        dropped = _kept[oldest].pop()
-        _kept_bytes -= dropped.numel() * dropped.itemsize
-        if not _kept[oldest]:
-            del _kept[oldest]
+        _let_go(next(iter(_kept)))
+
+
+def _let_go(key: tuple[int, torch.dtype]) -> Tensor:
+    global _kept_bytes
+    tensor = _kept[key].pop()
+    _kept_bytes -= tensor.numel() * tensor.itemsize
+    if not _kept[key]:
+        del _kept[key]
+    return tensor

@@ -19,7 +19,8 @@ class Decision:
         form: which formula: ``"product"`` (any transfer function), ``"gram"`` (the identity, through ``XᵀX``),
             ``"softmax"``; ``"rule"`` where there is a gradient alone, and ``"none"`` where there is nothing to do.
         driver: how it is launched: ``"single"`` (one launch for all local steps), ``"grouped"`` (one for each phase of
-            a local step); the form's name where there is no choice of launches, as in the reference backend.
+            a local step), ``"rows"`` (one launch, whose programs have an n-block each); the form's name where there is
+            no choice of launches, as in the reference backend.
         config: tile sizes and launch options, for kernels.
         programs: programs of the single launch; 0 for other drivers.
         splits: into how many splits the batch is cut in the products of update tiles.
@@ -41,6 +42,8 @@ class Decision:
             parts.append(f"{self.rows} rows in a local step")
         if self.programs:
             parts.append(f"single launch of {self.programs} program{'s' if self.programs > 1 else ''}")
+        elif self.driver == "rows":
+            parts.append("one launch, a program for each n-block")
         elif self.config is not None:
             parts.append("a launch for each phase")
         if self.config is not None:

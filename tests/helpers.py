@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from locoprop_kernels import routes, rules
-from locoprop_torch import LocoProp
+from locoprop_torch import LocoProp, presets
 
 #: Older versions have gaps of their own, in torch.fx and FSDP2.
 RECENT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
@@ -66,9 +66,14 @@ def steps(model, opt, count=2, start=0):
         opt.step()
 
 
+def published(model, **options):
+    """``LocoProp`` with the settings of the PyPI package, the published method on all rows, and these ``options``."""
+    return LocoProp(model, **{**presets["package"], **options})
+
+
 def train(model, steps=2, **options):
     """The weights of the model after steps on :func:`sum_of_squares`."""
-    opt = LocoProp(model, **{"lr": 1e-2, "activation_lr": 3.0, **options})
+    opt = published(model, **{"lr": 1e-2, "activation_lr": 3.0, **options})
     for seed in range(steps):
         opt.zero_grad()
         sum_of_squares(model, seed).backward()
@@ -79,7 +84,7 @@ def train(model, steps=2, **options):
 def step_of(seed=1, rows=8, **options):
     """A fresh model after one ordinary step."""
     model = mlp()
-    opt = LocoProp(model, **{"lr": 1e-3, **options})
+    opt = published(model, **{"lr": 1e-3, **options})
     loss_of(model, rows, seed).backward()
     opt.step()
     return model

@@ -19,5 +19,5 @@ def all_contestants(device: torch.device) -> list[Contestant]:
         *textbook_form.contestants(gpu),
         *ours.contestants(gpu),
         *floor.contestants(gpu),
-        *ordinary.contestants(),
+        *ordinary.contestants(gpu),
     ]

@@ -23,6 +23,7 @@ __all__ = [
     "has_compiler",
     "has_package",
     "only_steps",
+    "takes_all_rows",
 ]
 
 #: Weight and bias of each layer.
@@ -80,13 +81,20 @@ def only_steps(case: Case, device: torch.device) -> str | None:
     return None if case.scope == "step" else "trains networks, and this case is local loops alone"
 
 
+def takes_all_rows(case: Case, device: torch.device) -> str | None:
+    """The reason of a contestant that works on the whole batch in every local step."""
+    return None if case.rows is None else "takes all rows in every local step"
+
+
 def has_compiler(case: Case, device: torch.device) -> str | None:
     """The reason of a contestant that ``torch.compile`` makes; on a GPU Triton compiles instead."""
+    if reason := takes_all_rows(case, device):
+        return reason
     return "no C++ compiler" if device.type == "cpu" and shutil.which("g++") is None else None
 
 
 def has_package(case: Case, device: torch.device) -> str | None:
     """The reason of the PyPI package, which trains networks and has to be installed."""
-    if reason := only_steps(case, device):
+    if reason := only_steps(case, device) or takes_all_rows(case, device):
         return reason
     return None if importlib.util.find_spec("locoprop") else "the PyPI package locoprop is not installed"

@@ -47,14 +47,19 @@ class _Operands:
     def to(self, dtype: torch.dtype) -> _Operands:
         return _Operands(self.x.to(dtype), self.errors.to(dtype), self.delta.to(dtype))
 
+    def rows(self, count: int) -> _Operands:
+        """With so many rows of the batch."""
+        return _Operands(self.x[:count], self.errors[:, :count].contiguous(), self.delta)
+
 
 def _build(work: Work, precision: str) -> Entry:
     case = work.case
     layers = [_Operands.of(layer, work.device, DTYPES[precision]) for layer in case.layers]
     # The forward and backward pass are in float32, as the model is.
     network = [one.to(torch.float32) for one in layers] if case.scope == "step" else []
+    sampled = [one.rows(case.local_batch(layer)) for one, layer in zip(layers, case.layers, strict=True)]
     by_gram = [case.takes_gram(layer) for layer in case.layers]
-    local = [_local_products(one, case.iterations - 1, by_gram[i]) for i, one in enumerate(layers)]
+    local = [_local_products(one, case.iterations - 1, by_gram[i]) for i, one in enumerate(sampled)]
 
     def products() -> None:
         for i, run_local in enumerate(local):

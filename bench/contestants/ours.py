@@ -27,7 +27,9 @@ def contestants(gpu: bool) -> list[Contestant]:
         return [_contestant(f"ours-{precision}", precision, "reference") for precision in ("fp32", "bf16")]
     found = [_contestant(f"ours-{precision}", precision, "triton") for precision in ("fp32", "bf16", "tf32", "fp16")]
     found += [_contestant(f"ours-reference-{precision}", precision, "reference") for precision in ("fp32", "bf16")]
-    found += [_contestant(f"ours-bf16-{driver}", "bf16", "triton", driver=driver) for driver in ("single", "grouped")]
+    found += [
+        _contestant(f"ours-bf16-{driver}", "bf16", "triton", driver=driver) for driver in ("single", "grouped", "rows")
+    ]
     return [*found, Contestant("ours-graph-bf16", partial(_build_graph, precision="bf16"), precision="bf16")]
 
 
@@ -73,6 +75,8 @@ def _training_step(work: Work, compute_dtype: torch.dtype | None, backend: str) 
     trained = work.trained(model)
 
     def run() -> None:
+        # The same rows in every run, as in the check.
+        optimizer.rows_seed = 0
         optimizer.zero_grad()
         work.loss(model(work.x), work.y).backward()
         optimizer.step()
@@ -86,11 +90,11 @@ def _training_step(work: Work, compute_dtype: torch.dtype | None, backend: str) 
 
 
 def _local_loops(work: Work, compute_dtype: torch.dtype | None, backend: str) -> _Loop:
-    problems = work.problems()
+    problems, rows = work.problems(), work.case.rows
     reports: list[lk.StepReport] = []
 
     def run() -> None:
-        reports[:] = [lk.local_steps_(problems, lr=work.rates, backend=backend, compute_dtype=compute_dtype)]
+        reports[:] = [lk.local_steps_(problems, lr=work.rates, rows=rows, backend=backend, compute_dtype=compute_dtype)]
 
     return _Loop(
         run,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import textbook
-from bench.contestants.contestant import DTYPES, Contestant, Entry, Parameters, has_compiler
+from bench.contestants.contestant import DTYPES, Contestant, Entry, Parameters, has_compiler, takes_all_rows
 from bench.contestants.execution import cuda_graph, with_tf32
 from bench.work import Work
 
@@ -21,7 +21,7 @@ __all__ = ["contestants"]
 def contestants(gpu: bool) -> list[Contestant]:
     """In float32, eager and compiled; in lower precisions, eager; on a GPU in all of them as a CUDA graph."""
     found = [
-        Contestant("textbook", partial(_build, precision="fp32"), tolerance=1e-3),
+        Contestant("textbook", partial(_build, precision="fp32"), takes_all_rows, tolerance=1e-3),
         Contestant(
             "textbook-compiled",
             partial(_build, precision="fp32", compiled=True),
@@ -33,14 +33,17 @@ def contestants(gpu: bool) -> list[Contestant]:
     ]
     for precision, tolerance in (("bf16", 1.0), ("tf32", 0.3)) if gpu else (("bf16", 1.0),):
         build = partial(_build, precision=precision)
-        found.append(Contestant(f"textbook-{precision}", build, tolerance=tolerance, precision=precision))
+        found.append(
+            Contestant(f"textbook-{precision}", build, takes_all_rows, tolerance=tolerance, precision=precision)
+        )
     for precision, tolerance in (("fp32", 1e-3), ("tf32", 0.3), ("bf16", 1.0)) if gpu else ():
         build = partial(_build, precision=precision, graphed=True)
         options: dict[str, Any] = {"tolerance": tolerance, "precision": precision}
-        found.append(Contestant(f"textbook-graph-{precision}", build, **options))
+        found.append(Contestant(f"textbook-graph-{precision}", build, takes_all_rows, **options))
         if precision != "tf32":
             compiled = partial(build, compiled=True)
-            found.append(Contestant(f"textbook-compiled-graph-{precision}", compiled, **options, slow_start=True))
+            name = f"textbook-compiled-graph-{precision}"
+            found.append(Contestant(name, compiled, takes_all_rows, **options, slow_start=True))
     return found
 
 

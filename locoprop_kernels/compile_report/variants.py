@@ -9,7 +9,7 @@ import torch
 
 from locoprop_kernels import devices, rules, transfers
 from locoprop_kernels.compile_report.inspection import Variant
-from locoprop_kernels.kernels import commit, configs, phases, prepare, single, softmax
+from locoprop_kernels.kernels import commit, configs, phases, prepare, rows, single, softmax
 from locoprop_kernels.kernels.decide import LayerShape, Machine, task_of
 from locoprop_kernels.kernels.plan import Plan
 from locoprop_kernels.kernels.spec import Spec
@@ -48,6 +48,9 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
         for config in configs.candidates(target, precision, lean=True):
             if not brief or config not in configs.candidates(target, precision):
                 found += [*_masked(config, precision), *_with_rows(config, precision)]
+        for config in configs.for_rows(target, precision):
+            if not (brief and precision == "fp16" and config in configs.for_rows(target, "bf16")):
+                found += _rows_driver(config, precision, brief)
         if chosen:
             found.append(_prepare(chosen[-1], precision))  # does not depend on the tiles
     return list({_compiled_from(variant): variant for variant in reversed(found)}.values())[::-1]
@@ -104,6 +107,17 @@ def _with_rows(config: configs.Config, precision: str) -> Iterator[Variant]:
     yield _variant("activation", phases._activation_kernel, plan, "few rows")
 
 
+def _rows_driver(config: configs.Config, precision: str, brief: bool) -> Iterator[Variant]:
+    """The kernel of the rows driver: each local step with rows of its own, or all with those of a small batch."""
+    centered = rules.RMSprop(centered=True)
+    masked = _plan(config, precision, centered, driver="rows", masked=True, sets=_SETS)
+    yield _variant("rows", rows._rows_kernel, masked, "masked")
+    if not brief:
+        few = _plan(config, precision, rules.RMSprop(), driver="rows", sets=_SETS)
+        yield _variant("rows", rows._rows_kernel, few, "few rows")
+        yield _variant("rows", rows._rows_kernel, _plan(config, precision, centered, driver="rows"), "small batch")
+
+
 def _prepare(config: configs.Config, precision: str) -> Variant:
     plan = _plan(config, precision, rules.RMSprop())
     return _variant("prepare", prepare._prepare_kernel, plan, "with transpose" if plan.spec.P.transposed else "")
@@ -117,13 +131,15 @@ def _plan(
     splits: int = 1,
     masked: bool = False,
     sets: int = 1,
+    driver: str = "",
 ) -> Plan:
     """A plan of a step as a GPU would get it: of three layers, or of one in the other forms."""
+    size = _BATCH if driver != "rows" else config.b * sets
     operand = _OPERANDS[precision]
     names = {"gram": ("identity",), "softmax": ("softmax",)}.get(form, _TRANSFERS)
     shapes = [
         LayerShape(
-            batch=_BATCH,
+            batch=size,
             inputs=784,
             outputs=500,
             groups=1,
@@ -143,9 +159,9 @@ def _plan(
         )
         for name in names
     ]
-    programs = _PROGRAMS if form == "product" and splits == 1 else 0
-    rows = None if sets == 1 else -(-_BATCH // sets)
-    decision = Decision(form, form, config, programs, splits, rows)
+    programs = _PROGRAMS if form == "product" and splits == 1 and not driver else 0
+    rows = None if sets == 1 else -(-size // sets)
+    decision = Decision(form, driver or form, config, programs, splits, rows)
     settings = Settings.checked(rule, [1.0] * 10, 0.0, "mean", operand, trace=False, regulariser=None)
     float32 = "ieee" if precision == "ieee" else "tf32"
     machine = Machine("any", devices.UNKNOWN, available=_PROGRAMS, float32=float32)

@@ -19,11 +19,15 @@ def predicted(config: Config, driver: str, layers: Layers, form: str, device: De
 
     Args:
         config: tile sizes.
-        driver: ``"single"`` or ``"grouped"``.
+        driver: ``"single"``, ``"grouped"`` or ``"rows"``.
         layers: ``(B, K, N)`` of each layer.
         form: ``"gram"`` has no activation phase.
         device: what is assumed of the device, with its number of multiprocessors.
     """
+    if driver == "rows":
+        return device.macs_per_second * schedule.rows_step(
+            layers, config.tiles, config.occupancy, config.stages, device
+        )
     if driver == "single":
         plan = schedule.build(layers, config.tiles, device.multiprocessors * config.occupancy, device)
         queues = plan.activation_queues + plan.update_queues
@@ -41,22 +45,30 @@ class Choice(NamedTuple):
 
     Attributes:
         config: tile sizes.
-        programs: of the single launch; 0 for launches per phase.
+        programs: of the single launch; 0 for other drivers.
         splits: of the batch in the products of each layer's update tiles.
+        driver: ``"single"``, ``"grouped"`` or ``"rows"``.
     """
 
     config: Config
     programs: int
     splits: tuple[int, ...]
+    driver: str
 
 
 def _best(
-    found: tuple[Config, ...], layers: Layers, form: str, slots: int, device: DeviceModel, driver: str | None
+    found: tuple[Config, ...],
+    layers: Layers,
+    form: str,
+    slots: int,
+    device: DeviceModel,
+    driver: str | None,
+    for_rows: tuple[Config, ...] = (),
 ) -> tuple[float, str, Config]:
     """The lowest predicted cost of a local step, and the driver and configuration that have it."""
     if form != "product":
         driver = "grouped"
-    options = []
+    options = [("rows", config) for config in for_rows]
     most = device.most_tiles_per_multiprocessor * device.multiprocessors
     for config in found:
         if not config.general and (form != "product" or slots > 2 or driver == "single"):
@@ -75,7 +87,13 @@ def _best(
 
 @lru_cache(maxsize=1024)
 def choose(
-    found: tuple[Config, ...], layers: Layers, form: str, slots: int, device: DeviceModel, driver: str | None = None
+    found: tuple[Config, ...],
+    layers: Layers,
+    form: str,
+    slots: int,
+    device: DeviceModel,
+    driver: str | None = None,
+    for_rows: tuple[Config, ...] = (),
 ) -> Choice:
     """The configuration and driver with the lowest predicted cost; a pure function.
 
@@ -85,14 +103,16 @@ def choose(
         form: ``"product"``, which has a single launch, or another.
         slots: tensors of the rule's state.
         device: what is assumed of the device, with its number of multiprocessors.
-        driver: ``"single"`` or ``"grouped"`` to have only that, where the form has both.
+        driver: ``"single"`` or ``"grouped"`` to have only that of the two, where the form has both.
+        for_rows: the configurations of the rows driver; none where it is not to be taken.
     """
-    _, best, config = _best(found, layers, form, slots, device, driver)
+    _, best, config = _best(found, layers, form, slots, device, driver, for_rows)
+    whole = (1,) * len(layers)
     if best == "single":
-        return Choice(config, device.multiprocessors * config.occupancy, (1,) * len(layers))
-    if form == "gram":
-        return Choice(config, 0, (1,) * len(layers))
-    return Choice(config, 0, schedule.splits(layers, config.tiles, device.multiprocessors, device))
+        return Choice(config, device.multiprocessors * config.occupancy, whole, best)
+    if best == "rows" or form == "gram":
+        return Choice(config, 0, whole, best)
+    return Choice(config, 0, schedule.splits(layers, config.tiles, device.multiprocessors, device), best)
 
 
 @lru_cache(maxsize=1024)

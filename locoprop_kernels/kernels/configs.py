@@ -13,6 +13,7 @@ __all__ = [
     "Config",
     "asked",
     "candidates",
+    "for_rows",
     "use",
 ]
 
@@ -113,6 +114,37 @@ _LEAN: dict[tuple[str, str], tuple[Config, ...]] = {
 _OTHERS = {"bf16": (_SMALL,), "fp16": (_SMALL,), "tf32": (_SMALL,), "ieee": (_EXACT,)}
 
 
+# Of the rows driver, whose programs hold all rows of a local step.
+_ROWS_INTERPRETER = (
+    Config(n=8, b=16, k=32, r=16),
+    Config(n=16, b=32, k=64, r=32),
+    Config(n=16, b=128, k=64, r=64),
+)
+_ROWS_NARROW = (
+    Config(n=16, b=32, k=32, r=32, warps=4, stages=3, occupancy=2),
+    Config(n=16, b=64, k=64, r=64, warps=4, stages=3, occupancy=2),
+    Config(n=16, b=128, k=32, r=32, warps=4, stages=3, occupancy=2),
+)
+# More rows of the weight for each read of X, where that does not spill registers.
+_ROWS_TALL = (Config(n=32, b=32, k=32, r=32, warps=4, stages=3, occupancy=2), *_ROWS_NARROW[1:])
+# Operands of four bytes, within the shared memory of the smallest chips.
+_ROWS_WIDE = (
+    Config(n=16, b=32, k=32, r=32, warps=4, stages=2, occupancy=2),
+    Config(n=16, b=64, k=32, r=32, warps=4, stages=2, occupancy=2),
+    Config(n=16, b=128, k=32, r=32, warps=4, stages=2, occupancy=2),
+)
+_ROWS = {(target, "bf16"): _ROWS_TALL for target in ("sm_90", "sm_100", "sm_120")} | {
+    ("sm_90", "fp16"): _ROWS_NARROW[:1]
+}
+# In TF32 the last one would spill registers, and in float16 all of them but on sm_90: other drivers take such problems.
+_ROWS_OTHERS: dict[str, tuple[Config, ...]] = {
+    "bf16": _ROWS_NARROW,
+    "fp16": (),
+    "tf32": _ROWS_WIDE[:-1],
+    "ieee": _ROWS_WIDE,
+}
+
+
 @dataclass(frozen=True)
 class Asked:
     """What to take instead of the defaults, see :func:`use`; ``None`` for the default."""
@@ -140,6 +172,13 @@ def candidates(target: str, precision: str, lean: bool = False) -> tuple[Config,
     return found
 
 
+def for_rows(target: str, precision: str) -> tuple[Config, ...]:
+    """The configurations of the rows driver; ``b`` is the most rows of a local step. Arguments as above."""
+    if target == "interpreter":
+        return _ROWS_INTERPRETER
+    return _ROWS.get((target, precision), _ROWS_OTHERS[precision])
+
+
 def asked() -> Asked:
     """What :func:`use` asks for at present."""
     return _asked
@@ -151,7 +190,8 @@ def use(config: Config | None = None, driver: str | None = None, programs: int |
 
     Args:
         config: tile sizes and launch options.
-        driver: ``"single"`` or ``"grouped"``, for layers that take either.
+        driver: ``"single"``, ``"grouped"`` or ``"rows"``, for problems that take it. Without it, a ``config`` is for
+            the first two.
         programs: multiprocessors to assume, so of the single launch's programs; no more than the device has. In the
             interpreter the caller answers for their running at once.
     """

@@ -127,6 +127,17 @@ class Machine(NamedTuple):
             return (self.asked.config,)
         return configs.candidates(self.target, self.precision(operand), lean)
 
+    def for_rows(self, operand: torch.dtype, sizes: Sequence[tuple[int, int, int]]) -> tuple[configs.Config, ...]:
+        """The configurations of the rows driver that hold all rows ``B`` of a local step."""
+        if self.asked.driver not in (None, "rows"):
+            return ()
+        if self.asked.config is None:
+            found = configs.for_rows(self.target, self.precision(operand))
+        else:  # which is for the tile kernels, unless one says otherwise
+            found = (self.asked.config,) if self.asked.driver == "rows" else ()
+        most = max(batch for batch, _, _ in sizes)
+        return tuple(config for config in found if config.b >= most)
+
 
 def shape_of(problem: LocalProblem, settings: Settings) -> LayerShape:
     """The shape of a validated problem."""
@@ -222,14 +233,16 @@ def _launches(shapes: Sequence[LayerShape], form: str, together: int, task: Task
     for shape in shapes:
         first_rows.append(len(sizes))
         sizes += [shape.tiled(form)] * shape.groups
-    driver = machine.asked.driver
+    for_rows = machine.for_rows(operand, sizes) if form == "product" else ()
+    driver = None if machine.asked.driver == "rows" else machine.asked.driver
     if lean and operand == torch.float16:  # the single launch would spill registers
         driver = "grouped"
-    found = machine.candidates(operand, lean)
+    found = () if for_rows and machine.asked.driver == "rows" else machine.candidates(operand, lean)
     slots = task.update.slots
-    config, programs, splits = choose.choose(found, tuple(sizes), form, slots, machine.model, driver)
+    config, programs, splits, name = choose.choose(found, tuple(sizes), form, slots, machine.model, driver, for_rows)
     rows = task.rows if shapes[0].sets > 1 else None
-    name = "single" if programs else {"product": "grouped"}.get(form, form)
+    if form != "product":
+        name = form
     return [
         Decision(form, name, config, programs, splits[row] if shape.weight else 1, rows, together)
         for shape, row in zip(shapes, first_rows, strict=True)

@@ -85,6 +85,7 @@ class Kind:
         slots: names of the tensors of the rule's state.
         transposed: whether the update tile reads a transposed copy of ``X``.
         samples: how many sets of rows local steps have of their own; 0 where all take all rows.
+        driver: how the problems are launched.
     """
 
     form: str
@@ -94,6 +95,7 @@ class Kind:
     slots: tuple[str, ...]
     transposed: bool
     samples: int = 0
+    driver: str = "grouped"
 
 
 class _Arena:
@@ -308,9 +310,12 @@ class Layout:
             self._set(index, c.XT_STRIDE, b)
 
     def _lay_out_products(self, index: int, layer: LayerPlan, n: int, k: int, n_blocks: int, k_blocks: int) -> None:
-        """The copy of Δ that is multiplied, its scales, and partial products."""
-        copies = 2 if self.kind.form == "gram" else 1
+        """The copy of Δ that is multiplied, its scales, and partial products; or the copy of ``G_0``."""
         self._set(index, c.WEIGHT_STRIDE, k)
+        if self.kind.driver == "rows":
+            self._scratch_place(index, c.WEIGHT_START, n * k, 4)
+            return
+        copies = 2 if self.kind.form == "gram" else 1
         self._set(index, c.WEIGHT_COPY_SIZE, n * k)
         self._scratch_place(index, c.WEIGHT_COPY, copies * n * k, self.kind.operand.itemsize)
         self._scratch_place(index, c.AMAX, 3 * n_blocks * k_blocks, 4)

@@ -25,7 +25,7 @@ from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device import functions
 from locoprop_kernels.kernels.layout import COPY_BLOCK, Cells, Kind, LayerPlan, Layout
 from locoprop_kernels.kernels.spec import NOWHERE, Copy, Products, Spec, Update
-from locoprop_kernels.schedule import Schedule, build, most_expensive_first, validate
+from locoprop_kernels.schedule import Schedule, build, most_expensive_first, row_blocks, validate
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision
 
@@ -41,12 +41,14 @@ class Plan:
     Attributes:
         members: which problems of the step these are.
         form: of all of them.
+        driver: likewise.
         layout: where everything lies.
         spec: compile-time arguments and options of the kernels.
         schedule: the work lists of the single launch; ``None`` for a launch for each phase.
         activation_tiles: ``[count, 3]``, on the device.
         update_tiles: likewise.
         tiles: the other lists of tiles by name, likewise.
+        blocks: ``[count, 2]``: layer and n-block of each program of the rows driver, likewise.
         captured: whether a CUDA graph reads the tables, which must live as long as the process then.
 
     Args:
@@ -74,7 +76,8 @@ class Plan:
         config = decision.config
         operand = first.operand(task.compute_dtype)
         precision = machine.precision(operand)
-        self.members, self.form, self.device = tuple(members), decision.form, device
+        self.members, self.form, self.driver = tuple(members), decision.form, decision.driver
+        self.device = device
         layers = tuple(
             _layer(shape, own, operand, precision == "tf32") for shape, own in zip(shapes, decisions, strict=True)
         )
@@ -82,7 +85,17 @@ class Plan:
         # The first local step needs no rows, and the objective at the end does.
         samples = 0 if decision.rows is None else task.iterations - 1 + task.trace
         self.layout = Layout(
-            layers, Kind(decision.form, config, operand, first.preactivation, slots, precision == "tf32", samples)
+            layers,
+            Kind(
+                decision.form,
+                config,
+                operand,
+                first.preactivation,
+                slots,
+                precision == "tf32",
+                samples,
+                decision.driver,
+            ),
         )
         sizes = [size for shape in shapes for size in [shape.tiled(decision.form)] * shape.groups]
         self.schedule: Schedule | None = None
@@ -93,6 +106,7 @@ class Plan:
         else:
             activation, update = most_expensive_first(sizes, config.tiles, machine.model)
         self.activation_tiles, self.update_tiles = self._upload(activation), self._upload(update)
+        self.blocks = self._upload(row_blocks(sizes, config.tiles)) if decision.driver == "rows" else None
         self.tiles = {name: self._upload(tiles) for name, tiles in self.layout.tiles.items()}
         self.spec = _spec(self.layout, shapes, task, precision, machine.interpreted)
         self.captured = False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels.gram import GramForm
-from locoprop_kernels.kernels import commit, phases, prepare, single, softmax
+from locoprop_kernels.kernels import commit, phases, prepare, rows, single, softmax
 from locoprop_kernels.kernels.decide import LayerShape, Machine, Task, decide, machine_of, shape_of, task_of
 from locoprop_kernels.kernels.inputs import Inputs, place_chunks
 from locoprop_kernels.kernels.layout import ALIGNMENT, Piece, Place
@@ -122,6 +122,9 @@ class _Launched:
         plan, step, spec = self.plan, self.step, self.plan.spec
         if step.iterations > 1 or spec.P.trace:
             self._prepare()
+        if plan.blocks is not None:
+            rows.launch(step, plan.blocks, spec)
+            return
         if plan.layout.kind.operand == torch.float16:
             phases.launch_update(step, plan.update_tiles, 0, spec)  # finds the scale of the first increment
         if plan.schedule is not None:

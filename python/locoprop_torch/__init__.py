@@ -3,5 +3,7 @@
 from locoprop_kernels import __version__
 from locoprop_torch.modules import GroupedLinear, expose_projections
 from locoprop_torch.optimizer import LocoProp
+from locoprop_torch.presets import presets
+from locoprop_torch.unit import PerExample
 
-__all__ = ["GroupedLinear", "LocoProp", "__version__", "expose_projections"]
+__all__ = ["GroupedLinear", "LocoProp", "PerExample", "__version__", "expose_projections", "presets"]

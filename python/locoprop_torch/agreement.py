@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import routes
+from locoprop_torch import checkpoints
 from locoprop_torch.auxiliary import own_groups
 from locoprop_torch.sharding import is_sharded
 from locoprop_torch.wire import Wire
@@ -107,13 +108,15 @@ def _facts(optimizer: LocoProp) -> dict[str, str]:
     """What must be the same in all processes, as text."""
     names = ("local_loss", "reduction", "rows", "rows_seed", "compute_dtype", "trace", "backend")
     facts = {name: str(getattr(optimizer, name)) for name in names}
+    facts["output_gradient"] = repr(optimizer.output_gradient)
     facts["layers"] = ", ".join(optimizer._layers)
     for name, layer in optimizer._layers.items():
         facts[f"layer {name!r}"] = "; ".join(_described(kind, p) for kind, p in layer.parameters.items())
     for i, group in enumerate(own_groups(optimizer.param_groups)):
-        values = [f"{key}={float(group[key]):.17g}" for key in ("lr", "activation_lr", "prox", "weight_decay")]
+        values = [f"{key}={float(group[key]):.17g}" for key in ("lr", "prox", "weight_decay")]
+        values.append(f"activation_lr={group['activation_lr']!r}")
         values.append(f"local_iterations={group['local_iterations']}")
-        own = optimizer._facts(group, group["local_iterations"])
+        own = checkpoints.facts(optimizer, group, group["local_iterations"])
         values += [f"{key}={own[key]}" for key in ("rule", "lr_decay", "transfers")]
         facts[f"parameter group {i}"] = ", ".join(values)
     facts["regulariser"] = "one" if optimizer.regulariser is not None else "none"

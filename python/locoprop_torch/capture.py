@@ -34,6 +34,7 @@ from locoprop_torch.masks import trained_parameters
 from locoprop_torch.passes import Gradients, Pass, SeenGradient
 from locoprop_torch.sharding import is_sharded
 from locoprop_torch.shares import Shares
+from locoprop_torch.unit import OutputGradient, unscaling
 
 __all__ = ["ActivationHook", "CapturedLayer"]
 
@@ -111,6 +112,7 @@ class CapturedLayer:
         keep_gradients: keep ``∂L/∂A`` of each pass.
         reason: why the transfer function could not be read off the model, if so.
         sampling: says at any time which rows the next step will take; ``None`` for all.
+        output_gradient: measures the gradient at the model's output in the first step.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class CapturedLayer:
         keep_gradients: bool = False,
         reason: str | None = None,
         sampling: Callable[[], Sampling | None] = lambda: None,
+        output_gradient: OutputGradient | None = None,
     ) -> None:
         self.name, self.module = next(iter(modules.items()))
         self.modules, self.paths = dict(modules), {name: paths[name] for name in modules}
@@ -136,6 +139,7 @@ class CapturedLayer:
         # Other targets need all rows.
         self._sampling = sampling if not keep_gradients else lambda: None
         self._shares = Shares(self.name, self._layout)
+        self._output_gradient = output_gradient
         self.called = False
         # Whether a step solves the whole problem of a layer whose parameters are sharded.
         self.whole = False
@@ -221,7 +225,11 @@ class CapturedLayer:
     def _reach(self, captured: Pass, gradient: Tensor) -> None:
         """A backward pass has come to the output of ``captured``."""
         number = self._note(captured)
-        if number is not None and self.keep_gradients:
+        if number is None:
+            return
+        if self._output_gradient is not None:
+            captured.output = self._output_gradient.reach(self, number, gradient) or captured.output
+        if self.keep_gradients:
             captured.arrive(number, Gradients(output=gradient.detach()))
 
     def _reach_by_input(self, captured: Pass, gradient: Tensor) -> None:
@@ -256,7 +264,9 @@ class CapturedLayer:
         gradient = parameter.grad
         if gradient is not None and not self._averaged:
             copy = gradient.detach().clone() if self.keep_gradients else None
-            self._seen[kind] = SeenGradient(TensorWeakRef(gradient), gradient._version, copy)
+            measured = any(captured.output for captured in self._reached.get(_backward_pass(), ()))
+            norm = gradient.detach().norm() if measured else None
+            self._seen[kind] = SeenGradient(TensorWeakRef(gradient), gradient._version, copy, norm)
         number = _backward_pass()
         # A backward pass comes to the last call first.
         found = sorted(self._reached.pop(number, ()), key=lambda captured: captured.number)
@@ -357,6 +367,14 @@ class CapturedLayer:
             assert captured.preactivation is not None
             if captured.preactivation.numel():
                 yield self._layout(captured.module), captured.preactivation, captured.gradients or Gradients()
+
+    def unscaled(self) -> float:
+        """What the parameters' gradients were multiplied by since the backward pass to undo a scaling of the loss."""
+        for kind, parameter in self.trained.items():
+            assert parameter.grad is not None
+            if kind in self._seen and (factor := self._seen[kind].shrunk(parameter.grad)) is not None:
+                return unscaling(factor)
+        return 1.0
 
     def gradient_factor(self) -> float:
         """The number that the parameters' gradients were multiplied by since the backward pass, as by ``GradScaler``.

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from locoprop_torch.auxiliary import link_state
+from locoprop_torch.layers import transfer_in_use
+from locoprop_torch.unit import PerExample
 
 if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp
 
-__all__ = ["check", "own_part", "restore_state", "rows_seed", "save"]
+__all__ = ["check", "facts", "own_part", "restore_state", "rows_seed", "save"]
 
 _FACTS = ("rule", "transfers", "local_loss", "reduction", "lr_decay")
-_Facts = Callable[[Mapping[str, Any], int], Mapping[str, str]]
 
 
-def save(optimizer: LocoProp, saved: dict[str, Any], facts: _Facts) -> dict[str, Any]:
+def save(optimizer: LocoProp, saved: dict[str, Any]) -> dict[str, Any]:
     """torch's ``state_dict`` of all groups, completed.
 
     Args:
         optimizer: the optimiser.
         saved: what torch's own ``state_dict`` made of its groups and of the state of the local rules.
-        facts: of a group and its local iterations: what a resume must agree with, as text.
     """
     for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         if not group.get("aux"):
-            packed.update(facts(group, group["local_iterations"]))
+            packed.update(facts(optimizer, group, group["local_iterations"]))
             # What torch.distributed.checkpoint keeps: groups and state, and every entry that a group has.
             packed["transfer"] = "" if group["transfer"] is None else str(group["transfer"])
             packed["rows_seed"] = optimizer.rows_seed
+            if isinstance(packed["activation_lr"], PerExample):
+                packed["activation_lr"] = str(packed["activation_lr"])
     saved["skipped_steps"] = optimizer.skipped_steps
     saved["rows_seed"] = optimizer.rows_seed
+    saved["output_gradient"] = optimizer.output_gradient
     if optimizer.aux is not None:
         theirs = optimizer.aux.state_dict()
         places = [i for g in saved["param_groups"] if g.get("aux") for i in g["params"]]
@@ -40,7 +43,7 @@ def save(optimizer: LocoProp, saved: dict[str, Any], facts: _Facts) -> dict[str,
     return saved
 
 
-def check(optimizer: LocoProp, state_dict: Mapping[str, Any], facts: _Facts) -> None:
+def check(optimizer: LocoProp, state_dict: Mapping[str, Any]) -> None:
     """Refuse what the optimiser cannot resume from, before anything is changed.
 
     Raises:
@@ -62,11 +65,27 @@ def check(optimizer: LocoProp, state_dict: Mapping[str, Any], facts: _Facts) -> 
             )
         if group.get("aux"):
             continue
-        for name, own in facts(group, saved.get("local_iterations", group["local_iterations"])).items():
+        for name, own in facts(optimizer, group, saved.get("local_iterations", group["local_iterations"])).items():
             if name in saved and saved[name] != own:
                 raise ValueError(
                     f"state_dict must be of an optimiser with {name} {own!r}, got {saved[name]!r} in group {index}"
                 )
+
+
+def facts(optimizer: LocoProp, group: Mapping[str, Any], iterations: int) -> dict[str, str]:
+    """What the state of a group depends on and torch does not store, as text; for so many local iterations."""
+    ids = {id(p) for p in group["params"]}
+    layers = {name: layer for name, layer in optimizer._layers.items() if id(layer.weight) in ids}
+    return {
+        "rule": repr(group["rule"]),
+        "local_loss": optimizer.local_loss,
+        "reduction": optimizer.reduction,
+        "transfers": ", ".join(
+            f"{name}: {transfer_in_use(layer, group['transfer'], optimizer.local_loss)}"
+            for name, layer in layers.items()
+        ),
+        "lr_decay": " ".join(f"{optimizer.lr_decay(t, iterations):.6g}" for t in range(min(iterations, 100))),
+    }
 
 
 def own_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,6 +95,9 @@ def own_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         for group in state_dict["param_groups"]
         if not group.get("aux")
     ]
+    for group in groups:
+        if isinstance(group.get("activation_lr"), str):
+            group["activation_lr"] = PerExample.parsed(group["activation_lr"])
     ids = {i for group in groups for i in group["params"]}
     return {"state": {i: s for i, s in state_dict["state"].items() if i in ids}, "param_groups": groups}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, is_number, shown
 from locoprop_kernels.steps import BACKENDS, triton_unavailable
 from locoprop_torch.sharding import is_sharded
+from locoprop_torch.unit import PerExample
 
 __all__ = [
     "as_list",
@@ -78,11 +79,20 @@ def checked_hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"local_iterations must be >= 1, got {shown(iterations)}")
     return {
         "lr": check_number("lr", group["lr"]),
-        "activation_lr": check_number("activation_lr", group["activation_lr"], zero=False),
+        "activation_lr": _checked_activation_lr(group["activation_lr"]),
         "prox": float(check_number("prox", group["prox"])),
         "weight_decay": float(check_number("weight_decay", group["weight_decay"])),
         "local_iterations": int(iterations),
     }
+
+
+def _checked_activation_lr(value: Any) -> Any:
+    """A positive number, or a :class:`PerExample`, which has been checked where it was made."""
+    if isinstance(value, PerExample):
+        return value
+    if not is_number(value) and not isinstance(value, Tensor):
+        raise TypeError(f"activation_lr must be a number or locoprop_torch.PerExample, got {shown(value)}")
+    return check_number("activation_lr", value, zero=False)
 
 
 def as_list(params: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from locoprop_torch.kept import KeptRows, starts_of
 from locoprop_torch.passes import Pass
 from locoprop_torch.sharding import is_sharded, own_rows, shape_of
 from locoprop_torch.step import sampling_ahead
+from locoprop_torch.unit import Measured
 from locoprop_torch.wire import Shape, Wire
 
 if TYPE_CHECKING:
@@ -40,16 +41,18 @@ class _Described(NamedTuple):
         size: how many rows it has.
         x: sizes and dtype of its input.
         preactivation: those of its output.
+        output: what was measured at its output: order, the bits of the sum of squares, and rows; zeros for nothing.
     """
 
     module: int
     size: int
     x: Shape
     preactivation: Shape
+    output: tuple[int, int, int] = (0, 0, 0)
 
     def numbers(self) -> list[int]:
         """As integers, see :func:`_read`."""
-        found = [self.module, self.size]
+        found = [self.module, self.size, *self.output]
         for sizes, dtype in (self.x, self.preactivation):
             found += [_DTYPES.index(dtype), len(sizes), *sizes]
         return found
@@ -93,7 +96,25 @@ class LocalRows:
 def _described(layer: CapturedLayer, captured: Pass, x: Tensor, a: Tensor) -> _Described:
     size = layer.layout_at(captured.module).inputs(x).shape[-2]
     module = list(layer.modules.values()).index(captured.module)
-    return _Described(module, size, (tuple(x.shape), x.dtype), (tuple(a.shape), a.dtype))
+    measured = captured.output
+    output = (0, 0, 0)
+    if measured is not None:
+        output = measured.order, _bits(measured.at_step(layer)), measured.rows
+    return _Described(module, size, (tuple(x.shape), x.dtype), (tuple(a.shape), a.dtype), output)
+
+
+def _bits(number: float) -> int:
+    return int(torch.tensor(number, dtype=torch.float64).view(torch.int64))
+
+
+def _measured(described: Sequence[_Described], processes: int) -> Measured | None:
+    """What was measured at the output of one pass of several processes, whose gradients have been averaged."""
+    found = [one.output for one in described if one.output[2]]
+    if not found:
+        return None
+    squares = torch.tensor([bits for _, bits, _ in found], dtype=torch.int64).view(torch.float64)
+    total = squares.sum() / processes**2
+    return Measured(min(order for order, _, _ in found), total, sum(rows for _, _, rows in found), settled=True)
 
 
 def _read(numbers: Sequence[int], layers: int) -> list[list[_Described]]:
@@ -104,10 +125,12 @@ def _read(numbers: Sequence[int], layers: int) -> list[list[_Described]]:
         dtype = _DTYPES[next(following)]
         return tuple(next(following) for _ in range(next(following))), dtype
 
-    return [
-        [_Described(next(following), next(following), shape(), shape()) for _ in range(next(following))]
-        for _ in range(layers)
-    ]
+    def described() -> _Described:
+        module, size = next(following), next(following)
+        output = next(following), next(following), next(following)
+        return _Described(module, size, shape(), shape(), output)
+
+    return [[described() for _ in range(next(following))] for _ in range(layers)]
 
 
 class GatheredRows:
@@ -219,13 +242,14 @@ class _Share:
         modules = list(self.layer.modules.values())
         # By pass, then by process.
         order = sorted((index, rank, x, a) for rank, some in enumerate(parts) for index, x, a in some)
-        return [self._whole(modules[self.described[rank][index].module], x, a) for index, rank, x, a in order]
+        return [self._whole(modules, self.described[rank][index], x, a) for index, rank, x, a in order]
 
-    def _whole(self, module: nn.Module, x: Tensor, a: Tensor) -> Pass:
+    def _whole(self, modules: Sequence[nn.Module], described: _Described, x: Tensor, a: Tensor) -> Pass:
         """A pass of one process, of which all rows are there."""
+        module, output = modules[described.module], _measured([described], len(self.described))
         if self.part:
             a = self.layer.layout_at(module).features(a, self.outputs)
-        return Pass(module, x, a, (x._version, a._version), counted=True)
+        return Pass(module, x, a, (x._version, a._version), counted=True, output=output)
 
     def _joined(self, index: int, parts: Sequence[Sequence[tuple[int, Tensor, Tensor]]]) -> Pass:
         """One pass of all processes, of which the rows are kept that local steps take."""
@@ -241,7 +265,9 @@ class _Share:
             a = [rows[..., self.outputs] for rows in a]
         offset = sum(self.sizes[:index])
         kept = KeptRows(self.sizes[index], self.sampling, self.sets, offset, x, a)
-        return Pass(self.layer.module, None, None, (0, 0), kept, kept.size, offset, counted=True)
+        described = [passes[index] for passes in self.described if index < len(passes)]
+        output = _measured(described, len(self.described))
+        return Pass(self.layer.module, None, None, (0, 0), kept, kept.size, offset, counted=True, output=output)
 
 
 def _cat(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

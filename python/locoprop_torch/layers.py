@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from locoprop_torch.layouts import number_of_groups, supported_modules, tied_lay
 from locoprop_torch.masks import trained_parameters
 from locoprop_torch.sharding import check_layer, shape_of
 from locoprop_torch.targets import Target
+from locoprop_torch.unit import OutputGradient, PerExample
 
 __all__ = ["ModelLayers", "table", "transfer_in_use"]
 
@@ -34,6 +35,7 @@ class ModelLayers:
 
     Attributes:
         captured: the layers by name; those that share their weight are one.
+        output_gradient: the unit of activation learning rates per example.
     """
 
     def __init__(
@@ -50,10 +52,15 @@ class ModelLayers:
         self._masks = _checked_masks(model, masks)
         self._activation_handles: list[AttachedHook] = []
         self._sampling = _Weak()
+        self.output_gradient = OutputGradient()
 
     def sample_by(self, sampling: Callable[[], Sampling | None]) -> None:
         """Have the layers keep the rows that a method of the optimiser says, which is not kept alive for it."""
         self._sampling.method = weakref.WeakMethod(sampling)
+
+    def want_unit(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Measure the unit of activation learning rates if one of these parameter groups has it."""
+        self.output_gradient.wanted = any(isinstance(group["activation_lr"], PerExample) for group in groups)
 
     def owned(self) -> dict[int, nn.Parameter]:
         """The parameters of captured layers, by ``id``."""
@@ -114,7 +121,9 @@ class ModelLayers:
         found = trained_parameters(modules[name]) or {}
         check_layer(name, {kind: one.parameter for kind, one in found.items()})
         keep_gradients = self.target(name) != "dual"
-        self.captured[name] = CapturedLayer(modules, paths, transfer, keep_gradients, reason, self._sampling)
+        self.captured[name] = CapturedLayer(
+            modules, paths, transfer, keep_gradients, reason, self._sampling, self.output_gradient
+        )
 
     def detach(self) -> None:
         """Take all hooks off the model."""

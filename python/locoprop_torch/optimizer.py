@@ -48,6 +48,7 @@ from locoprop_torch.step import (
     validate,
 )
 from locoprop_torch.targets import Target, check_target
+from locoprop_torch.unit import PER_EXAMPLE, PerExample
 
 __all__ = ["LocoProp", "default_lr_decay"]
 
@@ -66,7 +67,8 @@ class LocoProp(Optimizer):
         model: its ``nn.Linear``, ``nn.Conv1d/2d/3d`` and :class:`GroupedLinear` layers are captured by forward hooks,
             and trained unless ``aux`` has their parameters. A convolution's examples are the positions of its output.
         lr: learning rate of the local rule, ``>= 0`` (``param_groups[..]["lr"]``, for torch's schedulers).
-        activation_lr: ``γ``, step size of the activation targets, ``> 0``.
+        activation_lr: ``γ``, step size of the activation targets: a number ``> 0``, or :class:`PerExample`, whose unit
+            is found at the first step and depends neither on the batch nor on how the loss averages.
         local_iterations: ``T >= 1``.
         rule: ``"sgd"``, ``"momentum"``, ``"nesterov"``, ``"rmsprop"``, ``"adam"``, ``"adagrad"``, or an instance from
             :mod:`locoprop_kernels.rules`.
@@ -95,6 +97,9 @@ class LocoProp(Optimizer):
         rows: how many rows of the batch a local step takes at most, other ones in each, to estimate how the gradient
             has changed; ``None`` for all, the published method. A row is an example, a token or an output position.
 
+    The defaults are for everybody (``bench/results/defaults``); :data:`locoprop_torch.presets` has the settings of the
+    paper's notebook and of the PyPI package: ``LocoProp(model, **presets["notebook"])``.
+
     Attributes:
         rows_seed: says which rows the next step takes; counts the steps, and is in ``state_dict``.
         last_reports: what the last step did: a :class:`locoprop_kernels.StepReport` for each call of the backend
@@ -110,10 +115,10 @@ class LocoProp(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float | Tensor = 2e-5,
-        activation_lr: float = 10.0,
-        local_iterations: int = 10,
-        rule: str | rules.Rule = "rmsprop",
+        lr: float | Tensor = 1e-3,
+        activation_lr: float | PerExample = PER_EXAMPLE,
+        local_iterations: int = 5,
+        rule: str | rules.Rule = "adam",
         local_loss: str = "matching",
         transfers: Mapping[str, str | Transfer] | None = None,
         prox: float = 0.0,
@@ -128,7 +133,7 @@ class LocoProp(Optimizer):
         param_groups: Iterable[dict[str, Any]] = (),
         masks: Mapping[str, Tensor] | None = None,
         trace: bool = False,
-        rows: int | None = None,
+        rows: int | None = 64,
     ) -> None:
         check_rows(rows)
         check_arguments(model, local_loss, reduction, backend, compute_dtype, lr_decay)
@@ -223,6 +228,7 @@ class LocoProp(Optimizer):
             group["transfer"] = transfers.get(group["transfer"])
         group.update(checked_hyperparameters(group))
         super().add_param_group(group)
+        self._model_layers.want_unit(own_groups(self.param_groups))
         if self._complete:
             link_groups(self.param_groups, self.aux)
 
@@ -236,10 +242,7 @@ class LocoProp(Optimizer):
         captured rows takes one step of the rule on ``γ · grad``. :attr:`last_reports` says what was done.
 
         Args:
-            closure: re-evaluates the model, calls ``backward`` and returns the loss; optional.
-
-        Returns:
-            What ``closure`` returned, or ``None``.
+            closure: re-evaluates the model, calls ``backward`` and returns the loss, which ``step`` then returns.
 
         Raises:
             ValueError: what was captured does not fit the parameters any more (changed shapes, replaced layers, inputs
@@ -252,9 +255,11 @@ class LocoProp(Optimizer):
                 loss = closure()
         link_groups(self.param_groups, self.aux)
         own, together = own_groups(self.param_groups), processes.of(self)
+        self._model_layers.want_unit(own)
         where = together.begin(self, lambda: places(own))
         (calls, idle, reports), finite = together.finish(lambda: self._solved(where, loss))
         self.rows_seed += 1
+        self._model_layers.output_gradient.keep()
         # The host decides whether aux steps, so with aux a step waits for the device.
         if self.aux is not None and finite:
             self.aux.step()
@@ -282,6 +287,8 @@ class LocoProp(Optimizer):
         """The calls of the backend that make this step, and the names of the layers that have no gradient."""
         calls: dict[tuple[int, float, bool], Call] = {}
         idle = []
+        unit = self._model_layers.output_gradient
+        unit.look(self._layers)
         for name, layer in self._layers.items():
             found = trained(layer, where, self._model_layers.masks(layer))
             if found is None:
@@ -291,7 +298,8 @@ class LocoProp(Optimizer):
             lr = max(part.lr for part in parts.values())
             transfer = transfer_in_use(layer, place.group["transfer"], self.local_loss)
             target = self._model_layers.target(name)
-            work = layer_work(layer, parts, lr, transfer, target, place.group, self.state)
+            activation_lr = unit.activation_lr(place.group["activation_lr"])
+            work = layer_work(layer, parts, lr, transfer, target, activation_lr, place.group["rule"], self.state)
             if not work.rows:
                 tell_without_rows(work, self.model, self._told)
             key = (place.number, lr, work.rows > 0)
@@ -329,6 +337,11 @@ class LocoProp(Optimizer):
         super().zero_grad(set_to_none)
         self._model_layers.forget()
 
+    @property
+    def output_gradient(self) -> dict[str, Any]:
+        """What ``1 per example`` was found to be, see :class:`PerExample`; empty before the first step."""
+        return self._model_layers.output_gradient.state()
+
     # --- saving, loading, copying
 
     def state_dict(self) -> dict[str, Any]:
@@ -338,17 +351,17 @@ class LocoProp(Optimizer):
         ``reduction`` and ``lr_decay``. A resume with others is refused.
         """
         link_groups(self.param_groups, self.aux)
-        return checkpoints.save(self, super().state_dict(), self._facts)
+        return checkpoints.save(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume exactly from :meth:`state_dict`: hyper-parameters of the groups, state and ``aux``.
+        """Resume exactly from :meth:`state_dict`.
 
         Raises:
             ValueError: it is of an optimiser with other groups, rules, transfer functions, ``local_loss``,
                 ``reduction`` or ``lr_decay``, or with ``aux`` where there is none.
         """
         link_groups(self.param_groups, self.aux)
-        checkpoints.check(self, state_dict, self._facts)
+        checkpoints.check(self, state_dict)
         groups, self.param_groups = self.param_groups, own_groups(self.param_groups)
         kept = [{key: group[key] for key in ("rule", "transfer")} for group in self.param_groups]
         try:
@@ -362,22 +375,8 @@ class LocoProp(Optimizer):
         link_groups(self.param_groups, self.aux)
         self._skipped = SkipCounter(state_dict.get("skipped_steps", self.skipped_steps))
         self.rows_seed = checkpoints.rows_seed(state_dict, self.rows_seed)
+        self._model_layers.output_gradient.load(state_dict.get("output_gradient", {}))
         self._model_layers.forget(release=True)
-
-    def _facts(self, group: Mapping[str, Any], iterations: int) -> dict[str, str]:
-        """What the state of a group depends on and torch does not store, as text."""
-        ids = {id(p) for p in group["params"]}
-        layers = {name: layer for name, layer in self._layers.items() if id(layer.weight) in ids}
-        return {
-            "rule": repr(group["rule"]),
-            "local_loss": self.local_loss,
-            "reduction": self.reduction,
-            "transfers": ", ".join(
-                f"{name}: {transfer_in_use(layer, group['transfer'], self.local_loss)}"
-                for name, layer in layers.items()
-            ),
-            "lr_decay": " ".join(f"{self.lr_decay(t, iterations):.6g}" for t in range(min(iterations, 100))),
-        }
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "last_reports": []}
@@ -394,6 +393,8 @@ class LocoProp(Optimizer):
         transfers_of = {id(p): group["transfer"] for group in own_groups(self.param_groups) for p in group["params"]}
         lines = [super().__repr__(), f"local loss: {self.local_loss}; layers:"]
         lines += table(self._layers, transfers_of, self.local_loss)
+        if self.output_gradient:
+            lines.append(f"1 per example is an activation_lr of {self.output_gradient['rate']:g}")
         if self.aux is not None:
             lines.append(f"aux: {type(self.aux).__name__}")
         return "\n".join(lines)

@@ -13,6 +13,7 @@ from torch.utils.weak import TensorWeakRef
 from locoprop_torch.kept import KeptRows
 from locoprop_torch.masks import trained_weight
 from locoprop_torch.sharding import is_sharded
+from locoprop_torch.unit import Measured
 
 __all__ = ["Gradients", "Pass", "SeenGradient"]
 
@@ -49,6 +50,7 @@ class Pass:
         counted: whether a backward pass through it has added to the parameters' gradients.
         gradients: what the backward passes that count have brought.
         arriving: by the number of a backward pass, what it has brought, until it is known to count.
+        output: what :class:`locoprop_torch.unit.OutputGradient` has measured at its output.
         number: of the call, counted through the process.
     """
 
@@ -62,6 +64,7 @@ class Pass:
     counted: bool = False
     gradients: Gradients | None = None
     arriving: dict[int, Gradients] | None = None
+    output: Measured | None = None
     number: int = field(default_factory=itertools.count().__next__)
 
     def arrive(self, number: int, gradients: Gradients) -> None:
@@ -151,11 +154,17 @@ class SeenGradient(NamedTuple):
         tensor: the gradient.
         version: how often it had been written to.
         copy: its values, where a target needs them.
+        norm: its norm, where the gradient of the model's output was measured.
     """
 
     tensor: TensorWeakRef
     version: int
     copy: Tensor | None
+    norm: Tensor | None = None
+
+    def shrunk(self, now: Tensor) -> float | None:
+        """The norm of the parameter's gradient ``now`` over what it was; ``None`` where that is not known."""
+        return float(now.norm()) / float(self.norm) if self.norm is not None and self.norm > 0 else None
 
     def is_discarded(self, now: Tensor) -> bool:
         """Whether the parameter's gradient ``now`` is zeros that somebody has written over this one."""

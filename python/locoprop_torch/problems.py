@@ -14,6 +14,7 @@ from locoprop_kernels.chosen import ChosenRows
 from locoprop_kernels.patches import Rows
 from locoprop_kernels.problem import accumulation_dtype, initial_state
 from locoprop_kernels.sampling import Sampling
+from locoprop_kernels.scratch import give_back
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.layouts import Layout, laid_out
@@ -150,6 +151,8 @@ class LayerWork:
     def release(self) -> None:
         """Let go of everything that only the local loop needed."""
         self.layer.forget(release=True)
+        if isinstance(self.problem.x, ChosenRows):
+            give_back(*(g for g in (self.problem.grad_weight, self.problem.grad_bias) if g is not None))
         self.problem.x = self.problem.preactivation = self.problem.weight.new_empty(0)
         self.problem.grad_weight = self.problem.grad_bias = None
 
@@ -169,7 +172,8 @@ def layer_work(
     lr: float,
     transfer: Transfer,
     target: Target,
-    group: Mapping[str, Any],
+    activation_lr: float,
+    rule: rules.Rule,
     state: Mapping[Any, dict[str, Tensor]],
 ) -> LayerWork:
     """What a step has to do for a layer with gradients.
@@ -183,7 +187,8 @@ def layer_work(
         lr: the learning rate of the local iterations, of which each parameter has a share.
         transfer: its transfer function.
         target: its target.
-        group: the parameter group whose rule and ``γ`` it takes.
+        activation_lr: ``γ``.
+        rule: the update rule.
         state: the optimiser's state.
 
     Raises:
@@ -205,12 +210,12 @@ def layer_work(
         target,
         transfer,
         found[0] if found else None,
-        float(group["activation_lr"]),
+        activation_lr,
     )
     states = {}
     for kind, (parameter, _, own_lr, masks) in trained.items():
         stored = state.get(parameter) or {}
-        states[kind] = give_parameter(problem, layout, kind, parameter, gradients[kind], group["rule"], stored, part)
+        states[kind] = give_parameter(problem, layout, kind, parameter, gradients[kind], rule, stored, part)
         if own_lr != lr:
             setattr(problem, f"rate_{kind}", own_lr / lr)
         if masks:

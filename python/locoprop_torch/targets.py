@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from locoprop_kernels.chosen import ChosenRows
 from locoprop_kernels.patches import Rows, row_chunks
+from locoprop_kernels.scratch import take
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import check_choice
@@ -64,7 +66,7 @@ def starting_gradients(
             post-activation is not known because the activation is not a module.
     """
     if target == "dual" or x is None:
-        return {kind: layout.view(kind, activation_lr * gradient) for kind, gradient in gradients.items()}
+        return {kind: layout.view(kind, _scaled(gradient, activation_lr, x)) for kind, gradient in gradients.items()}
     residual = _residual(layer, target, transfer, activation_lr)
     result: dict[str, Tensor] = {}
     if "weight" in gradients:
@@ -72,6 +74,13 @@ def starting_gradients(
     if "bias" in gradients:
         result["bias"] = residual.sum(-2)
     return result
+
+
+def _scaled(gradient: Tensor, factor: float, x: Tensor | Rows | None) -> Tensor:
+    """``factor * gradient``; with few rows in memory that is kept, see :mod:`locoprop_kernels.scratch`."""
+    if isinstance(x, ChosenRows) and gradient.is_contiguous():
+        return torch.mul(gradient, factor, out=take(gradient.shape, gradient.dtype, gradient.device))
+    return factor * gradient
 
 
 def _product(residual: Tensor, x: Tensor | Rows) -> Tensor:

@@ -1,5 +1,8 @@
 """How the reference backend does few rows: in blocks, with folded biases, fused updates and memory that is kept."""
 
+import random
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ import locoprop_kernels as lk
 from locoprop_kernels import few_rows, folding, fused, reference, rules, scratch
 from tests.problems import RULES, copied, problem_for, random_layer, relative_error
 
-OPTIONS = {"lr": [0.02, 0.01, 0.005, 0.005], "rows": 5, "rows_seed": 3, "backend": "reference"}
+OPTIONS: dict[str, Any] = {"lr": [0.02, 0.01, 0.005, 0.005], "rows": 5, "rows_seed": 3, "backend": "reference"}
 
 
 def problem(transfer="tanh", dtype=torch.float64, seed=0, **options):
@@ -68,7 +71,7 @@ def test_a_folded_bias_is_a_bias(rule, transfer, monkeypatch):
 def settings_of(rule="adam", **changes):
     from locoprop_kernels.settings import Settings
 
-    known = {"lr": [0.1] * 3, "prox": 0.0, "reduction": "mean", "compute_dtype": None, "trace": False}
+    known: dict[str, Any] = {"lr": [0.1] * 3, "prox": 0.0, "reduction": "mean", "compute_dtype": None, "trace": False}
     return Settings.checked(rule, **{**known, "regulariser": None, "rows": 5, **changes})
 
 
@@ -173,6 +176,24 @@ def test_no_more_than_the_limit_is_kept(monkeypatch):
     held = [tensor.numel() for tensors in scratch._kept.values() for tensor in tensors]
     assert held == [700]
     assert scratch._kept_bytes == 2800
+
+
+def test_memory_that_is_taken_and_given_back_in_any_order_stays_within_the_limit(monkeypatch):
+    monkeypatch.setattr(scratch, "_kept", {})
+    monkeypatch.setattr(scratch, "_kept_bytes", 0)
+    monkeypatch.setattr(scratch, "LIMIT", 4000)
+    random.seed(seed := random.randrange(10**6))
+    print("seed", seed)
+    taken: list[torch.Tensor] = []
+    for _ in range(500):
+        if taken and random.random() < 0.5:
+            scratch.give_back(taken.pop(random.randrange(len(taken))))
+        else:
+            taken.append(scratch.take((random.choice([100, 200, 300, 500]),), torch.float32, torch.device("cpu")))
+        held = [tensor for tensors in scratch._kept.values() for tensor in tensors]
+        assert scratch._kept_bytes == sum(tensor.numel() * 4 for tensor in held) <= 4000
+        places = [tensor.data_ptr() for tensor in [*held, *taken]]
+        assert len(set(places)) == len(places)
 
 
 def test_increments_that_somebody_holds_are_not_overwritten():

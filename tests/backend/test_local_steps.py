@@ -18,7 +18,7 @@ import locoprop_kernels as lk
 from locoprop_kernels import rules, transfers
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.testing import TextbookLayer
-from locoprop_torch import LocoProp
+from locoprop_torch import LocoProp, presets
 from tests.problems import RULES, relative_error
 
 FIELDS = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias")
@@ -221,8 +221,7 @@ def test_bfloat16_step_of_the_papers_autoencoder():
             modules += [layer, nn.Identity() if i in (3, 7) else nn.Tanh()]
         model = nn.Sequential(*modules)
         opt = LocoProp(
-            model, lr=1e-5, reduction="sum", transfers={"14": "sigmoid"}, compute_dtype=dtype,
-            rule=rules.RMSprop(eps=1e-5, flavor="tensorflow"),
+            model, **presets["notebook"], transfers={"14": "sigmoid"}, compute_dtype=dtype,
         )  # fmt: skip
         before = [p.detach().clone() for p in model.parameters()]
         F.binary_cross_entropy_with_logits(model(x), x, reduction="none").sum(1).mean().backward()

@@ -11,6 +11,7 @@ from torch import nn
 
 import locoprop_kernels as lk
 from locoprop_kernels import patches
+from locoprop_kernels.products import held
 from locoprop_torch import LocoProp
 from locoprop_torch.layouts import layout_of
 from tests.problems import unfolded
@@ -97,7 +98,7 @@ def test_patches_are_multiplied_in_the_layout_they_were_written_in(monkeypatch):
 
     monkeypatch.setattr(reference, "rounded", seen)
     model = nn.Sequential(nn.Conv2d(32, 4, 3, bias=False), nn.Tanh())
-    opt = LocoProp(model, lr=1e-6, local_iterations=2, backend="reference")
+    opt = LocoProp(model, lr=1e-6, local_iterations=2, rows=None, backend="reference")
     model(torch.randn(4, 32, 10, 10)).square().sum().backward()
     opt.step()
     rows, weight = contiguous
@@ -130,8 +131,9 @@ def counted_loop(rows, outputs=3, **options):
     return report.delta_weight[0]
 
 
-@pytest.mark.parametrize(("compute_dtype", "size"), [(None, 4), (torch.bfloat16, 2), (torch.float16, 2)])
-def test_rows_are_formed_once_if_they_fit(monkeypatch, compute_dtype, size):
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16, torch.float16])
+def test_rows_are_formed_once_if_they_fit(monkeypatch, compute_dtype):
+    size = held(compute_dtype or torch.float32, torch.device("cpu")).itemsize
     kept, formed = Counted(torch.randn(50, 6)), Counted(torch.randn(50, 6))
     formed.rows = kept.rows
     results = []

@@ -211,7 +211,9 @@ def test_kernels_on_hopper(arguments, tmp_path):
     assert {"bf16", "tf32"} <= {record["precision"] for record in products}
     for record in products:
         name = f"{record['kernel']} [{record['configuration']}]"
-        assert "HGMMA" in record["matrix_instructions"], name
+        # A program of the rows driver has fewer rows of the weight than a warp group multiplies.
+        expected = "HMMA" if record["kernel"] == "rows" else "HGMMA"
+        assert expected in record["matrix_instructions"], name
         assert {"LDGSTS", "UTMALDG"} & set(record["load_instructions"]), name
     for column in ("kernel", "configuration", "registers", "spill_bytes", "shared_bytes", "matrix instructions"):
         assert column in done.stdout

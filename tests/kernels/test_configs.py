@@ -36,7 +36,7 @@ def test_wide_layers_take_large_tiles_in_launches_per_phase():
 
 def test_a_convolution_is_not_left_to_a_few_programs():
     """Its update tiles are few; only launches per phase can cut its batch."""
-    config, programs, splits = choose((NARROW,), ((131_072, 27, 32),), "product", 2, H100)
+    config, programs, splits, _ = choose((NARROW,), ((131_072, 27, 32),), "product", 2, H100)
     assert programs == 0
     assert splits == schedule.splits([(131_072, 27, 32)], config.tiles, 132)
     single = predicted(config, "single", ((131_072, 27, 32),), "product", H100)

@@ -48,13 +48,14 @@ def problems(shape, transfer, seed=0):
     return copied(drawn, torch.float64), copied(drawn, device=DEVICE)
 
 
-def check(shape, transfer, rule, dtype, prox=0.0, iterations=5):
+def check(shape, transfer, rule, dtype, prox=0.0, iterations=5, **options):
     exact, device = problems(shape, transfer)
     rates = [1e-3 * (1 - t / (2 * iterations)) for t in range(iterations)]
     for _ in range(2):  # the state persists
         before, before_device = exact.weight.clone(), device.weight.clone()
-        lk.local_steps_([exact], rule=rule, lr=rates, prox=prox, backend="reference")
-        report = lk.local_steps_([device], rule=rule, lr=rates, prox=prox, backend="triton", compute_dtype=dtype)
+        options |= {"rule": rule, "lr": rates, "prox": prox}
+        lk.local_steps_([exact], backend="reference", **options)
+        report = lk.local_steps_([device], backend="triton", compute_dtype=dtype, **options)
         assert report.committed
         expected, actual = exact.weight - before, (device.weight - before_device).cpu().double()
         rounding = 2**-23 * before.norm()  # of the float32 weight that the increment is added to
@@ -85,6 +86,25 @@ def test_drivers(driver, dtype, shape):
         pytest.skip("programs of the interpreter run one after another")
     with configs.use(driver=driver):
         assert check(shape, "sigmoid", rules.RMSprop(eps=1e-3), dtype) == driver
+
+
+@pytest.mark.parametrize("rows", [None, 16, 32, 64])
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("transfer", ["tanh", "relu"])
+def test_few_rows(rows, dtype, transfer):
+    from locoprop_kernels.kernels import configs
+
+    shape = (100, 70, 45) if rows is None else (257, 300, 70)
+    with configs.use(driver="rows"):
+        assert check(shape, transfer, rules.RMSprop(eps=1e-3), dtype, rows=rows) == "rows"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rules_with_few_rows(rule):
+    from locoprop_kernels.kernels import configs
+
+    with configs.use(driver="rows"):
+        assert check((200, 130, 70), "tanh", rule, torch.float32, prox=0.1, rows=32) == "rows"
 
 
 def test_layers_together_are_the_layers_alone():

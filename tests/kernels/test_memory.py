@@ -42,9 +42,23 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "single launch, counted steps": {"driver": "single", "rule": rules.Adam()},
     "batches in parts": {"parts": 3},
+    "a program for each n-block": {"driver": "rows", "config": configs.Config(n=16, b=128, k=64, r=32)},
+    "a program for each n-block, few rows, float16, traced": {
+        "driver": "rows",
+        "config": configs.Config(n=16, b=32, k=64, r=32),
+        "rule": rules.RMSprop(centered=True),
+        "compute_dtype": torch.float16,
+        "trace": True,
+        "rows": 20,
+    },
 }
 # The other cases differ from these in the operands' type; they are part of the sweeps.
-SHORT = ("quartered epilogues, three slots", "single launch, counted steps", "batches in parts")
+SHORT = (
+    "quartered epilogues, three slots",
+    "single launch, counted steps",
+    "batches in parts",
+    "a program for each n-block",
+)
 RUNS = [pytest.param(case, marks=() if case in SHORT else pytest.mark.sweep) for case in CASES]
 
 

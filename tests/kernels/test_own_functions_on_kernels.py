@@ -71,7 +71,7 @@ def test_models_as_on_the_reference(name):
     model = make().to(DEVICE)
     twin = copy.deepcopy(model)
     start = [p.detach().clone() for p in model.parameters()]
-    options: dict[str, Any] = {"lr": 1e-2, "local_iterations": 3, "rule": "adam", "prox": 0.1}
+    options: dict[str, Any] = {"lr": 1e-2, "local_iterations": 3, "rule": "adam", "prox": 0.1, "rows": None}
     pairs = [(m, LocoProp(m, backend=b, **options)) for m, b in ((model, "reference"), (twin, "triton"))]
     for _ in range(2):
         x = torch.randn(shape, device=DEVICE)
@@ -145,7 +145,7 @@ def test_what_a_regulariser_needs(regulariser, trace, message):
 
 def test_patches_are_unfolded_up_to_a_bound(monkeypatch):
     model = nn.Conv2d(2, 3, 3, device=DEVICE)
-    opt = LocoProp(model, backend="triton")
+    opt = LocoProp(model, rows=None, backend="triton")
     monkeypatch.setattr("locoprop_kernels.kernels.target._MOST_UNFOLDED_BYTES", 4 * (2 * 25) * 18 - 1)
     model(torch.randn(2, 2, 7, 7, device=DEVICE)).square().sum().backward()
     before = model.weight.detach().clone()

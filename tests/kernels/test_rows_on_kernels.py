@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not target.interpreted(), reason="needs TRITON_I
 
 @pytest.mark.parametrize("transfer", ["tanh", "identity", "softmax", "silu"])
 @pytest.mark.parametrize("rows", [1, 5, 16, 36])
-@pytest.mark.parametrize("driver", ["single", "grouped"])
+@pytest.mark.parametrize("driver", ["single", "grouped", "rows"])
 def test_both_backends_take_the_same_rows(transfer, rows, driver):
     first, second = twins(1, 37, 19, 11, transfer=transfer), twins(2, 70, 5, 9, transfer=transfer, bias=False)
     ours, theirs = zip(first, second, strict=True)

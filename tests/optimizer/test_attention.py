@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from locoprop_torch import LocoProp, expose_projections
+from locoprop_torch import expose_projections
+from tests.helpers import published
 
 
 def attention_arguments(case):
@@ -52,13 +53,13 @@ def test_transformer_layers_are_trained_through_exposed_projections():
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     norms = [p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()]
     with pytest.raises(ValueError, match=r"self_attn\.in_proj_weight.*expose_projections"):
-        LocoProp(model, aux=torch.optim.AdamW(norms))
+        published(model, aux=torch.optim.AdamW(norms))
     x = torch.randn(4, 5, 8)
     expected = model(x)
     model = expose_projections(model)
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(model.eval()(x), expected)
-    opt = LocoProp(model.train(), lr=1e-3, activation_lr=100.0, aux=torch.optim.AdamW(norms, 1e-3))
+    opt = published(model.train(), lr=1e-3, activation_lr=100.0, aux=torch.optim.AdamW(norms, 1e-3))
     losses = []
     for _ in range(10):
         opt.zero_grad()

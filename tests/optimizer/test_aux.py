@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from locoprop_torch import LocoProp
-from tests.helpers import WithNorm, assert_same, loss_of, mlp, moved, present, weights
+from tests.helpers import WithNorm, assert_same, loss_of, mlp, moved, present, published, weights
 
 
 def with_aux(seed=0, **options):
     model = WithNorm(seed)
-    return model, LocoProp(model, lr=1e-3, aux=torch.optim.AdamW(model.norm.parameters(), lr=0.1), **options)
+    return model, published(model, lr=1e-3, aux=torch.optim.AdamW(model.norm.parameters(), lr=0.1), **options)
 
 
 def scaled_step(model, opt, scale, before_step=lambda scaler: None):
@@ -83,19 +82,19 @@ def test_schedulers_reach_aux():
 @pytest.mark.parametrize("aux", ["adamw", lambda params: torch.optim.SGD(params, lr=0.1)], ids=["name", "function"])
 def test_aux_is_made_from_what_is_left(aux):
     model = WithNorm()
-    opt = LocoProp(model, aux=aux)
+    opt = published(model, aux=aux)
     assert {id(p) for p in present(opt.aux).param_groups[0]["params"]} == {id(p) for p in model.norm.parameters()}
     before = weights(model)
     loss_of(model).backward()
     opt.step()
     assert all(moved(model, before))
-    assert LocoProp(mlp(), aux=aux).aux is None
+    assert published(mlp(), aux=aux).aux is None
 
 
 def test_aux_for_a_transformer_in_one_line():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.Sequential(nn.Embedding(10, 8), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
-    opt = LocoProp(model, aux="adamw")
+    opt = published(model, aux="adamw")
     before = weights(model)
     model(torch.randint(10, (2, 5))).square().mean().backward()
     opt.step()
@@ -104,12 +103,12 @@ def test_aux_for_a_transformer_in_one_line():
 
 def test_bad_functions_for_aux():
     with pytest.raises(TypeError, match=r"aux must return a torch\.optim\.Optimizer, got 3"):
-        LocoProp(WithNorm(), aux=lambda params: 3)  # type: ignore[arg-type, return-value]
+        published(WithNorm(), aux=lambda params: 3)
     model = WithNorm()
     with pytest.raises(ValueError, match="aux must return an optimiser of the parameters that it was given"):
-        LocoProp(model, aux=lambda params: torch.optim.SGD(model.parameters(), lr=0.1))
+        published(model, aux=lambda params: torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match=r"no captured layer owns.*norm\.bias"):
-        LocoProp(model, aux=lambda params: torch.optim.SGD(params[:1], lr=0.1))
+        published(model, aux=lambda params: torch.optim.SGD(params[:1], lr=0.1))
 
 
 def test_state_of_aux_resumes():

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from locoprop_torch import GroupedLinear, LocoProp
-from tests.helpers import assert_same, loss_of, mlp
+from locoprop_torch import GroupedLinear
+from tests.helpers import assert_same, loss_of, mlp, published
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def trained(model, backend, losses, **options):
-    opt = LocoProp(model, **{"lr": 1e-3, "local_iterations": 3, **options}, backend=backend)
+    opt = published(model, **{"lr": 1e-3, "local_iterations": 3, **options}, backend=backend)
     for _ in range(2):
         opt.zero_grad()
         for loss in losses:

@@ -9,16 +9,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import locoprop_kernels as lk
-from locoprop_torch import LocoProp
 from locoprop_torch.optimizer import default_lr_decay
-from tests.helpers import assert_same, backward, batch, mlp, moved, present, rows, weights
+from tests.helpers import assert_same, backward, batch, mlp, moved, present, published, rows, weights
 
 
 def test_leading_dimensions_are_rows():
     model, twin = mlp(), mlp()
     x, y = batch(12)
     for m, shape in ((model, (2, 3, 2)), (twin, (12,))):
-        opt = LocoProp(m, lr=1e-3)
+        opt = published(m, lr=1e-3)
         F.mse_loss(m(x.reshape(*shape, 6)), y.reshape(*shape, 3)).backward()
         opt.step()
     assert_same(model, twin)
@@ -26,7 +25,7 @@ def test_leading_dimensions_are_rows():
 
 def test_one_example_without_batch_dimension():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     before = weights(model)
     x, y = batch(1)
     F.mse_loss(model(x[0]), y[0]).backward()
@@ -37,7 +36,7 @@ def test_one_example_without_batch_dimension():
 def test_gradient_accumulation_is_the_whole_batch():
     model, twin = mlp(), mlp()
     x, y = batch(12)
-    opt, whole = LocoProp(model, lr=1e-3), LocoProp(twin, lr=1e-3)
+    opt, whole = published(model, lr=1e-3), published(twin, lr=1e-3)
     backward(twin, whole, 12)
     whole.step()
     opt.zero_grad()
@@ -66,7 +65,7 @@ def test_a_layer_called_several_times_concatenates_its_rows():
     x, _ = batch(5)
     calls = []
     model.cell.register_forward_hook(lambda _, args, out: calls.append((args[0].detach(), out.detach())))
-    opt = LocoProp(model, lr=1e-3, rule="sgd", local_iterations=3)
+    opt = published(model, lr=1e-3, rule="sgd", local_iterations=3)
     weight, bias = model.cell.weight.detach().clone(), model.cell.bias.detach().clone()
     model(x).square().sum().backward()
     problem = lk.LocalProblem(
@@ -126,7 +125,7 @@ def keyword_argument(model, opt, x, y):
 )
 def test_only_rows_of_the_backward_pass_count(passes):
     model, twin = mlp(), mlp()
-    opt, plain = LocoProp(model, lr=1e-3), LocoProp(twin, lr=1e-3)
+    opt, plain = published(model, lr=1e-3), published(twin, lr=1e-3)
     backward(twin, plain)
     plain.step()
     passes(model, opt, *batch())
@@ -140,7 +139,7 @@ def test_in_place_activation_functions():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)).double()
     twin = nn.Sequential(copy.deepcopy(model[0]), nn.ReLU(), copy.deepcopy(model[2]))
     for m in (model, twin):
-        opt = LocoProp(m, lr=1e-3)
+        opt = published(m, lr=1e-3)
         backward(m, opt)
         opt.step()
     assert_same(model, twin)
@@ -149,7 +148,7 @@ def test_in_place_activation_functions():
 def test_overwritten_input_is_refused():
     model = nn.Sequential(nn.Linear(6, 3)).double()
     model[0].weight.requires_grad_(False)  # autograd does not guard the input then
-    opt = LocoProp(model)
+    opt = published(model)
     x, y = batch()
     F.mse_loss(model(x), y).backward()
     x.mul_(2)
@@ -160,7 +159,7 @@ def test_overwritten_input_is_refused():
 def test_autocast_and_loss_scaling():
     model, twin = mlp(dtype=torch.float32), mlp(dtype=torch.float32)
     x, y = batch(32, dtype=torch.float32)
-    opt, plain = LocoProp(model, lr=1e-3), LocoProp(twin, lr=1e-3)
+    opt, plain = published(model, lr=1e-3), published(twin, lr=1e-3)
     before = weights(model)
     backward(twin, plain, 32)
     plain.step()

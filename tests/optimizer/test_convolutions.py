@@ -11,8 +11,8 @@ from torch import nn
 
 from locoprop_kernels import patches, rules, transfers
 from locoprop_kernels.testing import TextbookLayer
-from locoprop_torch import GroupedLinear, LocoProp
-from tests.helpers import present
+from locoprop_torch import GroupedLinear
+from tests.helpers import present, published
 from tests.problems import unfolded
 
 
@@ -58,7 +58,7 @@ def test_convolution_is_the_textbook_form_on_unfolded_inputs(repetition, monkeyp
     monkeypatch.setattr(patches.Patches, "chunks", lambda self, max_bytes=0: chunks(self, 500))
     model = nn.Sequential(module)
     options: dict[str, Any] = {"lr": 1e-3, "activation_lr": 2.0, "prox": 0.1, "rule": rule, "local_iterations": 4}
-    opt = LocoProp(model, transfers={"0": transfer}, **options)
+    opt = published(model, transfers={"0": transfer}, **options)
     weight = module.weight.detach().clone(memory_format=torch.contiguous_format)
     parts = weight.flatten(1).chunk(module.groups)
     biases = [None] * module.groups if module.bias is None else module.bias.detach().chunk(module.groups)
@@ -97,8 +97,8 @@ def test_grouped_linear_is_one_layer_per_group(shape):
     for i, layer in enumerate(linears):
         layer.weight.data, layer.bias.data = module.weight.data[i].clone(), present(module.bias).data[i].clone()
     options: dict[str, Any] = {"lr": 1e-2, "rule": "adam"}
-    opt = LocoProp(module, transfers={"": "tanh"}, **options)
-    single = LocoProp(layers, transfers={str(i): "tanh" for i in range(4)}, **options)
+    opt = published(module, transfers={"": "tanh"}, **options)
+    single = published(layers, transfers={str(i): "tanh" for i in range(4)}, **options)
     for _ in range(3):
         opt.zero_grad()
         single.zero_grad()
@@ -124,13 +124,13 @@ def test_state_of_a_grouped_convolution_resumes_exactly(memory_format):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Tanh(), nn.Conv2d(6, 2, 2))
     model.to(memory_format=memory_format)  # type: ignore[call-overload]  # missing in torch's overloads
-    opt = LocoProp(model, lr=1e-3, rule="adam")
+    opt = published(model, lr=1e-3, rule="adam")
     steps(model, opt, 2)
     for p, state in opt.state.items():
         assert state["exp_avg"].shape == p.shape
         assert int(state["step"]) == 20
     twin = copy.deepcopy(model)
-    resumed = LocoProp(twin, lr=1e-3, rule="adam")
+    resumed = published(twin, lr=1e-3, rule="adam")
     resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
     steps(model, opt, 2)
     steps(twin, resumed, 2)
@@ -142,7 +142,7 @@ def test_accumulated_passes_of_a_convolution_are_the_whole_batch():
     model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh()).double()
     twin = copy.deepcopy(model)
     x = torch.randn(6, 2, 9, dtype=torch.float64)
-    opt, whole = (LocoProp(m, lr=1e-3) for m in (model, twin))
+    opt, whole = (published(m, lr=1e-3) for m in (model, twin))
     opt.zero_grad()
     whole.zero_grad()
     for part in x.split(2):
@@ -158,7 +158,7 @@ def test_convolutions_under_autocast_and_in_low_precision(dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, groups=1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, groups=2)).to(dtype)
     model[0].bias.requires_grad_(False)
-    opt = LocoProp(model, lr=1e-2, activation_lr=100.0)
+    opt = published(model, lr=1e-2, activation_lr=100.0)
     before = [p.detach().clone() for p in model.parameters()]
     x = torch.randn(5, 3, 9, 8, dtype=dtype).mT
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
@@ -173,9 +173,9 @@ def test_convolutions_under_autocast_and_in_low_precision(dtype):
 def test_unsupported_layers_are_named():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Unflatten(1, (4, 1)), nn.ConvTranspose1d(4, 2, 1))
     with pytest.raises(ValueError, match=r"aux.*1\.weight, 1\.bias, 3\.weight, 3\.bias"):
-        LocoProp(model)
+        published(model)
     aux = torch.optim.AdamW([*model[1].parameters(), *model[3].parameters()])
-    opt = LocoProp(model, lr=1e-3, aux=aux)
+    opt = published(model, lr=1e-3, aux=aux)
     before = [p.clone() for p in model.parameters()]
     model(torch.randn(5, 4)).square().sum().backward()
     opt.step()

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from locoprop_torch import LocoProp
 from tests.helpers import (
     assert_same,
     backward,
@@ -23,6 +22,7 @@ from tests.helpers import (
     loss_of,
     mlp,
     moved,
+    published,
     rows,
     step_of,
     transfers_of,
@@ -44,7 +44,7 @@ def saved(model):
 @pytest.fixture(params=["dual", "primal"])
 def trained(request):
     model = mlp()
-    opt = LocoProp(model, lr=1e-3, target=request.param)
+    opt = published(model, lr=1e-3, target=request.param)
     loss_of(model).backward()
     opt.step()
     opt.zero_grad()
@@ -122,7 +122,7 @@ def test_copies_of_parametrised_models():
 
     model = mlp()
     parametrize.register_parametrization(model[2], "weight", Mask())
-    opt = LocoProp(model)
+    opt = published(model)
     twin = copy.deepcopy(model)
     assert not has_hooks(twin)
     torch.testing.assert_close(twin(batch()[0]), model(batch()[0]))
@@ -140,7 +140,7 @@ def test_shallow_copies_and_subclasses_with_their_own_deepcopy():
             return twin
 
     model = nn.Sequential(Own(6, 3)).double()
-    opt = LocoProp(model)
+    opt = published(model)
     assert copy.deepcopy(model)[0].came_from == "own deepcopy"
     assert not has_hooks(copy.copy(model[0]))
     del opt
@@ -151,7 +151,7 @@ def test_shallow_copies_and_subclasses_with_their_own_deepcopy():
 
 def test_two_optimizers_and_one_goes():
     model = mlp()
-    first, second = LocoProp(model), LocoProp(model)
+    first, second = published(model), published(model)
     del first
     gc.collect()
     assert not has_hooks(copy.deepcopy(model))
@@ -167,7 +167,7 @@ def test_failed_constructors_leave_nothing(options):
     model = mlp()
     keys = {module: set(vars(module)) for module in model.modules()}
     with pytest.raises((ValueError, TypeError)) as caught:
-        LocoProp(model, **options)
+        published(model, **options)
     assert caught.traceback  # which keeps the frames, and the unfinished optimiser, alive
     assert not has_hooks(model)
     assert {module: set(vars(module)) for module in model.modules()} == keys
@@ -181,7 +181,7 @@ def test_a_users_hook_that_changes_the_output():
         handle = None
         if first:
             handle = model[0].register_forward_hook(lambda module, args, output: 2 * output)
-        opt = LocoProp(model, lr=1e-3)
+        opt = published(model, lr=1e-3)
         if not first:
             handle = model[0].register_forward_hook(lambda module, args, output: 2 * output)
         loss_of(model).backward()
@@ -198,14 +198,14 @@ def test_a_users_hook_that_changes_the_output():
 def test_a_users_pre_hook_that_changes_the_input():
     model = mlp()
     model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-    opt = LocoProp(model)
+    opt = published(model)
     loss_of(model).backward()
     torch.testing.assert_close(captured(opt)["0"][0].x, 2 * batch()[0])
 
 
 def test_averaged_models():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     averaged = torch.optim.swa_utils.AveragedModel(model)
     loss_of(model).backward()
     opt.step()
@@ -218,7 +218,7 @@ def test_averaged_models():
 @pytest.mark.parametrize("copier", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 def test_copies_of_the_model_carry_no_hooks(copier):
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     backward(model, opt)
     twin = copier(model)
     loss_of(twin).backward()
@@ -230,7 +230,7 @@ def test_copies_of_the_model_carry_no_hooks(copier):
 
 def test_copying_model_and_optimizer_together():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     backward(model, opt)
     opt.step()
     for twin, twin_opt in (copy.deepcopy((model, opt)), pickled((model, opt))):
@@ -244,7 +244,7 @@ def test_copying_model_and_optimizer_together():
 
 def test_hooks_go_with_the_optimizer():
     model = mlp()
-    opt = LocoProp(model)
+    opt = published(model)
     backward(model, opt)
     del opt
     gc.collect()

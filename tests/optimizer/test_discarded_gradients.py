@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from locoprop_torch import LocoProp
-from tests.helpers import assert_same, loss_of, mlp, present, rows, step_of
+from tests.helpers import assert_same, loss_of, mlp, present, published, rows, step_of
 
 
 def optimizers_zeros(model, opt):
@@ -54,7 +53,7 @@ DISCARDS = [
 @pytest.mark.parametrize("discard", DISCARDS)
 def test_rows_of_a_discarded_gradient_are_dropped(discard):
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     loss_of(model, rows=30, seed=7).backward()
     discard(model, opt)
     loss_of(model).backward()
@@ -65,7 +64,7 @@ def test_rows_of_a_discarded_gradient_are_dropped(discard):
 
 def test_a_clipped_gradient_keeps_its_rows():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     loss_of(model, seed=1).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     loss_of(model, seed=2).backward()
@@ -77,7 +76,7 @@ def test_a_gradient_of_zeros_that_nobody_has_touched_keeps_its_rows():
     first, last = nn.Linear(6, 5), nn.Linear(5, 3)
     model = nn.Sequential(first, nn.ReLU(), last).double()
     nn.init.zeros_(last.weight)  # so that no gradient reaches the first layer
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     loss_of(model, seed=1).backward()
     assert not present(first.weight.grad).any()
     loss_of(model, seed=2).backward()
@@ -86,7 +85,7 @@ def test_a_gradient_of_zeros_that_nobody_has_touched_keeps_its_rows():
 
 def test_one_layer_discarded_alone():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     loss_of(model, seed=1).backward()
     model[0].zero_grad(set_to_none=False)
     loss_of(model, seed=2).backward()
@@ -95,7 +94,7 @@ def test_one_layer_discarded_alone():
 
 def test_a_bias_discarded_alone_keeps_the_rows_of_the_weight():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     loss_of(model, seed=1).backward()
     model[0].bias.grad = None
     loss_of(model, seed=2).backward()

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from locoprop_torch import LocoProp
-from tests.helpers import SGD, assert_same, loss_of, mlp, moved, sum_of_squares, train, transfers_of, weights
+from tests.helpers import SGD, assert_same, loss_of, mlp, moved, published, sum_of_squares, train, transfers_of, weights
 
 
 def stepped(count=2, **options):
     model = mlp()
     groups = options.pop("groups", None)
-    opt = LocoProp(model, **{"lr": 1e-2, "activation_lr": 3.0, **options}, **groups(model) if groups else {})
+    opt = published(model, **{"lr": 1e-2, "activation_lr": 3.0, **options}, **groups(model) if groups else {})
     for seed in range(count):
         opt.zero_grad()
         loss_of(model, seed=seed).backward()
@@ -42,7 +41,7 @@ def test_biases_with_a_learning_rate_of_their_own(rates):
     def biases(m):
         return [p for name, p in m.named_parameters() if name.endswith("bias")]
 
-    opt = LocoProp(model, **{**SGD, "lr": weight_lr, "local_iterations": 1},
+    opt = published(model, **{**SGD, "lr": weight_lr, "local_iterations": 1},
                    param_groups=[{"params": biases(model), "lr": bias_lr}])  # fmt: skip
     ids = {id(p) for p in biases(twin)}
     plain = torch.optim.SGD([
@@ -66,7 +65,7 @@ def test_equal_rates_in_two_groups_are_one_group():
 @pytest.mark.parametrize(("name", "value"), [("activation_lr", 1.0), ("local_iterations", 3), ("rule", "adam")])
 def test_weight_and_bias_must_agree_in_the_rest(name, value):
     model = mlp()
-    opt = LocoProp(model, param_groups=[{"params": [model[2].bias], name: value}])
+    opt = published(model, param_groups=[{"params": [model[2].bias], name: value}])
     before = weights(model)
     loss_of(model).backward()
     with pytest.raises(ValueError, match=f"layer '2' must agree in.*differ in {name}"):
@@ -83,7 +82,7 @@ def test_named_parameters():
 
     assert_same(stepped(groups=named), stepped(groups=plain), rtol=0, atol=0)
     model = mlp()
-    opt = LocoProp(model, **named(model))
+    opt = published(model, **named(model))
     assert [group["param_names"] for group in opt.param_groups] == [
         ["0.weight", "0.bias", "4.weight", "4.bias"], ["weight", "bias"]
     ]  # fmt: skip
@@ -99,17 +98,17 @@ def test_numpy_scalars_and_tensors_as_numbers():
     assert_same(stepped(**options), stepped(**plain), rtol=0, atol=0)
     assert_same(stepped(**{**plain, "lr": torch.tensor(0.25)}), stepped(**plain), rtol=0, atol=0)
     model = mlp()
-    opt = LocoProp(model, **options)
+    opt = published(model, **options)
     assert {type(opt.param_groups[0][name]) for name in options} == {float, int}
     with pytest.raises(TypeError, match="lr must be a number, got True"):
-        LocoProp(model, lr=True)
+        published(model, lr=True)
     with pytest.raises(TypeError, match="local_iterations must be an integer"):
-        LocoProp(model, local_iterations=np.float32(3))
+        published(model, local_iterations=np.float32(3))
 
 
 def test_lr_of_zero_is_allowed():
     model = mlp()
-    opt = LocoProp(model, lr=0.0)
+    opt = published(model, lr=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: 1.0)
     before = weights(model)
     loss_of(model).backward()
@@ -123,14 +122,14 @@ def test_lr_of_zero_is_allowed():
 @pytest.mark.parametrize("argument", ["lr", "activation_lr", "prox", "backend", "compute_dtype", "reduction", "aux"])
 def test_errors_print_no_tensors(argument):
     with pytest.raises((TypeError, ValueError), match=r"Tensor of shape \[100\]") as caught:
-        LocoProp(mlp(), **{argument: torch.zeros(100)})  # type: ignore[arg-type]
+        published(mlp(), **{argument: torch.zeros(100)})
     assert len(str(caught.value)) < 300
 
 
 def test_sets_of_parameters_are_refused():
     model = mlp()
     with pytest.raises(TypeError, match="params must be in an order"):
-        LocoProp(model, param_groups=[{"params": set(model[0].parameters())}])
+        published(model, param_groups=[{"params": set(model[0].parameters())}])
 
 
 @pytest.mark.parametrize(("saved", "other"), [
@@ -138,19 +137,19 @@ def test_sets_of_parameters_are_refused():
     ({"lr_decay": lambda t, T: 1.0}, {}), ({"rule": "adam"}, {}),
 ])  # fmt: skip
 def test_what_a_resume_must_agree_with(saved, other):
-    opt, resumed = LocoProp(mlp(), **saved), LocoProp(mlp(), **other)
+    opt, resumed = published(mlp(), **saved), published(mlp(), **other)
     loss_of(resumed.model).backward()
     resumed.step()
     before = {p: dict(slots) for p, slots in resumed.state.items()}
     with pytest.raises(ValueError, match=f"state_dict must be of an optimiser with {next(iter(saved))}"):
         resumed.load_state_dict(opt.state_dict())
     assert all(resumed.state[p][slot] is value for p, slots in before.items() for slot, value in slots.items())
-    LocoProp(mlp(), **saved).load_state_dict(opt.state_dict())
+    published(mlp(), **saved).load_state_dict(opt.state_dict())
 
 
 def test_state_dicts_hold_plain_values():
     """So that ``torch.load(weights_only=True)`` takes them."""
-    opt = LocoProp(mlp(), lr=np.float32(0.1))
+    opt = published(mlp(), lr=np.float32(0.1))
     for group in opt.state_dict()["param_groups"]:
         assert {type(value) for value in group.values()} <= {str, int, float, list, bool}
 
@@ -174,7 +173,7 @@ def test_parameter_groups_have_their_own_hyperparameters():
     whole, alone = train(mlp(), steps=1), train(mlp(), steps=1, **own)
     assert_same(actual, [*whole[:2], *alone[2:4], *whole[4:]])
     model = mlp()
-    opt = LocoProp(model, param_groups=[{"params": model[2].parameters(), "transfer": "softplus"}])
+    opt = published(model, param_groups=[{"params": model[2].parameters(), "transfer": "softplus"}])
     assert transfers_of(opt)["2"] == "softplus(beta=1)"
     opt.load_state_dict(opt.state_dict())
     assert str(opt.param_groups[1]["transfer"]) == "softplus(beta=1)"

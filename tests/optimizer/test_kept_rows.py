@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from locoprop_torch import GroupedLinear, LocoProp
+from locoprop_torch import GroupedLinear
 from locoprop_torch.kept import KeptRows
 from locoprop_torch.optimizer import LocoProp as Optimizer
-from tests.helpers import batch, loss_of, mlp, moved, weights
+from tests.helpers import batch, loss_of, mlp, moved, published, weights
 
 try:
     from locoprop_kernels.kernels import target
@@ -74,7 +74,7 @@ def together(model, loss, sizes, seed):
 
 def train(model, run, loss=loss_of, sizes=(64,), **options):
     """Two steps; the optimiser."""
-    opt = LocoProp(model, **{"lr": 1e-3, "rows": 3, "local_iterations": 4, **options})
+    opt = published(model, **{"lr": 1e-3, "rows": 3, "local_iterations": 4, **options})
     for step in range(2):
         opt.zero_grad()
         run(model, loss, sizes, 100 * step)

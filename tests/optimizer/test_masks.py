@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from locoprop_kernels import rules
-from locoprop_torch import LocoProp
-from tests.helpers import mlp, moved, present, steps, weights
+from tests.helpers import mlp, moved, present, published, steps, weights
 
 RULES = {"sgd": rules.SGD(), "rmsprop": rules.RMSprop(), "adam": rules.Adam()}
 
@@ -31,7 +30,7 @@ def test_masks_of_prune(rule, local_loss):
     model = mlp()
     prune.custom_from_mask(model[2], "weight", mask_like(model[2].weight))
     prune.custom_from_mask(model[0], "bias", torch.tensor([1.0, 0, 1, 0, 1]).double())
-    opt = LocoProp(model, lr=1e-3, rule=RULES[rule], local_loss=local_loss)
+    opt = published(model, lr=1e-3, rule=RULES[rule], local_loss=local_loss)
     original, bias = model[2].weight_orig.detach().clone(), model[0].bias_orig.detach().clone()
     steps(model, opt, 4)
     mask = model[2].weight_mask.bool()
@@ -47,7 +46,7 @@ def test_a_masked_layer_is_the_masked_problem():
     mask = mask_like(layer.weight)
     with torch.no_grad():
         layer.weight *= mask
-    opt = LocoProp(model, lr=1e-2, rule="sgd", local_iterations=3, masks={"0.weight": mask}, reduction="sum",
+    opt = published(model, lr=1e-2, rule="sgd", local_iterations=3, masks={"0.weight": mask}, reduction="sum",
                    lr_decay=lambda t, T: 1.0)  # fmt: skip
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     x = torch.randn(5, 6, dtype=torch.float64)
@@ -66,7 +65,7 @@ def test_a_masked_layer_is_the_masked_problem():
 def test_a_masked_parametrization():
     model = mlp()
     parametrize.register_parametrization(model[0], "weight", Masked(mask_like(model[0].weight)))
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     assert "0  6 -> 5  tanh" in repr(opt)
     original = model[0].parametrizations.weight.original.detach().clone()
     steps(model, opt, 4)
@@ -80,8 +79,8 @@ def test_other_parametrizations_go_to_aux():
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
     model = nn.Sequential(normed, nn.Tanh(), nn.Linear(4, 3)).double()
     with pytest.raises(ValueError, match=r"0\.parametrizations\.weight\.original0"):
-        LocoProp(model)
-    opt = LocoProp(model, aux="adamw")
+        published(model)
+    opt = published(model, aux="adamw")
     before = weights(model)
     steps(model, opt, 4)
     assert all(moved(model, before))
@@ -89,7 +88,7 @@ def test_other_parametrizations_go_to_aux():
 
 def test_pruning_while_training_and_making_it_permanent():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     steps(model, opt, 1)
     prune.l1_unstructured(model[2], "weight", amount=0.5)
     steps(model, opt, 2)
@@ -103,7 +102,7 @@ def test_pruning_while_training_and_making_it_permanent():
 def test_masks_by_name_are_looked_at_in_every_step():
     model = mlp()
     mask = torch.ones(4, 5, dtype=torch.bool)
-    opt = LocoProp(model, lr=1e-3, masks={"2.weight": mask})
+    opt = published(model, lr=1e-3, masks={"2.weight": mask})
     mask[1] = False
     before = model[2].weight.detach().clone()
     steps(model, opt, 4)
@@ -116,7 +115,7 @@ def test_masks_by_name_are_looked_at_in_every_step():
 def test_a_mask_holds_against_momentum_of_earlier_steps():
     model = mlp()
     mask = torch.ones(4, 5, dtype=torch.bool)
-    opt = LocoProp(model, lr=1e-3, masks={"2.weight": mask})
+    opt = published(model, lr=1e-3, masks={"2.weight": mask})
     steps(model, opt, 4)
     mask[:] = False
     before = model[2].weight.detach().clone()
@@ -130,7 +129,7 @@ def test_masked_convolution_with_channels_last():
     layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's overloads
     model = nn.Sequential(layer, nn.Tanh())
     mask = mask_like(layer.weight)
-    opt = LocoProp(model, lr=1e-3, masks={"0.weight": mask})
+    opt = published(model, lr=1e-3, masks={"0.weight": mask})
     before = layer.weight.detach().clone()
     model(torch.randn(2, 4, 6, 6, dtype=torch.float64)).square().sum().backward()
     opt.step()
@@ -139,8 +138,8 @@ def test_masked_convolution_with_channels_last():
 
 def test_bad_masks():
     with pytest.raises(ValueError, match=r"masks must name parameters.*got '7\.weight'"):
-        LocoProp(mlp(), masks={"7.weight": torch.ones(1)})
+        published(mlp(), masks={"7.weight": torch.ones(1)})
     with pytest.raises(ValueError, match=r"mask of '0\.weight' must have shape \[5, 6\], got \[6\]"):
-        LocoProp(mlp(), masks={"0.weight": torch.ones(6)})
+        published(mlp(), masks={"0.weight": torch.ones(6)})
     with pytest.raises(TypeError, match=r"mask of '0\.weight' must be a torch\.Tensor, got int"):
-        LocoProp(mlp(), masks={"0.weight": 1})  # type: ignore[dict-item]
+        published(mlp(), masks={"0.weight": 1})

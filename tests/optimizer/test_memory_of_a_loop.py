@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from bench.memory import LOOPS, LiveBytes, peak
-from locoprop_torch import LocoProp
-from tests.helpers import batch, mlp
+from tests.helpers import batch, mlp, published
 
 CPU = torch.device("cpu")
 
@@ -38,7 +37,7 @@ def test_peak_is_that_of_adam_and_the_rows(loop):
 @pytest.mark.parametrize("target", ["dual", "primal"])
 def test_a_step_releases_what_was_captured(target):
     model = mlp()
-    opt = LocoProp(model, lr=1e-3, target=target)
+    opt = published(model, lr=1e-3, target=target)
     x, y = batch()
     alive = []
     model[1].register_forward_hook(lambda _, args, out: alive.append(weakref.ref(args[0].untyped_storage())))

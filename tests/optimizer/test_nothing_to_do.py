@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from locoprop_kernels import rules
-from locoprop_torch import LocoProp
-from tests.helpers import SGD, WithNorm, assert_same, loss_of, mlp, moved, weights
+from tests.helpers import SGD, WithNorm, assert_same, loss_of, mlp, moved, published, weights
 
 
 class Experts(nn.Module):
@@ -27,7 +26,7 @@ class Experts(nn.Module):
 
 def test_an_expert_without_a_token():
     model = Experts().double()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     before = weights(model)
     for seed in range(2):
         opt.zero_grad()
@@ -41,7 +40,7 @@ def test_an_expert_without_a_token():
 
 def test_only_aux_trains():
     model = WithNorm().double()
-    opt = LocoProp(model, aux="adamw")
+    opt = published(model, aux="adamw")
     model.inner.requires_grad_(False)
     model.head.requires_grad_(False)
     before = weights(model)
@@ -55,7 +54,7 @@ def test_everything_frozen_at_construction():
     model = WithNorm().double()
     for layer in (model.inner, model.head):
         layer.requires_grad_(False)
-    opt = LocoProp(model, aux=torch.optim.SGD(model.norm.parameters(), lr=0.1))
+    opt = published(model, aux=torch.optim.SGD(model.norm.parameters(), lr=0.1))
     loss_of(model).backward()
     opt.step()
 
@@ -76,7 +75,7 @@ def zero_grad_before_the_step(model, opt):
 @pytest.mark.parametrize("before", [nothing, forward_alone, zero_grad_before_the_step])
 def test_a_step_without_gradients(before):
     model = mlp()
-    opt = LocoProp(model)
+    opt = published(model)
     values = weights(model)
     before(model, opt)
     assert opt.step() is None
@@ -89,14 +88,14 @@ def test_a_step_without_gradients(before):
 
 def test_a_closure_without_backward():
     model = mlp()
-    opt = LocoProp(model)
+    opt = published(model)
     assert torch.is_tensor(opt.step(lambda: loss_of(model)))
     assert opt.step(lambda: None) is None
 
 
 def test_empty_batches():
     model = mlp()
-    opt = LocoProp(model)
+    opt = published(model)
     before = weights(model)
     model(torch.zeros(0, 6, dtype=torch.float64)).sum().backward()
     opt.step()
@@ -106,14 +105,14 @@ def test_empty_batches():
 
 def test_empty_images():
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU())
-    opt = LocoProp(model)
+    opt = published(model)
     model(torch.zeros(0, 2, 5, 5)).sum().backward()
     opt.step()
 
 
 def test_a_gradient_without_rows_is_one_step_of_the_rule(caplog):
     model = nn.ModuleDict({"used": nn.Linear(6, 3), "unused": nn.Linear(6, 3)}).double()
-    opt = LocoProp(model, **SGD)
+    opt = published(model, **SGD)
     unused = [p.detach().clone() for p in model["unused"].parameters()]
     with caplog.at_level(logging.WARNING, "locoprop_torch"):
         for _ in range(2):
@@ -136,7 +135,7 @@ def test_gradients_that_the_user_sets_are_steps_of_the_rule(rule):
     from locoprop_kernels.testing import torch_optimizer
 
     model, twin = mlp(), mlp()
-    opt = LocoProp(model, lr=1e-2, activation_lr=1.0, rule=rule)
+    opt = published(model, lr=1e-2, activation_lr=1.0, rule=rule)
     plain = torch_optimizer(rule, list(twin.parameters()), lr=1e-2)
     for seed in range(3):
         for m in (model, twin):
@@ -152,7 +151,7 @@ def test_gradients_that_the_user_sets_are_steps_of_the_rule(rule):
 def test_a_second_step_on_the_same_gradient():
     """torch takes it again; so do we, as far as the gradient goes."""
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     loss_of(model).backward()
     opt.step()
     before = weights(model)
@@ -163,7 +162,7 @@ def test_a_second_step_on_the_same_gradient():
 
 def test_a_layer_that_is_frozen_for_a_while():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     for frozen in (False, True, False):
         model[2].requires_grad_(not frozen)
         before = weights(model)

@@ -56,7 +56,10 @@ def runs():
         name = path.stem.removeprefix("tf_").removeprefix("LocoProp")
         short = name.startswith(("BP", "MIXED")) or name in SHORT
         yield pytest.param("reference", path, id=f"reference-{path.stem}")
-        yield pytest.param("triton", path, id=f"triton-{path.stem}", marks=() if short else pytest.mark.sweep)
+        marks = () if short else pytest.mark.sweep
+        yield pytest.param("triton", path, id=f"triton-{path.stem}", marks=marks)
+        # The notebook's batches are small enough for the driver that holds all their rows.
+        yield pytest.param("rows", path, id=f"rows-{path.stem}", marks=() if name in SHORT else pytest.mark.sweep)
 
 
 def few_tiles():
@@ -66,12 +69,23 @@ def few_tiles():
     return configs.use(configs.Config(n=32, b=64, k=128, r=64)) if target.interpreted() else nullcontext()
 
 
-@pytest.mark.parametrize(("backend", "path"), list(runs()))
-def test_trajectory(backend, path):
-    if backend == "triton":
+def a_program_for_each_block():
+    from locoprop_kernels.kernels import configs
+
+    return configs.use(driver="rows")
+
+
+CONTEXTS = {"reference": nullcontext, "triton": few_tiles, "rows": a_program_for_each_block}
+
+
+@pytest.mark.parametrize(("way", "path"), list(runs()))
+def test_trajectory(way, path):
+    if way != "reference":
         pytest.importorskip("triton")
-    with few_tiles() if backend == "triton" else nullcontext():
-        follow(path, backend)
+    with CONTEXTS[way]():
+        report = follow(path, "reference" if way == "reference" else "triton")
+    if way == "rows":
+        assert "rows" in report.driver
 
 
 def follow(path, backend):
@@ -84,6 +98,7 @@ def follow(path, backend):
     opt = LocoProp(
         model,
         lr=1.0,  # set in every step
+        rows=None,
         activation_lr=1.0 if back_propagation else meta["act_lr"],
         local_iterations=1 if back_propagation else meta["T"],
         rule=rule_of(meta),
@@ -114,3 +129,4 @@ def follow(path, backend):
                 assert error <= tolerance * np.abs(expected - start).max(), (name, k)
     assert opt.skipped_steps == 0
     assert opt.last_reports[0].backend == backend
+    return opt.last_reports[0]

@@ -8,8 +8,7 @@ from torch import nn
 import locoprop_kernels as lk
 from locoprop_kernels import rules, transfers
 from locoprop_kernels.testing import TextbookLayer
-from locoprop_torch import LocoProp
-from tests.helpers import assert_same, mlp, present, sum_of_squares, train, weights
+from tests.helpers import assert_same, mlp, present, published, sum_of_squares, train, weights
 from tests.problems import copied, forget_transfer, problem_and_residual
 
 
@@ -82,7 +81,7 @@ def test_registered_transfer_in_a_model(registered):
             return own_function(a)
 
     model = nn.Sequential(nn.Linear(4, 6), Own(), nn.Linear(6, 2)).double()
-    opt = LocoProp(model, lr=1e-3, rule="sgd", transfers={"0": "own"}, target={"0": "primal"})
+    opt = published(model, lr=1e-3, rule="sgd", transfers={"0": "own"}, target={"0": "primal"})
     x = torch.randn(8, 4, dtype=torch.float64)
     losses = []
     for _ in range(20):

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from locoprop_torch import LocoProp
-from tests.helpers import WithNorm, backward, loss_of, mlp, moved, transfers_of, weights
+from tests.helpers import WithNorm, backward, loss_of, mlp, moved, published, transfers_of, weights
 
 
 def test_layers_without_bias_and_frozen_parameters():
@@ -16,7 +15,7 @@ def test_layers_without_bias_and_frozen_parameters():
     model[2].weight.requires_grad_(False)
     model[4].bias.requires_grad_(False)
     model[5].requires_grad_(False)
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     before = weights(model)
     backward(model, opt)
     opt.step()
@@ -30,8 +29,8 @@ def test_layers_without_bias_and_frozen_parameters():
 def test_aux_takes_the_rest():
     model = WithNorm()
     with pytest.raises(ValueError, match=r"norm\.weight, norm\.bias"):
-        LocoProp(model)
-    opt = LocoProp(model, aux=torch.optim.AdamW(model.norm.parameters(), lr=0.1))
+        published(model)
+    opt = published(model, aux=torch.optim.AdamW(model.norm.parameters(), lr=0.1))
     before = weights(model)
     backward(model, opt)
     opt.step()
@@ -42,17 +41,17 @@ def test_aux_takes_the_rest():
 
 def test_aux_may_take_whole_layers():
     model = mlp()
-    opt = LocoProp(model, aux=torch.optim.SGD(model[4].parameters(), lr=0.1))
+    opt = published(model, aux=torch.optim.SGD(model[4].parameters(), lr=0.1))
     assert set(transfers_of(opt)) == {"0", "2"}
     with pytest.raises(ValueError, match="all parameters of layer '4'"):
-        LocoProp(model, aux=torch.optim.SGD([model[4].weight], lr=0.1))
+        published(model, aux=torch.optim.SGD([model[4].weight], lr=0.1))
     with pytest.raises(ValueError, match="supported layer"):
-        LocoProp(model, aux=torch.optim.SGD(model.parameters(), lr=0.1))
+        published(model, aux=torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_an_unused_branch_is_left_alone():
     model = nn.ModuleDict({"used": nn.Linear(6, 3), "unused": nn.Linear(6, 3)})
-    opt = LocoProp(model)
+    opt = published(model)
     before = weights(model)
     for set_to_none in (True, False):
         loss_of(model["used"]).backward()
@@ -66,7 +65,7 @@ def test_an_unused_branch_is_left_alone():
 
 def test_add_param_group():
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     head = nn.Linear(5, 3)
     with pytest.raises(ValueError, match="belong to supported layers"):
         opt.add_param_group({"params": head.parameters()})
@@ -88,7 +87,7 @@ def test_add_param_group():
 
 def test_two_optimizers_in_turn():
     model = mlp()
-    first, second = LocoProp(model, lr=1e-3), LocoProp(model, lr=1e-3, rule="sgd")
+    first, second = published(model, lr=1e-3), published(model, lr=1e-3, rule="sgd")
     for opt in (first, second):
         before = weights(model)
         backward(model, opt)
@@ -99,7 +98,7 @@ def test_two_optimizers_in_turn():
 @pytest.mark.parametrize("after_a_step", [False, True])
 def test_the_model_may_move(after_a_step):
     model = mlp(dtype=torch.float32)
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     if after_a_step:
         backward(model, opt)
         opt.step()

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from locoprop_torch import LocoProp
-from tests.helpers import SGD, assert_same, batch, loss_of, mlp, moved, present, rows, step_of, weights
+from tests.helpers import SGD, assert_same, batch, loss_of, mlp, moved, present, published, rows, step_of, weights
 
 
 def attack(model, opt):
@@ -65,7 +64,7 @@ def backward_that_raises(model, opt):
 ])  # fmt: skip
 def test_backward_passes_that_add_to_no_gradient_do_not_count(before):
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     before(model, opt)
     assert rows(opt) == [0, 0, 0]
     loss_of(model).backward()
@@ -76,7 +75,7 @@ def test_backward_passes_that_add_to_no_gradient_do_not_count(before):
 
 def test_saliency_calls_keep_nothing():
     model = mlp()
-    opt = LocoProp(model)
+    opt = published(model)
     alive: list[weakref.ref] = []
     for layer in model:
         layer.register_forward_hook(
@@ -95,7 +94,7 @@ def test_saliency_calls_keep_nothing():
 def test_gradient_penalty_has_the_same_rows_in_every_layer():
     """The last layer's output has no part in the penalty, its weight has."""
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     x = batch(64)[0].requires_grad_()
     (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     opt.zero_grad()
@@ -105,7 +104,7 @@ def test_gradient_penalty_has_the_same_rows_in_every_layer():
 
 def test_gradient_penalty_on_the_batch_itself():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     x, y = batch()
     out = model(x.requires_grad_())
     (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
@@ -115,7 +114,7 @@ def test_gradient_penalty_on_the_batch_itself():
 
 def test_a_differentiable_gradient_that_is_thrown_away():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     x = batch(64)[0].requires_grad_()
     torch.autograd.grad(model(x).sum(), x, create_graph=True)
     gc.collect()
@@ -125,7 +124,7 @@ def test_a_differentiable_gradient_that_is_thrown_away():
 
 def test_backward_into_one_layer_alone():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     loss_of(model).backward(inputs=[model[2].weight])
     assert rows(opt) == [0, 8, 0]
     before = weights(model)
@@ -135,7 +134,7 @@ def test_backward_into_one_layer_alone():
 
 def test_accumulation_with_an_attack_in_between():
     model, twin = mlp(), mlp()
-    opt, plain = LocoProp(model, lr=1e-3), LocoProp(twin, lr=1e-3)
+    opt, plain = published(model, lr=1e-3), published(twin, lr=1e-3)
     for m, o in ((model, opt), (twin, plain)):
         loss_of(m, seed=1).backward()
         if m is model:
@@ -148,7 +147,7 @@ def test_accumulation_with_an_attack_in_between():
 def test_vectorised_forward_pass_is_a_step_of_the_rule():
     """Its rows are hidden in a batched tensor; its gradient is not."""
     model = nn.Sequential(nn.Linear(6, 3)).double()
-    opt = LocoProp(model, **SGD)
+    opt = published(model, **SGD)
     before = weights(model)
     torch.vmap(model)(batch()[0]).square().sum().backward()
     expected = [w - 1e-2 * 3.0 * present(p.grad) for w, p in zip(before, model.parameters(), strict=True)]
@@ -161,7 +160,7 @@ def test_vectorised_forward_pass_is_a_step_of_the_rule():
 def test_second_backward_pass_after_a_step():
     """Its rows were used; its gradient is a step of the rule, as with every optimiser."""
     model = nn.Sequential(nn.Linear(6, 3)).double()
-    opt = LocoProp(model, **SGD)
+    opt = published(model, **SGD)
     loss = loss_of(model)
     loss.backward(retain_graph=True)
     opt.step()
@@ -173,7 +172,7 @@ def test_second_backward_pass_after_a_step():
 
 def test_zero_grad_between_two_backward_passes_of_one_graph():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     loss = loss_of(model)
     loss.backward(retain_graph=True)
     opt.zero_grad()
@@ -185,7 +184,7 @@ def test_zero_grad_between_two_backward_passes_of_one_graph():
 
 def test_zero_grad_after_the_forward_pass():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     loss = loss_of(model)
     opt.zero_grad()
     loss.backward()

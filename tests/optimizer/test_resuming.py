@@ -5,13 +5,12 @@ import warnings
 import pytest
 import torch
 
-from locoprop_torch import LocoProp
-from tests.helpers import WithNorm, backward, mlp, moved, steps, weights
+from tests.helpers import WithNorm, backward, mlp, moved, published, steps, weights
 
 
 def test_lr_schedulers():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: epoch / 2)  # starts at zero
@@ -26,7 +25,7 @@ def test_lr_schedulers():
 
 def test_closure():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     assert torch.is_tensor(opt.step(lambda: backward(model, opt)))
 
 
@@ -34,7 +33,7 @@ def test_closure():
 def test_state_dict_resumes_exactly(rule, tmp_path):
     def fresh(seed):
         model = WithNorm(seed)
-        return model, LocoProp(model, lr=1e-3, rule=rule, aux=torch.optim.AdamW(model.norm.parameters(), lr=0.01))
+        return model, published(model, lr=1e-3, rule=rule, aux=torch.optim.AdamW(model.norm.parameters(), lr=0.01))
 
     model, opt = fresh(0)
     steps(model, opt, 3)
@@ -50,11 +49,11 @@ def test_state_dict_resumes_exactly(rule, tmp_path):
 
 def test_state_dict_of_bfloat16_parameters_keeps_float32():
     model = mlp(dtype=torch.bfloat16)
-    opt = LocoProp(model, lr=1e-2)
+    opt = published(model, lr=1e-2)
     backward(model, opt)
     opt.step()
     twin = mlp(dtype=torch.bfloat16)
-    other = LocoProp(twin, lr=1e-2)
+    other = published(twin, lr=1e-2)
     other.load_state_dict(opt.state_dict())
     state, expected = other.state[twin[0].weight]["square_avg"], opt.state[model[0].weight]["square_avg"]
     assert state.dtype == torch.float32
@@ -65,9 +64,9 @@ def test_state_dict_of_bfloat16_parameters_keeps_float32():
 def test_state_dict_of_another_optimizer_is_refused():
     model = WithNorm()
     aux = torch.optim.AdamW(model.norm.parameters())
-    opt = LocoProp(model, aux=aux)
+    opt = published(model, aux=aux)
     with pytest.raises(ValueError, match="rule"):
-        opt.load_state_dict(LocoProp(model, rule="adam", aux=aux).state_dict())
-    plain = LocoProp(mlp())
+        opt.load_state_dict(published(model, rule="adam", aux=aux).state_dict())
+    plain = published(mlp())
     with pytest.raises(ValueError, match="without aux"):
         plain.load_state_dict({**plain.state_dict(), "aux": aux.state_dict()})

@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from locoprop_torch import LocoProp
-from tests.helpers import mlp, steps, weights
+from tests.helpers import mlp, published, steps, weights
 
 ROWS = 8
 
 
 def trained(count=3, rows=None, **options):
     model = mlp()
-    opt = LocoProp(model, lr=1e-3, rows=rows, **options)
+    opt = published(model, lr=1e-3, rows=rows, **options)
     steps(model, opt, count)
     return model, opt
 
@@ -41,11 +40,11 @@ def test_resume_in_the_middle_gives_the_same_bits():
     steps(model, opt, 2, start=2)
     again = mlp()
     again.load_state_dict(kept)
-    resumed = LocoProp(again, lr=1e-3, rows=3)
+    resumed = published(again, lr=1e-3, rows=3)
     resumed.load_state_dict(saved)
     steps(again, resumed, 2, start=2)
     assert all(map(torch.equal, weights(again), weights(model)))
-    another = LocoProp(copy.deepcopy(model), lr=1e-3, rows=3)
+    another = published(copy.deepcopy(model), lr=1e-3, rows=3)
     assert another.rows_seed == 0 != resumed.rows_seed
 
 
@@ -66,7 +65,7 @@ def test_convolutions_and_several_passes(groups, passes):
     start = [p.clone() for p in weights(model)]
     x = torch.randn(4, 2, 6, 5, dtype=torch.float64)
     for one, rows in ((model, 40), (exact, None)):
-        opt = LocoProp(one, lr=1e-3, rows=rows)
+        opt = published(one, lr=1e-3, rows=rows)
         for part in x.chunk(passes):
             one(part).square().sum().backward()
         opt.step()
@@ -78,4 +77,4 @@ def test_convolutions_and_several_passes(groups, passes):
 @pytest.mark.parametrize("rows", [0, 2.5, True, "few"])
 def test_bad_rows(rows):
     with pytest.raises(ValueError, match="rows must be a positive integer, or None"):
-        LocoProp(mlp(), rows=rows)
+        published(mlp(), rows=rows)

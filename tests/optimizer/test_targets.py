@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from locoprop_torch import LocoProp
-from tests.helpers import assert_same, batch, mlp, train, weights
+from tests.helpers import assert_same, batch, mlp, published, train, weights
 
 
 def test_dual_target_written_by_hand():
@@ -19,7 +18,7 @@ def test_targets_of_several_passes():
     for target in ("dual", lambda a, g: torch.tanh(a) - 10.0 * g):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh()).double()
-        opt = LocoProp(model, lr=1e-2, target=target)
+        opt = published(model, lr=1e-2, target=target)
         opt.zero_grad()
         for size in (5, 2, 7):
             (model(torch.randn(size, 2, 4, dtype=torch.float64)) ** 2).sum().backward()
@@ -74,7 +73,7 @@ def test_target_propagation():
     model, inverse = mlp(second=nn.ReLU), nn.Linear(3, 4).double()
     x, y = batch(7)
     targets = {"2": lambda a, g: inverse(y).relu(), "4": lambda a, g: y, "0": lambda a, g: torch.tanh(a)}
-    opt = LocoProp(model, lr=0.1, rule="sgd", local_iterations=1, target=targets, reduction="sum")
+    opt = published(model, lr=0.1, rule="sgd", local_iterations=1, target=targets, reduction="sum")
     before = weights(model)
     h = torch.tanh(model[0](x))
     a = model[2](h)

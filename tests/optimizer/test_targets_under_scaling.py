@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from locoprop_torch import LocoProp
-from tests.helpers import assert_same, batch, mlp
+from tests.helpers import assert_same, batch, mlp, published
 
 
 def own(a, gradient):
@@ -17,7 +16,7 @@ TARGETS = {"dual": "dual", "primal": "primal", "own": own, "mixed": {"0": own, "
 
 def stepped(target, scale=None, after_backward=None, microbatches=1):
     model = mlp(dtype=torch.float32)
-    opt = LocoProp(model, lr=1e-3, activation_lr=3.0, target=target)
+    opt = published(model, lr=1e-3, activation_lr=3.0, target=target)
     scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
     for seed in range(microbatches):
         x, y = batch(seed=seed, dtype=torch.float32)
@@ -53,7 +52,7 @@ def test_the_loss_scale_has_no_effect(target, after_backward, microbatches):
 
 def test_scaling_by_hand_has_no_effect():
     model = mlp(dtype=torch.float32)
-    opt = LocoProp(model, lr=1e-3, activation_lr=3.0, target="primal")
+    opt = published(model, lr=1e-3, activation_lr=3.0, target="primal")
     x, y = batch(seed=0, dtype=torch.float32)
     (1024 * (model(x) - y).square().mean()).backward()
     unscale_by_hand(None, opt, model)

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 
 from locoprop_kernels import rules, transfers
 from locoprop_kernels.testing import TextbookLayer
-from locoprop_torch import LocoProp
 from locoprop_torch.optimizer import default_lr_decay
-from tests.helpers import assert_same, backward, batch, mlp, present
+from tests.helpers import assert_same, backward, batch, mlp, present, published
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -17,7 +16,7 @@ from tests.helpers import assert_same, backward, batch, mlp, present
 def test_step_is_the_textbook_form(reduction, local_loss, prox):
     model = mlp()
     rule = rules.RMSprop(momentum=0.9)
-    opt = LocoProp(
+    opt = published(
         model, lr=1e-3, activation_lr=3.0, local_iterations=4, rule=rule, local_loss=local_loss, prox=prox,
         reduction=reduction,
     )  # fmt: skip
@@ -49,7 +48,7 @@ def test_step_is_the_textbook_form(reduction, local_loss, prox):
 
 def test_one_iteration_recovers_back_propagation():
     model, twin = mlp(), mlp()
-    opt = LocoProp(model, lr=0.01, activation_lr=1.0, local_iterations=1, rule=rules.Adam(), reduction="sum")
+    opt = published(model, lr=0.01, activation_lr=1.0, local_iterations=1, rule=rules.Adam(), reduction="sum")
     adam = torch.optim.Adam(twin.parameters(), lr=0.01)
     for step in range(5):
         backward(model, opt, seed=step)
@@ -61,7 +60,7 @@ def test_one_iteration_recovers_back_propagation():
 
 def test_loss_falls():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3, rule=rules.RMSprop(momentum=0.9))
+    opt = published(model, lr=1e-3, rule=rules.RMSprop(momentum=0.9))
     losses = []
     for _ in range(60):
         losses.append(backward(model, opt, 64).item())
@@ -71,7 +70,7 @@ def test_loss_falls():
 
 def test_trace_shows_every_layers_local_objective():
     model = mlp()
-    opt = LocoProp(model, lr=1e-4, rule="sgd", local_iterations=5, trace=True)
+    opt = published(model, lr=1e-4, rule="sgd", local_iterations=5, trace=True)
     backward(model, opt)
     opt.step()
     traces = [present(trace) for trace in opt.last_reports[0].trace]

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import locoprop_kernels as lk
-from locoprop_torch import LocoProp
-from tests.helpers import present
+from tests.helpers import present, published
 
 
 class Tied(nn.Module):
@@ -29,7 +28,7 @@ class Tied(nn.Module):
 def test_tied_layers_are_one_problem():
     torch.manual_seed(0)
     model = Tied().double()
-    opt = LocoProp(model, lr=1e-3, activation_lr=3.0, reduction="sum")
+    opt = published(model, lr=1e-3, activation_lr=3.0, reduction="sum")
     assert "also second" in repr(opt)
     x = torch.randn(5, 4, dtype=torch.float64)
     opt.zero_grad()
@@ -54,7 +53,7 @@ def test_tied_layers_are_one_problem():
 def test_copies_of_tied_grouped_and_primal_layers():
     torch.manual_seed(0)
     model = nn.Sequential(Tied(), nn.Unflatten(1, (1, 2)), nn.Conv1d(1, 2, 2), nn.Tanh())
-    pair = model, LocoProp(model, lr=1e-2, target={"2": "primal"})
+    pair = model, published(model, lr=1e-2, target={"2": "primal"})
     twin = copy.deepcopy(pair)
     x = torch.randn(5, 4)
     for module, opt in (pair, twin):
@@ -67,10 +66,10 @@ def test_copies_of_tied_grouped_and_primal_layers():
 
 def test_tied_layers_must_agree():
     with pytest.raises(ValueError, match=r"first, second share their weight.*identity, tanh|tanh.*identity"):
-        LocoProp(Tied((torch.tanh, torch.erf)))
-    LocoProp(Tied((torch.tanh, torch.erf)), transfers={"second": "tanh"})
+        published(Tied((torch.tanh, torch.erf)))
+    published(Tied((torch.tanh, torch.erf)), transfers={"second": "tanh"})
     with pytest.raises(ValueError, match="must share their bias"):
-        LocoProp(Tied(share_bias=False))
+        published(Tied(share_bias=False))
 
 
 def test_embedding_tied_with_the_head():
@@ -80,7 +79,7 @@ def test_embedding_tied_with_the_head():
     model = nn.Sequential(embedding, nn.Linear(4, 4), nn.Tanh(), head)
     twin = copy.deepcopy(model)
     tokens = torch.randint(7, (3, 5))
-    opt = LocoProp(model, lr=0.1, activation_lr=1.0, local_iterations=1, rule="sgd", reduction="sum")
+    opt = published(model, lr=0.1, activation_lr=1.0, local_iterations=1, rule="sgd", reduction="sum")
     plain = torch.optim.SGD(twin.parameters(), lr=0.1)
     for m, o in ((model, opt), (twin, plain)):
         o.zero_grad()

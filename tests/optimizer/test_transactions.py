@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from locoprop_torch import LocoProp
-from tests.helpers import WithNorm, backward, batch, mlp, moved, present, weights
+from tests.helpers import WithNorm, backward, batch, mlp, moved, present, published, weights
 
 
 def snapshot(model, opt):
@@ -39,7 +38,7 @@ def with_infinite_gradient(model, x, y):
 @pytest.mark.parametrize("iterations", [1, 4])
 def test_non_finite_steps_change_nothing(spoil, rule, iterations):
     model = mlp()
-    opt = LocoProp(model, lr=1e-3, rule=rule, local_iterations=iterations)
+    opt = published(model, lr=1e-3, rule=rule, local_iterations=iterations)
     backward(model, opt)
     opt.step()
     before = snapshot(model, opt)
@@ -62,7 +61,7 @@ def test_non_finite_steps_change_nothing(spoil, rule, iterations):
 def test_divergence_of_a_local_loop_changes_nothing():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-    opt = LocoProp(model, lr=1e4, rule="sgd", local_iterations=60, local_loss="squared", lr_decay=lambda t, T: 1.0)
+    opt = published(model, lr=1e4, rule="sgd", local_iterations=60, local_loss="squared", lr_decay=lambda t, T: 1.0)
     backward(model, opt)
     before = snapshot(model, opt)
     with pytest.warns(RuntimeWarning, match="not finite"):
@@ -72,7 +71,7 @@ def test_divergence_of_a_local_loop_changes_nothing():
 
 def test_aux_is_part_of_the_transaction():
     model = WithNorm()
-    opt = LocoProp(model, aux=torch.optim.AdamW(model.norm.parameters(), lr=0.1))
+    opt = published(model, aux=torch.optim.AdamW(model.norm.parameters(), lr=0.1))
     for spoiled in (model.head.weight, model.norm.weight):
         backward(model, opt)
         present(spoiled.grad)[0] = float("nan")
@@ -86,7 +85,7 @@ def test_aux_is_part_of_the_transaction():
 
 def test_a_non_finite_loss_of_a_closure_is_not_trusted():
     model = mlp()
-    opt = LocoProp(model)
+    opt = published(model)
     before = weights(model)
     with pytest.warns(RuntimeWarning, match="loss"):
         opt.step(lambda: backward(model, opt) + float("inf"))
@@ -95,7 +94,7 @@ def test_a_non_finite_loss_of_a_closure_is_not_trusted():
 
 def test_all_groups_commit_or_none():
     model = nn.Sequential(nn.Linear(6, 5))
-    opt = LocoProp(model, lr=1e-3)
+    opt = published(model, lr=1e-3)
     head = nn.Linear(5, 3)
     model.append(head)
     opt.add_param_group({"params": head.parameters()})

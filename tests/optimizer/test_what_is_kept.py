@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from locoprop_torch import LocoProp
 from locoprop_torch.capture import CapturedLayer
-from tests.helpers import batch, captured, held, loss_of, mlp, weights
+from tests.helpers import batch, captured, held, loss_of, mlp, published, weights
 from tests.optimizer.test_kept_rows import needs_kernels, one_by_one, together
 
 
@@ -30,7 +29,7 @@ def held_bytes(opt):
 @pytest.mark.parametrize("passes", [1, 2, 8, 32])
 def test_what_is_held_does_not_grow_with_the_passes(passes, run):
     model = mlp()
-    opt = LocoProp(model, rows=4, local_iterations=5)
+    opt = published(model, rows=4, local_iterations=5)
     run(model, loss_of, [64] * passes, 0)
     for layer in captured(opt).values():
         assert 4 * 4 / 2 <= held(layer) <= 4 * 4
@@ -42,7 +41,7 @@ def test_a_forward_pass_keeps_copies_of_few_rows_alone(monkeypatch):
     found = []
     monkeypatch.setattr(CapturedLayer, "_reach", lambda self, captured, gradient: found.append(captured))
     model = mlp()
-    opt = LocoProp(model, rows=4, local_iterations=5)
+    opt = published(model, rows=4, local_iterations=5)
     loss_of(model, 256).backward()
     assert all(one.x is None and one.preactivation is None for one in found)
     assert [sum(map(len, one.kept.x)) for one in found] == [16, 16, 16]
@@ -51,7 +50,7 @@ def test_a_forward_pass_keeps_copies_of_few_rows_alone(monkeypatch):
 
 def test_small_batches_are_held_without_a_copy():
     model = mlp()
-    opt = LocoProp(model, rows=4, local_iterations=5)
+    opt = published(model, rows=4, local_iterations=5)
     loss_of(model, 16).backward()  # four sets, and four local steps that take one
     assert all(one.kept is None for passes in captured(opt).values() for one in passes)
 
@@ -61,7 +60,7 @@ def test_overwriting_is_harmless_once_rows_are_kept():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)).double()
         model[0].weight.requires_grad_(False)  # autograd does not guard the input then
-        opt = LocoProp(model, lr=1e-3, rows=3, local_iterations=4)
+        opt = published(model, lr=1e-3, rows=3, local_iterations=4)
         x, y = batch(64)
         F.mse_loss(model(x), y).backward()
         if overwrite:
@@ -144,7 +143,7 @@ def compiled(model, x, y):
 def test_only_what_counts_says_which_rows(passes, plain):
     model, twin = mlp(), mlp()
     for m, run in ((model, passes), (twin, plain)):
-        opt = LocoProp(m, lr=1e-3, rows=3, local_iterations=4)
+        opt = published(m, lr=1e-3, rows=3, local_iterations=4)
         kept = run(m, *batch(64))
         # Beside a pass that has its place, and may still count, others stay whole.
         assert kept is not None or all(held(layer) <= 9 for layer in captured(opt).values())
@@ -157,7 +156,7 @@ def test_only_what_counts_says_which_rows(passes, plain):
 def test_a_pass_of_an_earlier_step_counts_in_a_later_one():
     """Its rows were chosen for another step; as many are there as should be."""
     model = mlp()
-    opt = LocoProp(model, lr=0.0, rows=3, local_iterations=4)  # torch refuses where weights have changed
+    opt = published(model, lr=0.0, rows=3, local_iterations=4)  # torch refuses where weights have changed
     for p in model.parameters():
         p.data = p.data.clone()
     early = loss_of(model, 50)
@@ -172,7 +171,7 @@ def test_a_pass_of_an_earlier_step_counts_in_a_later_one():
 
 def test_a_call_of_an_earlier_step_does_not_hold_up_later_ones():
     model = mlp()
-    opt = LocoProp(model, lr=1e-3, rows=3, local_iterations=4)
+    opt = published(model, lr=1e-3, rows=3, local_iterations=4)
     alive = model(batch(64)[0])  # never differentiated
     loss_of(model, 64).backward()
     opt.step()
@@ -193,7 +192,7 @@ def test_a_call_of_an_earlier_step_does_not_hold_up_later_ones():
 def test_what_was_captured_wins(change, backend):
     model, twin = mlp(dtype=torch.float32), mlp(dtype=torch.float32)
     for m in (model, twin):
-        opt = LocoProp(m, lr=1e-3, rows=3, local_iterations=4, backend=backend)
+        opt = published(m, lr=1e-3, rows=3, local_iterations=4, backend=backend)
         loss_of(m, 64).backward()
         if m is model:
             for name, value in change.items():
@@ -207,7 +206,7 @@ def test_what_was_captured_wins(change, backend):
 def test_local_iterations_may_change_in_between(iterations):
     model, twin = mlp(), mlp()
     for m, before in ((model, 4), (twin, iterations)):
-        opt = LocoProp(m, lr=1e-3, rows=3, local_iterations=before)
+        opt = published(m, lr=1e-3, rows=3, local_iterations=before)
         loss_of(m, 64).backward()
         opt.param_groups[0]["local_iterations"] = iterations
         opt.step()
@@ -218,13 +217,13 @@ def test_local_iterations_may_change_in_between(iterations):
 
 def test_rows_set_after_the_forward_pass():
     model, twin = mlp(), mlp()
-    opt = LocoProp(model, lr=1e-3, local_iterations=4)
+    opt = published(model, lr=1e-3, local_iterations=4)
     loss = loss_of(model, 64)
     opt.rows = 3
     loss.backward()
     assert all(held(layer) == 9 for layer in captured(opt).values())
     opt.step()
-    other = LocoProp(twin, lr=1e-3, local_iterations=4, rows=3)
+    other = published(twin, lr=1e-3, local_iterations=4, rows=3)
     loss_of(twin, 64).backward()
     other.step()
     assert all(map(torch.equal, weights(model), weights(twin)))
@@ -233,7 +232,7 @@ def test_rows_set_after_the_forward_pass():
 def test_resume_between_steps_of_several_passes():
     def fresh():
         model = mlp()
-        return model, LocoProp(model, lr=1e-3, rows=3, local_iterations=4)
+        return model, published(model, lr=1e-3, rows=3, local_iterations=4)
 
     def steps(model, opt, start, count):
         for step in range(start, start + count):
@@ -256,7 +255,7 @@ def test_resume_between_steps_of_several_passes():
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_keep_few_rows_too(how):
     model = mlp()
-    opt = LocoProp(model, lr=1e-3, rows=3, local_iterations=4)
+    opt = published(model, lr=1e-3, rows=3, local_iterations=4)
     loss_of(model, 64).backward()
     opt.step()
     twin, other = copy.deepcopy((model, opt)) if how == "deepcopy" else pickle.loads(pickle.dumps((model, opt)))
@@ -270,7 +269,7 @@ def test_copies_keep_few_rows_too(how):
 
 def test_layers_that_come_later_keep_few_rows_too():
     model = mlp()
-    opt = LocoProp(model, rows=3, local_iterations=4)
+    opt = published(model, rows=3, local_iterations=4)
     model.append(nn.Linear(3, 3).double())
     opt.add_param_group({"params": list(model[5].parameters())})
     loss_of(model, 64).backward()
@@ -279,7 +278,7 @@ def test_layers_that_come_later_keep_few_rows_too():
 
 def test_bad_rows_set_later_are_refused_by_name():
     model = mlp()
-    opt = LocoProp(model, rows=3)
+    opt = published(model, rows=3)
     setattr(opt, "rows", "few")  # noqa: B010
     with pytest.raises(ValueError, match="rows must be a positive integer"):
         loss_of(model)

@@ -56,7 +56,9 @@ def check_results(results, methods, epochs, baseline_epochs):
 
 def test_all_methods_on_curves(tmp_path, capsys):
     results = run_demo(tmp_path / "new" / "folder", "--images", "400", "--epochs", "2", "--baseline-epochs", "3")
-    check_results(results, ["LocoProp-M", "LocoProp-S", "RMSProp", "Adam"], epochs=2, baseline_epochs=3)
+    check_results(
+        results, ["LocoProp-M", "LocoProp-M, 32 rows", "LocoProp-S", "RMSProp", "Adam"], epochs=2, baseline_epochs=3
+    )
     config, environment = results["config"], results["environment"]
     assert (config["data"], config["train_images"], config["seed"], config["dtype"]) == ("curves", 400, 0, "float32")
     assert environment["torch"] == torch.__version__
@@ -78,6 +80,15 @@ def test_same_seed_same_losses(tmp_path):
     for method in first:
         assert first[method]["train_loss"] == again[method]["train_loss"]
         assert first[method]["train_loss"] != other[method]["train_loss"]
+
+
+def test_equal_time(tmp_path):
+    results = run_demo(tmp_path, "--images", "200", "--seconds", "0.2", "--methods", "locoprop-rows", "adam")
+    assert results["config"]["seconds"] == 0.2
+    for entry in results["methods"].values():
+        assert entry["seconds"][-1] >= 0.2
+        assert all(seconds < 0.2 for seconds in entry["seconds"][:-1])
+        assert entry["final"]["epochs"] == len(entry["seconds"])
 
 
 def test_npz_data_in_bfloat16(tmp_path):
@@ -128,6 +139,8 @@ def test_diverged_loss_is_null_and_drawn_around(tmp_path, monkeypatch):
         (["--device", "meta"], "--device 'meta' cannot be used"),
         (["--epochs", "0"], "--epochs: must be >= 1, got 0"),
         (["--epochs", "two"], "--epochs: invalid integer value: 'two'"),
+        (["--seconds", "0"], "--seconds must be finite and > 0, got 0"),
+        (["--seconds", "9", "--epochs", "2"], "--seconds is in place of --epochs"),
         (["--seed", "-1"], "--seed: must be >= 0, got -1"),
         (["--methods", "sgd"], "invalid choice: 'sgd'"),
         (["--methods"], "--methods: expected at least one argument"),

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from bench.autoencoder import compare
+from locoprop_torch.unit import PER_EXAMPLE
 from tests.processes.pool import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +118,48 @@ def test_training_table_is_the_measured_one():
         run = results["methods"]["LocoProp-M"]
         losses = [*run["train_loss"], run["test_loss"][-1]]
         assert f"| {dtype} | {' | '.join(f'{loss:.2f}' for loss in losses)} |" in page
+
+
+def test_experiments_table_is_the_measured_one():
+    """The table in experiments.md and its statements, from bench/results/autoencoder; the picture is the report's."""
+    page = (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
+    folder = ROOT / "bench/results/autoencoder"
+    blocks = json.loads((folder / "results.json").read_text(encoding="utf-8"))["compare"]
+    for name in blocks["mnist, tanh"]["entries"]:
+        entries = [block["entries"][name] for block in blocks.values()]
+        figures = [f"{compare.final_loss(one):.1f} | {compare.epoch_seconds(one):.2f}" for one in entries]
+        assert f"| {entries[0]['label']} | {' | '.join(figures)} |" in page
+    words = {True: "yes", False: "no"}
+    for i, one in enumerate(blocks["mnist, tanh"]["statements"]):
+        holds = [words[block["statements"][i]["holds"]] for block in blocks.values()]
+        assert f"| {one['text']} | {' | '.join(holds)} |" in page
+    entries, longer = (blocks["mnist, tanh"][part] for part in ("entries", "longer"))
+    ours, soap, rmsprop = (compare.final_loss(entries[name]) for name in ("locoprop-m", "soap", "rmsprop"))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"lowest at equal epochs ({ours:.1f}; SOAP {soap:.1f}, RMSProp {rmsprop:.1f})" in readme
+    assert f"at equal time RMSProp does ({compare.final_loss(longer['rmsprop']):.1f})" in readme
+    picture = (ROOT / "docs/paper_curves.png").read_bytes()
+    assert picture == (folder / "curves-mnist-tanh.png").read_bytes()
+
+
+def test_table_of_the_defaults_is_the_measured_one():
+    """The first column of bench/results/defaults/README.md is that of the defaults that the library has."""
+    folder = ROOT / "bench/results/defaults"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    losses: dict[tuple[str, str], list[float]] = {}
+    for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        losses.setdefault((run["task"], run["configuration"]), []).append(run["test"])
+    ours = next(name for _, name in losses if name.startswith("library") and f"{PER_EXAMPLE!r}" in name)
+    ratios = {}
+    for task in {task for task, _ in losses}:
+        assert len(losses[task, ours]) == len(losses[task, "adam"]) == 3
+        ratios[task] = sum(losses[task, ours]) / sum(losses[task, "adam"])
+        assert f"| {task} | {ratios[task]:.3f} ±" in page
+    good = sum(ratio <= 1 for ratio in ratios.values())
+    assert f"| as good as Adam | {good} of {len(ratios)} |" in page
+    assert f"| worst | {max(ratios.values()):.3f} |" in page
+    assert good >= 0.9 * len(ratios)
 
 
 def test_readme_quotes_its_results():

@@ -34,35 +34,44 @@ def _divergence(a0, change, code, parameter, P: tl.constexpr):
 
 
 @triton.jit
-def _epilogue(row_ptr, multiplied, rows, start, t, count_ptr, trace_ptr, scale, P: tl.constexpr):
-    """``E`` of a slice of a tile; returns its sums over the batch."""
-    columns = start + tl.arange(0, multiplied.shape[1])
+def difference(row_ptr, change, rows, columns, t, count_ptr, trace_ptr, P: tl.constexpr):
+    """``E`` for a change of the pre-activations, zero beyond the outputs and the examples of local step ``t``.
+
+    Stores the sum of the matching loss at ``trace_ptr``, where that is asked for.
+    """
     code = tl.load(row_ptr + c.TRANSFER)
     parameter = bits_to_float(tl.load(row_ptr + c.PARAMETER))
-    offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
     n, batch = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.BATCH)
     if P.sampled:
         batch = tl.load(count_ptr + t)
     valid = (rows < n)[:, None] & (columns < batch)[None, :]
+    a0_ptr = address(row_ptr, c.A0, P.preactivation)
+    if P.sampled:
+        a0_ptr += (t - 1) * stride(row_ptr, c.A0_STEP)
+    offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
+    a0 = tl.load(a0_ptr + offsets).to(tl.float32)
+    found = tl.where(valid, _transfer_difference(a0, change, code, parameter, P), 0.0)
+    if P.trace:
+        loss = tl.where(valid, _divergence(a0, change, code, parameter, P), 0.0)
+        tl.store(trace_ptr, tl.sum(tl.sum(loss, 1), 0))
+    return found
 
+
+@triton.jit
+def _epilogue(row_ptr, multiplied, rows, start, t, count_ptr, trace_ptr, scale, P: tl.constexpr):
+    """``E`` of a slice of a tile; returns its sums over the batch."""
+    columns = start + tl.arange(0, multiplied.shape[1])
+    offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
     change = multiplied * (1.0 / scale)
     if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
         change += tl.load(address(row_ptr, c.BIAS + c.DELTA, tl.float32) + rows)[:, None]
-    difference = change
+    found = change
     if P.form == "softmax":  # another kernel goes over whole rows
         tl.store(address(row_ptr, c.CHANGE, tl.float32) + offsets, change)
     else:
-        a0_ptr = address(row_ptr, c.A0, P.preactivation)
-        if P.sampled:
-            a0_ptr += (t - 1) * stride(row_ptr, c.A0_STEP)
-        a0 = tl.load(a0_ptr + offsets).to(tl.float32)
-        difference = _transfer_difference(a0, change, code, parameter, P)
-        difference = tl.where(valid, difference, 0.0)
-        tl.store(address(row_ptr, c.E, P.operand) + offsets, as_operand(difference * scale, P))
-        if P.trace:
-            loss = tl.where(valid, _divergence(a0, change, code, parameter, P), 0.0)
-            tl.store(trace_ptr, tl.sum(tl.sum(loss, 1), 0))
-    return tl.sum(difference, 1)
+        found = difference(row_ptr, change, rows, columns, t, count_ptr, trace_ptr, P)
+        tl.store(address(row_ptr, c.E, P.operand) + offsets, as_operand(found * scale, P))
+    return tl.sum(found, 1)
 
 
 @triton.jit

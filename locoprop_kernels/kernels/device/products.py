@@ -8,7 +8,8 @@ from locoprop_kernels.kernels.device.memory import address
 
 
 @triton.jit
-def _dot(left, right, accumulator, P: tl.constexpr):
+def dot(left, right, accumulator, P: tl.constexpr):
+    """``accumulator + left · right`` of tiles in the operands' dtype."""
     if P.interpreted:  # the interpreter takes bfloat16 for integers
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, accumulator, input_precision=P.precision)
@@ -21,7 +22,7 @@ def product(left_ptrs, right_ptrs, left_step, right_step, length, accumulator, P
     All scratch is zero-padded to whole tiles, so the loop needs no masks.
     """
     for _ in range(0, length, P.block_r):
-        accumulator = _dot(tl.load(left_ptrs), tl.load(right_ptrs), accumulator, P)
+        accumulator = dot(tl.load(left_ptrs), tl.load(right_ptrs), accumulator, P)
         left_ptrs += left_step
         right_ptrs += right_step
     return accumulator
@@ -69,7 +70,12 @@ def increment_scale(row_ptr, n_block, t, P: tl.constexpr):
     for start in range(0, k_blocks, BLOCKS):
         blocks = start + tl.arange(0, BLOCKS)
         amax = tl.maximum(amax, tl.load(amax_ptr + blocks, blocks < k_blocks, 0.0))
-    largest = tl.max(amax, 0)
+    return scale_of(tl.max(amax, 0))
+
+
+@triton.jit
+def scale_of(largest):
+    """Power of two that brings ``largest`` to about 2⁻⁶; 1 for 0."""
     exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
     exponent = tl.where(largest == 0, 0, tl.minimum(tl.maximum(-6 - exponent, -100), 100))
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)

@@ -23,6 +23,12 @@ from locoprop_kernels.kernels.device.products import increment_scale, product, s
 
 
 @triton.jit
+def note_infinite(value, valid, bad_ptr):
+    """Set ``bad`` if a number of ``value`` is not finite."""
+    tl.store(bad_ptr + tl.zeros_like(value).to(tl.int32), 1, valid & (is_finite(value) == 0))
+
+
+@triton.jit
 def _slot(parameter_ptr, i: tl.constexpr, old_offsets, new_offsets, valid, t):
     """A state slot: the stored one at the first local step, the working copy afterwards."""
     if t == 0:
@@ -36,7 +42,7 @@ def _slot(parameter_ptr, i: tl.constexpr, old_offsets, new_offsets, valid, t):
 def _keep_slot(parameter_ptr, i: tl.constexpr, value, new_offsets, valid, last, bad_ptr):
     tl.store(address(parameter_ptr, c.NEW + i, tl.float32) + new_offsets, value)
     if last:
-        tl.store(bad_ptr + tl.zeros_like(new_offsets), 1, valid & (is_finite(value) == 0))
+        note_infinite(value, valid, bad_ptr)
 
 
 @triton.jit
@@ -56,6 +62,63 @@ def _moving(parameter_ptr, offsets, valid):
 
 
 @triton.jit
+def note_result(parameter_ptr, delta, place, bad_ptr, P: tl.constexpr, U: tl.constexpr):
+    """Set ``bad`` if a commit of ``delta`` would write a number that is not finite."""
+    rows, columns, n, width, _ = place
+    valid = (rows < n)[:, None] & (columns < width)[None, :]
+    value = _value(parameter_ptr, rows.to(tl.int64)[:, None], columns, valid, U)
+    note_infinite(to_dtype(value + delta, U.parameter, P.interpreted).to(tl.float32), valid, bad_ptr)
+
+
+@triton.jit
+def gradient_at_start(parameter_ptr, place, U: tl.constexpr):
+    """``G_0`` of part of a parameter, in float32: the caller's, zero outside the parameter."""
+    rows, columns, n, width, _ = place
+    valid = (rows < n)[:, None] & (columns < width)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * tl.load(parameter_ptr + c.GRAD_ROW) + columns[None, :]
+    return tl.load(callers_address(parameter_ptr, c.GRAD, U.parameter) + offsets, valid, 0.0).to(tl.float32)
+
+
+@triton.jit
+def regularised(parameter_ptr, grad, start, delta, place, U: tl.constexpr):
+    """``grad`` with the regulariser's gradient, and ``G_0``, both zero where the parameter's mask is 0."""
+    rows, columns, n, width, _ = place
+    valid = (rows < n)[:, None] & (columns < width)[None, :]
+    long_rows = rows.to(tl.int64)[:, None]
+    if U.regulariser is not None:
+        value = _value(parameter_ptr, long_rows, columns, valid, U)
+        grad += U.regulariser(value + delta, value)
+    if U.masked:
+        moving = _moving(parameter_ptr, long_rows * width + columns[None, :], valid)
+        start = tl.where(moving, start, 0.0)
+        grad = tl.where(moving, grad, 0.0)
+    return grad, start
+
+
+@triton.jit
+def rule_at(parameter_ptr, t, rate, U: tl.constexpr):
+    """What the rule is told of local step ``t``: the parameter's own learning rate, and its number of steps so far."""
+    step = t + 1.0
+    if U.counts_steps:
+        step += tl.load(callers_address(parameter_ptr, c.STEP, tl.int64)).to(tl.float32)
+    return rate * bits_to_float(tl.load(parameter_ptr + c.RATE)), step
+
+
+@triton.jit
+def apply_rule(parameter_ptr, delta, grad, slots, place, rate, step, U: tl.constexpr):
+    """The new increment and slots of part of a parameter; the increment is zero outside it and where its mask is 0."""
+    rows, columns, n, width, _ = place
+    valid = (rows < n)[:, None] & (columns < width)[None, :]
+    HYPER: tl.constexpr = U.hyper
+    delta, s0, s1, s2 = U.rule(delta, grad, slots[0], slots[1], slots[2], rate, step, HYPER)
+    delta = tl.where(valid, delta, 0.0)
+    if U.masked:  # momentum may have moved what has no gradient; the mask is read again to save registers
+        offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        delta = tl.where(_moving(parameter_ptr, offsets, valid), delta, 0.0)
+    return delta, s0, s1, s2
+
+
+@triton.jit
 def _step(parameter_ptr, change, place, when, loss_scale, bad_ptr, P: tl.constexpr, U: tl.constexpr):
     """One step of the update rule on part of a weight or bias, whose gradient has changed by ``change``.
 
@@ -67,22 +130,16 @@ def _step(parameter_ptr, change, place, when, loss_scale, bad_ptr, P: tl.constex
     long_rows = rows.to(tl.int64)[:, None]
     new_offsets = long_rows * row_stride + columns[None, :]
     old_offsets = long_rows * width + columns[None, :]
-    grad_offsets = long_rows * tl.load(parameter_ptr + c.GRAD_ROW) + columns[None, :]
 
-    start = tl.load(callers_address(parameter_ptr, c.GRAD, U.parameter) + grad_offsets, valid, 0.0).to(tl.float32)
+    start = gradient_at_start(parameter_ptr, place, U)
+    # Ahead of the branch: behind it, Triton 3.7's pass for tensor memory fails on sm_100.
     grad = (start + change) * loss_scale
     delta_ptrs = address(parameter_ptr, c.DELTA, tl.float32) + new_offsets
-    delta = tl.zeros_like(grad)
+    delta = tl.zeros_like(start)
     if t > 0:
         delta = tl.load(delta_ptrs)
         grad += prox * delta
-    if U.regulariser is not None:
-        value = _value(parameter_ptr, long_rows, columns, valid, U)
-        grad += U.regulariser(value + delta, value)
-    if U.masked:
-        moving = _moving(parameter_ptr, old_offsets, valid)
-        start = tl.where(moving, start, 0.0)
-        grad = tl.where(moving, grad, 0.0)
+    grad, start = regularised(parameter_ptr, grad, start, delta, place, U)
 
     s0, s1, s2 = grad, grad, grad
     if U.slots > 0:
@@ -91,16 +148,9 @@ def _step(parameter_ptr, change, place, when, loss_scale, bad_ptr, P: tl.constex
         s1 = _slot(parameter_ptr, 1, old_offsets, new_offsets, valid, t)
     if U.slots > 2:
         s2 = _slot(parameter_ptr, 2, old_offsets, new_offsets, valid, t)
-    step = t + 1.0
-    if U.counts_steps:
-        step += tl.load(callers_address(parameter_ptr, c.STEP, tl.int64)).to(tl.float32)
-    rate *= bits_to_float(tl.load(parameter_ptr + c.RATE))
-    HYPER: tl.constexpr = U.hyper
-    delta, s0, s1, s2 = U.rule(delta, grad, s0, s1, s2, rate, step, HYPER)
+    rate, step = rule_at(parameter_ptr, t, rate, U)
+    delta, s0, s1, s2 = apply_rule(parameter_ptr, delta, grad, (s0, s1, s2), place, rate, step, U)
 
-    delta = tl.where(valid, delta, 0.0)
-    if U.masked:  # momentum may have moved what has no gradient; the mask is read again to save registers
-        delta = tl.where(_moving(parameter_ptr, old_offsets, valid), delta, 0.0)
     tl.store(delta_ptrs, delta)
     if U.slots > 0:
         _keep_slot(parameter_ptr, 0, s0, new_offsets, valid, last, bad_ptr)
@@ -109,14 +159,12 @@ def _step(parameter_ptr, change, place, when, loss_scale, bad_ptr, P: tl.constex
     if U.slots > 2:
         _keep_slot(parameter_ptr, 2, s2, new_offsets, valid, last, bad_ptr)
     if last:  # whether a commit would write a number that is not finite
-        value = _value(parameter_ptr, long_rows, columns, valid, U)
-        value = to_dtype(value + delta, U.parameter, P.interpreted).to(tl.float32)
-        tl.store(bad_ptr + tl.zeros_like(new_offsets), 1, valid & (is_finite(value) == 0))
+        note_result(parameter_ptr, delta, place, bad_ptr, P, U)
     return delta, start * loss_scale
 
 
 @triton.jit
-def _objective(delta, start, prox):
+def objective(delta, start, prox):
     """Sum of ``Δ · G_0 + λ/2 Δ²``."""
     delta = delta.to(tl.float64)
     return tl.sum(tl.sum(delta * start.to(tl.float64) + (0.5 * prox) * delta * delta, 1), 0)
@@ -154,7 +202,7 @@ def _weight_slice(row_ptr, multiplied, rows, start, when, scales, bad_ptr, trace
         copy_ptr += ((t + 1) % 2) * stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
     tl.store(copy_ptr + offsets, as_operand(delta * new_scale, P))
     if P.trace:
-        tl.store(trace_ptr, _objective(delta, gradient, prox))
+        tl.store(trace_ptr, objective(delta, gradient, prox))
     amax = 0.0
     if P.operand == tl.float16:
         amax = tl.max(tl.max(tl.abs(delta), 1), 0)
@@ -162,9 +210,9 @@ def _weight_slice(row_ptr, multiplied, rows, start, when, scales, bad_ptr, trace
 
 
 @triton.jit
-def _bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
+def bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
     """Update of the bias of a block of rows, a matrix of one column."""
-    t, prox = when[0], when[3]
+    t = when[0]
     change = tl.zeros_like(rows).to(tl.float32)
     if t > 0:
         if P.form == "gram":
@@ -183,7 +231,7 @@ def _bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr, P: tl.conste
     if P.form == "gram":
         gram.keep_bias(row_ptr, rows, t, delta)
     if P.trace:
-        tl.store(trace_ptr, _objective(delta, gradient, prox))
+        tl.store(trace_ptr, objective(delta, gradient, when[3]))
 
 
 @triton.jit
@@ -277,4 +325,4 @@ def update_tile(row_ptr, n_block, k_block, when, bad_ptr, trace_ptr, trace_strid
         block = (n_block, k_block, rows, columns)
         _weight_tile(row_ptr, block, (batch, k_blocks), when, loss_scale, bad_ptr, trace_ptr, P, U)
     if (k_block == 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0):
-        _bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr + k_blocks * SLICES, P, U)
+        bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr + k_blocks * SLICES, P, U)

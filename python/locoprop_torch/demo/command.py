@@ -49,8 +49,8 @@ def _number(minimum: int) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m locoprop_torch.demo",
-        description="Train a deep autoencoder with LocoProp-M, LocoProp-S, RMSProp and Adam from the same start on the "
-        "same batches, and draw the loss against epochs and against time.",
+        description="Train a deep autoencoder with LocoProp-M (on all rows and on few), LocoProp-S, RMSProp and Adam "
+        "from the same start on the same batches, and draw the loss against epochs and against time.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -83,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
         help="how many epochs RMSProp and Adam train; if not given, as many as LocoProp",
     )
     add(
+        "--seconds",
+        type=float,
+        default=None,
+        help="train every method for about so long, to the end of an epoch, in place of a number of epochs",
+    )
+    add(
         "--images",
         type=_number(1),
         default=None,
@@ -106,6 +112,10 @@ def _device(name: str) -> torch.device:
 
 def _experiment(args: argparse.Namespace) -> Experiment:
     base = CURVES if args.data == "curves" else FILES
+    if args.seconds is not None and (args.epochs or args.baseline_epochs):
+        raise ValueError("--seconds is in place of --epochs and --baseline-epochs, give one of them")
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
+        raise ValueError(f"--seconds must be finite and > 0, got {args.seconds:g}")
     epochs = args.epochs or base.epochs
     return replace(
         base,
@@ -114,6 +124,7 @@ def _experiment(args: argparse.Namespace) -> Experiment:
         hyperparameters={method: base.hyperparameters[method] for method in args.methods},
         backend=args.backend,
         compute_dtype=DTYPES[args.dtype],
+        seconds=args.seconds,
     )
 
 
@@ -125,8 +136,11 @@ def _setup(args: argparse.Namespace, experiment: Experiment, images: Tensor, tes
         "test_images": len(test_images),
         "layers": [*experiment.encoder, *reversed(experiment.encoder[:-1])],
         "batch_size": experiment.batch_size,
-        "epochs": experiment.epochs,
-        "baseline_epochs": experiment.baseline_epochs,
+        **(
+            {"epochs": experiment.epochs, "baseline_epochs": experiment.baseline_epochs}
+            if experiment.seconds is None
+            else {"seconds": experiment.seconds}
+        ),
         "seed": args.seed,
         "dtype": args.dtype,
         "backend": args.backend,
@@ -199,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     step = next((optimizer.last_reports[0] for optimizer in started if optimizer is not None), None)
     results = {"config": _setup(args, experiment, images, test_images), "environment": _environment(device, step)}
     report.show_setup(results)
-    results["methods"] = _train_all(experiment, images, test_images, args.seed, report.progress())
+    unit = "epochs" if experiment.seconds is None else "seconds"
+    results["methods"] = _train_all(experiment, images, test_images, args.seed, report.progress(unit))
     report.show_table(results)
     (args.out / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     report.draw_curves(results, args.out / "training_curves.png")
@@ -213,13 +228,15 @@ def _train_all(
     methods: dict[str, Any] = {}
     with progress as bars:
         tasks = {
-            method: bars.add_task(METHODS[method], total=experiment.epochs_of(method), start=False)
+            method: bars.add_task(
+                METHODS[method], total=experiment.seconds or experiment.epochs_of(method), start=False
+            )
             for method in experiment.hyperparameters
         }
         for method, options in experiment.hyperparameters.items():
             bars.start_task(tasks[method])
             history = train(experiment, method, images, test_images, seed, partial(bars.advance, tasks[method]))
-            # The batches' shares of an epoch may not add up to the last bit.
-            bars.update(tasks[method], completed=experiment.epochs_of(method))
+            # The batches' shares of an epoch may not add up to the last bit, and the last epoch takes longer.
+            bars.update(tasks[method], completed=experiment.seconds or experiment.epochs_of(method))
             methods[METHODS[method]] = _method_results(history, options)
     return methods

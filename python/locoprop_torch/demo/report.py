@@ -19,6 +19,7 @@ _console = Console()
 # Okabe & Ito's colours, which colour-blind readers can tell apart; markers and dashes say it again.
 _STYLES = {
     "LocoProp-M": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "LocoProp-M, 32 rows": {"color": "#56B4E9", "marker": "D", "linestyle": "-"},
     "LocoProp-S": {"color": "#009E73", "marker": "s", "linestyle": "-"},
     "RMSProp": {"color": "#E69F00", "marker": "^", "linestyle": "--"},
     "Adam": {"color": "#D55E00", "marker": "v", "linestyle": "--"},
@@ -43,12 +44,12 @@ def show_setup(results: dict[str, Any]) -> None:
     )
 
 
-def progress() -> Progress:
-    """Bars that count epochs; they are seldom drawn anew, because they run beside what is being timed."""
+def progress(unit: str) -> Progress:
+    """Bars that count epochs or seconds; they are seldom drawn anew, because they run beside what is being timed."""
     return Progress(
-        TextColumn("{task.description:<10}"),
+        TextColumn("{task.description:<19}"),
         BarColumn(),
-        TextColumn("{task.completed:.1f}/{task.total:.0f} epochs"),
+        TextColumn(f"{{task.completed:.1f}}/{{task.total:.0f}} {unit}"),
         TimeElapsedColumn(),
         console=_console,
         refresh_per_second=2,

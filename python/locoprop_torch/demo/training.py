@@ -72,21 +72,22 @@ def train(
         images: train images ``[count, pixels]`` in [0, 1] on the device to train on.
         test_images: likewise.
         seed: of the weights and of the batches: the same for every method.
-        progress: called after every batch with its share of an epoch.
+        progress: called after every batch with its share of an epoch, or with its seconds where those are given.
     """
     model = autoencoder(experiment.encoder, seed).to(images.device)
     optimizer = experiment.optimizer(method, model)
     shuffle = torch.Generator().manual_seed(seed)
     history = History()
     seconds = 0.0
-    for _ in range(experiment.epochs_of(method)):
+    while not _finished(experiment, method, history):
         order = torch.randperm(len(images), generator=shuffle).to(images.device)
         total = torch.zeros((), dtype=torch.float64, device=images.device)
         start = time.perf_counter()
         for first in range(0, len(images), experiment.batch_size):
             batch = images[order[first : first + experiment.batch_size]]
+            before = time.perf_counter()
             total += _step(model, optimizer, batch).double() * len(batch)
-            progress(len(batch) / len(images))
+            progress(len(batch) / len(images) if experiment.seconds is None else time.perf_counter() - before)
         if images.device.type != "cpu":
             torch.accelerator.synchronize(images.device)
         seconds += time.perf_counter() - start
@@ -94,6 +95,12 @@ def train(
         history.test_loss.append(_evaluate(model, test_images, experiment.batch_size))
         history.seconds.append(seconds)
     return history
+
+
+def _finished(experiment: Experiment, method: str, history: History) -> bool:
+    if experiment.seconds is None:
+        return len(history.seconds) == experiment.epochs_of(method)
+    return bool(history.seconds) and history.seconds[-1] >= experiment.seconds
 
 
 @torch.no_grad()

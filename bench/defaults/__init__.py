@@ -1,0 +1,1 @@
+"""The study of defaults that need no tuning: many small settings, Adam's defaults as the baseline."""
