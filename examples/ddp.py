@@ -12,7 +12,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 4))
     ddp = nn.parallel.DistributedDataParallel(model)
-    opt = LocoProp(model, lr=1e-4, transfers={"2": "softmax"}, rows=16)
+    opt = LocoProp(model, transfers={"2": "softmax"})
     x = torch.randn(1024, 20)
     y = x[:, :4].argmax(1)
     # Every process takes its part of each batch.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from locoprop_torch import GroupedLinear, LocoProp
+from locoprop_torch import GroupedLinear, LocoProp, PerExample
 from tests.helpers import mlp, weights
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -53,6 +53,7 @@ def frozen():
 
 
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "unit": (mlp, {"rule": "adam", "lr": 1e-3, "activation_lr": PerExample(2.0)}),
     "mlp": (mlp, {}),
     "squared": (mlp, {"local_loss": "squared"}),
     "softmax": (mlp, {"transfers": {"4": "softmax"}, "rule": "adam"}),
@@ -131,14 +132,14 @@ def test_two_processes_are_one(pools, name, rows, dtype):
 
 @pytest.mark.parametrize("rows", [None, 2, 5])
 @pytest.mark.parametrize("sizes", [[7, 2], [0, 6], [3, 1, 0, 8]])
-@pytest.mark.parametrize("name", ["mlp", "grouped"])
+@pytest.mark.parametrize("name", ["mlp", "grouped", "unit"])
 def test_uneven_batches(pools, name, sizes, rows):
     compare(pools, name, sizes, torch.float64, rows)
 
 
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("sizes", [[5, 5], [2, 6]])
-@pytest.mark.parametrize("name", ["mlp", "tied"])
+@pytest.mark.parametrize("name", ["mlp", "tied", "unit"])
 def test_gradient_accumulation_without_synchronisation(pools, name, sizes, rows):
     compare(pools, name, sizes, torch.float64, rows, parts=3)
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from locoprop_torch import LocoProp
+from locoprop_torch import LocoProp, PerExample
 from tests.helpers import RECENT, mlp, weights
 from tests.processes.test_data_parallel import OPTIONS, TOLERANCE, Grouped, Tied, batch_of, frozen
 
@@ -36,6 +36,7 @@ def shrink(start, increment):
 
 MASK = torch.arange(30).view(5, 6) % 3 != 1
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "unit": (mlp, {"rule": "adam", "lr": 1e-3, "activation_lr": PerExample(2.0)}),
     "mlp": (mlp, {}),
     "squared": (mlp, {"local_loss": "squared", "prox": 0.1}),
     "adam": (mlp, {"rule": "adam"}),
@@ -76,7 +77,7 @@ def trained(name, sizes, rank, dtype, rows, steps=5, parts=1, reshard=None, sync
     model, own = made(name, dtype)
     if rank is not None:
         model = sharded(model, **({} if reshard is None else {"reshard_after_forward": reshard}))
-    opt = LocoProp(model, **OPTIONS, **own, rows=rows)
+    opt = LocoProp(model, **{**OPTIONS, **own}, rows=rows)
     count = 1 if rank is None else len(sizes)
     for step in range(steps):
         opt.zero_grad()
