@@ -195,8 +195,30 @@ def test_speed_table_is_the_measured_one():
     for case, label in rows.items():
         facts = [cases[case]["contestants"][f"ours-{precision}"] for precision in ("fp32", "bf16")]
         assert f"| {label} | {' | '.join(format(one['speedup']['package']['p50'], '.1f') for one in facts)} |" in readme
+    readme = " ".join(readme.split())
     adam, ours = (cases["paper"]["contestants"][name]["seconds"]["p50"] for name in ("adam-fused", "ours-fp32"))
-    assert f"{1e3 * adam:.0f} ms, one of LocoProp-M {1e3 * ours:.0f}" in " ".join(readme.split())
+    assert f"{1e3 * adam:.0f} ms, one of LocoProp-M {1e3 * ours:.0f}" in readme
+
+
+def test_speed_of_few_rows_is_the_measured_one():
+    """The paragraph in the README, from bench/results/cpu_few_rows."""
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    cases = json.loads((ROOT / "bench/results/cpu_few_rows/bench.json").read_text())["cases"]
+
+    def speedups(case, *names):
+        return tuple(f"{cases[case]['contestants'][name]['speedup']['package']['p50']:.1f}" for name in names)
+
+    def milliseconds(case, *names):
+        return tuple(1e3 * cases[case]["contestants"][name]["seconds"]["p50"] for name in names)
+
+    matching, squared = (speedups(case, "ours-fp32", "ours-bf16") for case in ("paper", "paper-s"))
+    words = "LocoProp-M is {} and {} times as fast as the package, and LocoProp-S {} and {}"
+    assert words.format(*matching, *squared) in readme
+    assert "would be {} times as fast as the package in float32".format(*speedups("paper", "floor-fp32")) in readme
+    ours, adam = milliseconds("paper-rows", "ours-fp32", "adam")
+    assert f"takes {ours:.0f} ms where one of Adam takes {adam:.0f} ({ours / adam:.1f} times)" in readme
+    ours, adam = milliseconds("classifier-rows", "ours-fp32", "adam")
+    assert f"{ours:.1f} ms where Adam takes {adam:.1f} ({ours / adam:.1f} times)" in readme
 
 
 def test_tuning_table_is_the_measured_one():
