@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.utils.weak import TensorWeakRef
 from locoprop_kernels.patches import Rows, Stacked
 from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.transfers import Transfer
-from locoprop_torch.hooks import ForwardHook, attach
+from locoprop_torch.hooks import ForwardHook, attach, backward_pass
 from locoprop_torch.kept import joined
 from locoprop_torch.layouts import Layout, layout_class
 from locoprop_torch.masks import trained_parameters
@@ -36,7 +36,7 @@ from locoprop_torch.sharding import is_sharded
 from locoprop_torch.shares import Shares
 from locoprop_torch.unit import OutputGradient, unscaling
 
-__all__ = ["ActivationHook", "CapturedLayer"]
+__all__ = ["CapturedLayer"]
 
 
 class _LayerHook(ForwardHook):
@@ -51,28 +51,6 @@ class _LayerHook(ForwardHook):
         transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
         if torch.is_grad_enabled() and output.requires_grad and not transformed:
             layer.watch(module, args[0] if args else next(iter(kwargs.values())), output)
-
-
-class ActivationHook(ForwardHook):
-    """Forward hook of an activation module: finds the layer that it follows, and keeps ``∂L/∂f(A)`` for it."""
-
-    def __init__(self, layers: Iterable[CapturedLayer] = ()) -> None:
-        self._layers = [weakref.ref(layer) for layer in layers]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        for reference in self._layers:
-            layer = reference()
-            captured = layer.latest(args[0]) if layer is not None and args else None
-            if captured is not None and output.requires_grad:
-                output.register_hook(_ActivationGradient(captured))
-
-
-class _ActivationGradient:
-    def __init__(self, captured: Pass) -> None:
-        self._captured = captured
-
-    def __call__(self, gradient: Tensor) -> None:
-        self._captured.arrive(_backward_pass(), Gradients(activation=gradient.detach()))
 
 
 class _InputGradient:
@@ -95,11 +73,6 @@ def _while_alive(layer: weakref.ref[CapturedLayer], method: Callable[..., None],
     owner = layer()
     if owner is not None:
         method(owner, *arguments)
-
-
-def _backward_pass() -> int:
-    """The number of the backward pass that is running; -1 outside of one."""
-    return torch._C._current_graph_task_id()
 
 
 class CapturedLayer:
@@ -244,7 +217,7 @@ class CapturedLayer:
         """
         if captured.released:
             return None
-        number = _backward_pass()
+        number = backward_pass()
         if number not in self._reached:
             self._reached[number] = []
             Variable._execution_engine.queue_callback(self._hook(CapturedLayer._backward_ends, number))
@@ -253,7 +226,7 @@ class CapturedLayer:
 
     def _gradient_comes(self, gradient: Tensor) -> None:
         """A gradient is about to be added to a parameter's: once in each backward pass, look what is there."""
-        number = _backward_pass()
+        number = backward_pass()
         if number != self._checked:
             self._checked = number
             self.forget_discarded()
@@ -264,10 +237,10 @@ class CapturedLayer:
         gradient = parameter.grad
         if gradient is not None and not self._averaged:
             copy = gradient.detach().clone() if self.keep_gradients else None
-            measured = any(captured.output for captured in self._reached.get(_backward_pass(), ()))
+            measured = any(captured.output for captured in self._reached.get(backward_pass(), ()))
             norm = gradient.detach().norm() if measured else None
             self._seen[kind] = SeenGradient(TensorWeakRef(gradient), gradient._version, copy, norm)
-        number = _backward_pass()
+        number = backward_pass()
         # A backward pass comes to the last call first.
         found = sorted(self._reached.pop(number, ()), key=lambda captured: captured.number)
         for captured in found:
@@ -296,7 +269,7 @@ class CapturedLayer:
         if release:
             self._shares.end()
         # Outside of a backward pass, these are left of some that have raised.
-        if self._reached and _backward_pass() < 0:
+        if self._reached and backward_pass() < 0:
             self._reached.clear()
 
     def forget_discarded(self) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["AttachedHook", "ForwardHook", "attach"]
+__all__ = ["AttachedHook", "ForwardHook", "attach", "backward_pass"]
 
 # Looked up on the instance by ``copy`` and ``pickle`` before they look at the class.
 _COPYING = ("__deepcopy__", "__reduce_ex__")
@@ -97,3 +98,8 @@ def _taken_off(module: nn.Module) -> Iterator[None]:
         for dictionary, items in zip(dictionaries, before, strict=True):
             dictionary.clear()
             dictionary.update(items)
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that is running; -1 outside of one."""
+    return torch._C._current_graph_task_id()

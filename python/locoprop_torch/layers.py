@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from locoprop_kernels import transfers
 from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.transfers import Transfer
-from locoprop_torch.capture import ActivationHook, CapturedLayer
+from locoprop_torch.activations import ActivationHook
+from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import clean_name
 from locoprop_torch.discovery import Found, find_transfers
 from locoprop_torch.hooks import AttachedHook, attach
