@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from locoprop_torch.demo.experiments import autoencoder as tanh_autoencoder
 
-__all__ = ["ACTIVATIONS", "GPT", "autoencoder", "convnet", "scaled"]
+__all__ = ["ACTIVATIONS", "GPT", "Block", "autoencoder", "convnet", "scaled"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -53,7 +53,9 @@ def convnet(seed: int, classes: int = 10) -> nn.Sequential:
         )
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """A block of a decoder: causal attention and an MLP, each behind a LayerNorm and beside the residual stream."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -86,7 +88,7 @@ class GPT(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-            self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
+            self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
             self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:

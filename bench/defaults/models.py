@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.autoencoder.networks import Block
 from bench.defaults.data import ALPHABET, CONTEXT
 
 __all__ = ["GPT", "Recurrent", "autoencoder", "convnet", "mlp", "residual"]
@@ -75,27 +76,13 @@ class Recurrent(nn.Module):
         return self.readout(h)
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
 class GPT(nn.Module):
     """A character GPT; returns ``[tokens of all windows, characters]``."""
 
     def __init__(self, width: int, heads: int, depth: int) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(len(ALPHABET), width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(ALPHABET))
 
     def forward(self, tokens: Tensor) -> Tensor:
