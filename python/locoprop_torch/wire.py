@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ class Wire:
         # A copy, as it is written to.
         flag = own.to(self.device, copy=True)
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
+        _wait_until_let_go(flag)
         return flag.to(self.parameters)
 
     def tensors(self, own: Sequence[Tensor], shapes: Sequence[Sequence[Shape]]) -> list[list[Tensor]]:
@@ -75,7 +77,22 @@ class Wire:
         """``[size, n]`` of tensors ``[n]``."""
         everything = own.new_empty(self.size * len(own))
         _all_gather(everything, own, group=self.group)
+        _wait_until_let_go(everything, own)
         return everything.view(self.size, -1)
+
+
+def _wait_until_let_go(*tensors: Tensor) -> None:
+    """Wait until the threads of gloo have let go of tensors that they have sent: mostly no time at all.
+
+    They need the interpreter for it. A process that destroys its process group before, as at the end of a script, would
+    wait for these threads while they wait for the interpreter, which it holds.
+    """
+    deadline = time.monotonic() + 0.1
+    for tensor in tensors:
+        # Not in every version of torch.
+        uses: Any = getattr(tensor, "_use_count", lambda: 1)
+        while uses() > 1 and time.monotonic() < deadline:
+            time.sleep(1e-4)
 
 
 def _bytes(shape: Shape) -> int:
