@@ -172,8 +172,10 @@ def test_readme_quotes_its_results():
 
     same_epochs = [final("demo_curves", method) for method in ("LocoProp-M", "RMSProp", "Adam")]
     assert "LocoProp-M ends at {}, RMSProp at {}, Adam at {}.".format(*same_epochs) in readme
-    same_time = [final("demo_equal_time", method) for method in ("RMSProp", "Adam")]
-    assert "reach the same loss ({} and {})".format(*same_time) in readme
+    methods = ("LocoProp-M, 32 rows", "RMSProp", "Adam", "LocoProp-M")
+    same_time = [final("demo_equal_time", method) for method in methods]
+    words = "LocoProp-M on 32 of 200 rows has reached {}, RMSProp {}, Adam {} and LocoProp-M on all rows {}:"
+    assert words.format(*same_time) in readme
     mnist = [final("mnist_two_epochs/float32", method) for method in ("LocoProp-M", "Adam")]
     assert "bring LocoProp-M to {} and Adam to {}".format(*mnist) in readme
 
