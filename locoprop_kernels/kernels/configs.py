@@ -136,7 +136,7 @@ _ROWS_WIDE = (
 _ROWS = {(target, "bf16"): _ROWS_TALL for target in ("sm_90", "sm_100", "sm_120")} | {
     ("sm_90", "fp16"): _ROWS_NARROW[:1]
 }
-# In TF32 the first and the last would spill registers, and in float16 all but on sm_90: other drivers take such problems.
+# In TF32 the first and the last would spill registers, in float16 all but on sm_90: there other drivers run.
 _ROWS_OTHERS: dict[str, tuple[Config, ...]] = {
     "bf16": _ROWS_NARROW,
     "fp16": (),

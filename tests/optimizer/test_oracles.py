@@ -58,8 +58,8 @@ def runs():
         yield pytest.param("reference", path, id=f"reference-{path.stem}")
         marks = () if short else pytest.mark.sweep
         yield pytest.param("triton", path, id=f"triton-{path.stem}", marks=marks)
-        # The notebook's batches are small enough for the driver that holds all their rows. It has no Gram form, which is
-        # what a squared loss takes.
+        # The notebook's batches are small enough for the driver that holds all their rows. It has no Gram form, which a
+        # squared loss takes.
         if "LocoPropS" in path.stem or "MIXED" in path.stem:
             continue
         yield pytest.param("rows", path, id=f"rows-{path.stem}", marks=() if name in SHORT else pytest.mark.sweep)
