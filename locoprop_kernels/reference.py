@@ -229,14 +229,13 @@ def local_loop(
     start, increment = begin(problem, old, problem.scale(settings.reduction))
     if few:
         trace = _in_blocks(problem, settings, FewRowsForm(problem, settings, fold), start, increment)
+        give_back(*start.values())
     else:
         form: Form | None = None
         if settings.iterations > 1 or settings.trace:
             kind = GramForm if decision.form == "gram" else _ProductForm
             form = kind(problem, settings.operands(problem))
         trace = _Loop(problem, settings, form, start, increment).run()
-    if few:
-        give_back(*start.values())
     if settings.rule.counts_steps:
         for slots in increment.state.values():
             slots["step"] += settings.iterations
