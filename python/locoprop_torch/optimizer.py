@@ -298,7 +298,7 @@ class LocoProp(Optimizer):
             lr = max(part.lr for part in parts.values())
             transfer = transfer_in_use(layer, place.group["transfer"], self.local_loss)
             target = self._model_layers.target(name)
-            activation_lr = unit.activation_lr(place.group["activation_lr"])
+            activation_lr = unit.activation_lr(place.group["activation_lr"], layer)
             work = layer_work(layer, parts, lr, transfer, target, activation_lr, place.group["rule"], self.state)
             if not work.rows:
                 tell_without_rows(work, self.model, self._told)

@@ -12,11 +12,13 @@ near one both for a class too many and for residuals in all outputs.
 
 All ``L`` captured layers move at once, and each of them to correct the same error, so each gets a share of it:
 
-    γ = scale / (L u)
+    γ = scale / (L u) · n / n_out
 
-which moves the targets of all layers together by about ``scale``, counted at the output. Later steps keep ``L u``, so
-that targets come nearer as the loss falls, and only correct it for the number of rows: with a mean, a smaller batch has
-larger gradients.
+which moves the targets of all layers together by about ``scale``, counted at the output; ``n`` is the number of rows of
+the layer, ``n_out`` that of the output layer. The two differ where an example has several rows, as the positions of a
+convolution, that lead to one row of the output: each of 64 positions that are averaged sees a 64th of the gradient, and
+without the factor its target would move a 64th as far. Later steps keep ``L u n_out``, so that targets come nearer as
+the loss falls, and take ``n`` as it is then: with a mean, a smaller batch has larger gradients.
 """
 
 from __future__ import annotations
@@ -114,7 +116,7 @@ class OutputGradient:
     Attributes:
         size: ``L u`` times the number of rows that it was measured on; ``None`` before the first step.
         layer: the name of the layer that it was measured at.
-        rate: ``1 / (L u)`` for the number of rows of the latest step.
+        rate: ``γ`` of a layer with as many rows as the output layer has had in the latest step, for a scale of one.
         wanted: whether anybody has a :class:`PerExample`.
     """
 
@@ -165,12 +167,16 @@ class OutputGradient:
                 rate = max(rows, 1) / size
         self._next = size, name, rate
 
-    def activation_lr(self, given: Any) -> float:
-        """``γ`` of the step that is being made, for a hyper-parameter: a number is ``γ`` itself."""
+    def activation_lr(self, given: Any, layer: CapturedLayer) -> float:
+        """``γ`` of a layer in the step that is being made, for its hyper-parameter: a number is ``γ`` itself."""
         if not isinstance(given, PerExample):
             return float(given)
-        rate = self._next[2]
-        return given.scale * (1.0 if rate is None else rate)
+        size, _, rate = self._next
+        if size is None or rate is None:
+            return given.scale
+        rows = _count_rows(layer)
+        # A layer that has a gradient but no rows is one of which nothing is known.
+        return given.scale * (rows / size if rows else rate)
 
     def keep(self) -> None:
         """The step has been made."""

@@ -248,6 +248,46 @@ def test_outputs_of_other_shapes(name):
     assert opt.output_gradient["rate"] == len(rows) / opt.output_gradient["size"]
 
 
+class Pooled(nn.Module):
+    """A layer with twelve rows for each row of the next."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.positions, self.head = nn.Conv1d(2, 5, 3, dtype=torch.float64), nn.Linear(5, 3, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.positions(x)).mean(-1))
+
+
+def test_layers_with_more_rows_than_the_output():
+    """Each of the positions that are averaged sees a part of the gradient, and has ``γ`` so much larger."""
+    x, y = torch.randn(6, 2, 14, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+
+    def trained(rate, inner):
+        model = Pooled()
+        opt = optimizer(model, activation_lr=rate, param_groups=[{"params": model.positions.parameters(), **inner}])
+        for _ in range(2):
+            step(model, opt, x, y, F.mse_loss)
+        return model, opt
+
+    model, opt = trained(PerExample(2.0), {})
+    gamma = 2.0 * opt.output_gradient["rate"]
+    assert_same(model, trained(gamma, {"activation_lr": 12 * gamma})[0], **EXACT)
+
+
+def test_positions_that_are_averaged_are_as_one():
+    """The first layer moves alike, whether it sees an example once or at twelve equal positions."""
+    x, y = torch.randn(6, 2, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    once, repeated = Pooled(), Pooled()
+    for model, inputs in ((once, x), (repeated, x.repeat(1, 1, 12))):
+        model.positions.stride = (3,)
+        opt = optimizer(model, rows=None)
+        for _ in range(3):
+            step(model, opt, inputs, y, F.mse_loss)
+    assert_same(once, repeated, **EXACT)
+
+
 # --- which backward pass, which layer
 
 
