@@ -67,6 +67,11 @@ def _digits(_: Path | None) -> Split:
     return split._replace(x=split.x / 16, test_x=split.test_x / 16)
 
 
+def _digits_images(_: Path | None) -> Split:
+    x, _, test_x, _ = _digits(None)
+    return Split(x, x, test_x, test_x)
+
+
 def _friedman(_: Path | None) -> Split:
     from sklearn.datasets import make_friedman1
 
@@ -108,6 +113,7 @@ def _text(_: Path | None) -> Split:
 
 SETS: dict[str, Callable[[Path | None], Split]] = {
     "digits": _digits,
+    "digits-images": _digits_images,
     "diabetes": lambda _: _standardised(_table("load_diabetes", column=True), targets=True),
     "diabetes-raw": lambda _: _table("load_diabetes", column=True, scaled=False),
     "cancer": lambda _: _standardised(_table("load_breast_cancer", column=True)),

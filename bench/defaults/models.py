@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bench.autoencoder.networks import Block
 from bench.defaults.data import ALPHABET, CONTEXT
 
-__all__ = ["GPT", "Recurrent", "autoencoder", "convnet", "mlp", "residual"]
+__all__ = ["GPT", "Pooled", "Recurrent", "SetOfRows", "Upsampling", "autoencoder", "convnet", "mlp", "residual"]
 
 Activation = Callable[[], nn.Module]
 
@@ -58,6 +58,52 @@ def residual(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential
     """Residual blocks of LayerNorm, linear, SiLU and linear."""
     blocks = (_Residual(width) for _ in range(depth))
     return nn.Sequential(nn.Linear(inputs, width), *blocks, nn.LayerNorm(width), nn.Linear(width, outputs))
+
+
+class Pooled(nn.Sequential):
+    """Convolutions 3x3 whose positions are averaged at the end, for flat images, with a pooling in the middle of many."""
+
+    def __init__(self, side: int, channels: Sequence[int], classes: int, norm: bool, activation: Activation) -> None:
+        modules: list[nn.Module] = [nn.Unflatten(1, (1, side, side))]
+        for i, (inputs, outputs) in enumerate(pairwise([1, *channels])):
+            modules.append(nn.Conv2d(inputs, outputs, 3, padding=1))
+            modules += [nn.BatchNorm2d(outputs), activation()] if norm else [activation()]
+            if len(channels) > 2 and i == len(channels) // 2 - 1:
+                modules.append(nn.MaxPool2d(2))
+        super().__init__(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes))
+
+
+class Upsampling(nn.Module):
+    """An autoencoder of flat images: linear layers to the code, convolutions 3x3 on enlarged images from it."""
+
+    def __init__(self, side: int, widths: Sequence[int], channels: int) -> None:
+        super().__init__()
+        self.encoder = mlp([side**2, *widths], nn.Tanh)
+        self.start = nn.Sequential(nn.Linear(widths[-1], channels * (side // 4) ** 2), nn.ReLU())
+        self.first, self.last = (nn.Conv2d(channels, outputs, 3, padding=1) for outputs in (channels, 1))
+        self.shape = (channels, side // 4, side // 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[examples, side²]`` to the same."""
+        x = self.start(self.encoder(images)).unflatten(1, self.shape)
+        x = F.relu(self.first(F.interpolate(x, scale_factor=2)))
+        return torch.sigmoid(self.last(F.interpolate(x, scale_factor=2))).flatten(1)
+
+
+class SetOfRows(nn.Module):
+    """Linear layers on each row of an image and its number, whose mean further linear layers read."""
+
+    def __init__(self, side: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.side = side
+        self.each = nn.Sequential(mlp((side + 1, width, width), nn.ReLU), nn.ReLU())
+        self.all = mlp((width, width, classes), nn.ReLU)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[examples, side²]`` to ``[examples, classes]``."""
+        rows = images.unflatten(1, (self.side, self.side))
+        places = torch.linspace(0, 1, self.side).view(1, -1, 1).expand(len(rows), -1, 1)
+        return self.all(self.each(torch.cat([rows, places], 2)).mean(1))
 
 
 class Recurrent(nn.Module):

@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.defaults.data import CONTEXT, NEEDS_FILE
-from bench.defaults.models import GPT, Recurrent, autoencoder, convnet, mlp, residual
+from bench.defaults.models import (
+    GPT,
+    Pooled,
+    Recurrent,
+    SetOfRows,
+    Upsampling,
+    autoencoder,
+    convnet,
+    mlp,
+    residual,
+)
 
 __all__ = ["TASKS", "Task"]
 
@@ -75,6 +85,10 @@ _TASKS = [
     Task("digits-deep-tanh", "digits", partial(mlp, (64, *[48] * 7, 10), nn.Tanh), F.cross_entropy, 64, 20),
     Task("digits-recurrent", "digits", partial(Recurrent, 8, 64, 10), F.cross_entropy, 64, 15),
     Task("digits-convnet", "digits", partial(convnet, 8, (16, 32), 10, False), F.cross_entropy, 64, 20),
+    Task("digits-pooled", "digits", partial(Pooled, 8, (24, 24), 10, False, nn.Tanh), F.cross_entropy, 64, 30),
+    Task("digits-pooled-norm", "digits", partial(Pooled, 8, (16, 16, 16), 10, True, nn.ReLU), F.cross_entropy, 64, 15),
+    Task("digits-set", "digits", partial(SetOfRows, 8, 64, 10), F.cross_entropy, 64, 25),
+    Task("digits-upsampling", "digits-images", partial(Upsampling, 8, (48, 8), 16), F.mse_loss, 64, 25, 64),
     Task("mnist-relu-b32", "mnist", partial(mlp, (784, 100, 10), nn.ReLU), F.cross_entropy, 32, 2),
     Task("mnist-relu-b128", "mnist", partial(mlp, (784, 128, 64, 10), nn.ReLU), F.cross_entropy, 128, 6),
     Task("mnist-tanh-b1000", "mnist", partial(mlp, (784, 200, 10), nn.Tanh), F.cross_entropy, 1000, 25),
@@ -88,6 +102,7 @@ _TASKS = [
         transfers={"2": "softmax"},
     ),
     Task("mnist-convnet-norm", "mnist", partial(convnet, 28, (8, 16), 10, True), F.cross_entropy, 64, 2),
+    Task("mnist-pooled-norm", "mnist", partial(Pooled, 28, (8, 8, 16, 16), 10, True, nn.ReLU), F.cross_entropy, 64, 3),
     Task(
         "mnist-ae-sigmoid",
         "mnist-images",
