@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from locoprop_torch.auxiliary import link_state
 from locoprop_torch.layers import transfer_in_use
 from locoprop_torch.unit import PerExample
@@ -17,12 +19,15 @@ __all__ = ["check", "facts", "own_part", "restore_state", "rows_seed", "save"]
 _FACTS = ("rule", "transfers", "local_loss", "reduction", "lr_decay")
 
 
-def save(optimizer: LocoProp, saved: dict[str, Any]) -> dict[str, Any]:
+def save(
+    optimizer: LocoProp, saved: dict[str, Any], whole: Mapping[Tensor, dict[str, Tensor]] | None = None
+) -> dict[str, Any]:
     """torch's ``state_dict`` of all groups, completed.
 
     Args:
         optimizer: the optimiser.
         saved: what torch's own ``state_dict`` made of its groups and of the state of the local rules.
+        whole: the state of the local rules, where it had to be gathered.
     """
     for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         if not group.get("aux"):
@@ -32,6 +37,11 @@ def save(optimizer: LocoProp, saved: dict[str, Any]) -> dict[str, Any]:
             packed["rows_seed"] = optimizer.rows_seed
             if isinstance(packed["activation_lr"], PerExample):
                 packed["activation_lr"] = str(packed["activation_lr"])
+    if whole is not None:
+        own = [p for group in optimizer.param_groups if not group.get("aux") for p in group["params"]]
+        places = [i for group in saved["param_groups"] if not group.get("aux") for i in group["params"]]
+        saved["state"].update({i: whole.get(p, {}) for i, p in zip(places, own, strict=True)})
+        saved["state"] = {i: slots for i, slots in saved["state"].items() if slots}
     saved["skipped_steps"] = optimizer.skipped_steps
     saved["rows_seed"] = optimizer.rows_seed
     saved["output_gradient"] = optimizer.output_gradient
