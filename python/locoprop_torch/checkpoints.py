@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from locoprop_torch.unit import PerExample
 if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp
 
-__all__ = ["check", "facts", "own_part", "restore_state", "rows_seed", "save"]
+__all__ = ["check", "facts", "output_gradient", "own_part", "restore_state", "rows_seed", "save"]
 
 _FACTS = ("rule", "transfers", "local_loss", "reduction", "lr_decay")
 
@@ -35,6 +36,7 @@ def save(
             # What torch.distributed.checkpoint keeps: groups and state, and every entry that a group has.
             packed["transfer"] = "" if group["transfer"] is None else str(group["transfer"])
             packed["rows_seed"] = optimizer.rows_seed
+            packed["output_gradient"] = json.dumps(optimizer.output_gradient)
             if isinstance(packed["activation_lr"], PerExample):
                 packed["activation_lr"] = str(packed["activation_lr"])
     if whole is not None:
@@ -116,6 +118,14 @@ def rows_seed(state_dict: Mapping[str, Any], otherwise: int) -> int:
     """``rows_seed`` of a checkpoint, ``otherwise`` where it has none."""
     seeds = [int(group["rows_seed"]) for group in state_dict["param_groups"] if "rows_seed" in group]
     return seeds[0] if seeds else int(state_dict.get("rows_seed", otherwise))
+
+
+def output_gradient(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """``output_gradient`` of a checkpoint; empty where it has none."""
+    if "output_gradient" in state_dict:
+        return dict(state_dict["output_gradient"])
+    texts = [group["output_gradient"] for group in state_dict["param_groups"] if group.get("output_gradient")]
+    return json.loads(texts[0]) if texts else {}
 
 
 def restore_state(optimizer: LocoProp, state_dict: Mapping[str, Any]) -> None:

@@ -154,6 +154,7 @@ class LocoProp(Optimizer):
             "weight_decay": weight_decay,
             "transfer": None,
             "rows_seed": 0,
+            "output_gradient": "",
         }
         defaults.update(checked_hyperparameters(defaults))
         self.model = model = processes.unwrapped(model)
@@ -372,7 +373,7 @@ class LocoProp(Optimizer):
         link_groups(self.param_groups, self.aux)
         self._skipped = SkipCounter(state_dict.get("skipped_steps", self.skipped_steps))
         self.rows_seed = checkpoints.rows_seed(state_dict, self.rows_seed)
-        self._model_layers.output_gradient.load(state_dict.get("output_gradient", {}))
+        self._model_layers.output_gradient.load(checkpoints.output_gradient(state_dict))
         self._model_layers.forget(release=True)
 
     def __getstate__(self) -> dict[str, Any]:

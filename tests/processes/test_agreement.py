@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from locoprop_kernels import routes
-from locoprop_torch import LocoProp
+from locoprop_torch import LocoProp, ownership
 from tests.helpers import batch, mlp, moved, weights
 from tests.processes.pool import Pool, free_port, join
 
@@ -269,33 +269,44 @@ def test_groups_that_begin_late_or_are_gone(pools):
         assert "the process group of the model's DistributedDataParallel is not initialised" in gone
 
 
-def dying(rank, port):
-    """Of two processes the second one dies before its second step: what the first one raises, when, and what moved."""
+def die(*_):
+    os._exit(1)
+
+
+def dying(rank, port, shard_state):
+    """Of two processes the second one dies before its second step, or in it before it has sent its increments.
+
+    What the first one raises, when, and what has moved.
+    """
     dist.destroy_process_group()
     join(rank, 2, port, patience=3.0)
     model = mlp()
     wrapped = nn.parallel.DistributedDataParallel(model)
-    opt = LocoProp(wrapped, lr=1e-2)
+    opt = LocoProp(wrapped, lr=1e-2, shard_state=shard_state)
     x, y = batch(4, seed=rank)
     for step in range(2):
         opt.zero_grad()
         F.mse_loss(wrapped(x), y).backward()
-        before, seed = weights(model), opt.rows_seed
+        before, seed, state = weights(model), opt.rows_seed, str(opt.state)
         if step and rank == 1:
-            os._exit(1)
+            if not shard_state:
+                die()
+            ownership.Owners.exchange = die  # type: ignore[method-assign]
         begin = time.monotonic()
         try:
             opt.step()
         except RuntimeError:
             # What is left says whether the step was made in part.
-            return time.monotonic() - begin, any(moved(model, before)), opt.rows_seed - seed
+            changed = any(moved(model, before)) or str(opt.state) != state
+            return time.monotonic() - begin, changed, opt.rows_seed - seed
     return None
 
 
-def test_the_others_raise_where_a_process_dies():
+@pytest.mark.parametrize("shard_state", [False, True])
+def test_the_others_raise_where_a_process_dies(shard_state):
     pool = Pool(2)
     try:
-        seconds, changed, seeds = pool.run_until_first(dying, free_port())
+        seconds, changed, seeds = pool.run_until_first(dying, free_port(), shard_state)
     finally:
         pool.stop()
     assert seconds < 10

@@ -83,7 +83,7 @@ def prepared(name="mlp", **options):
 
 def shared_out(rank):
     """How many elements of state a process has, and what reports say."""
-    model, opt, wrapped = prepared("grouped")
+    _, opt, wrapped = prepared("grouped")
     step_of(rank, opt, wrapped, 0)
     own = [p for group in opt.param_groups if not group.get("aux") for p in group["params"]]
     kept = sum(value.numel() for p in own for slot, value in opt.state[p].items() if slot != "step")
@@ -177,7 +177,7 @@ def alone(rank, ports):
     """What is said where one process asks for the state alone; then both do."""
     dist.destroy_process_group()
     join(rank, 2, ports[0], patience=1.0)
-    model, opt, wrapped = prepared()
+    _, opt, wrapped = prepared()
     step_of(rank, opt, wrapped, 0)
     text = ""
     if rank == 0:
@@ -204,7 +204,7 @@ def test_state_dict_of_one_process_alone_says_what_to_do(pools):
 
 def left(rank, port):
     """What is said where the process group is gone."""
-    model, opt, wrapped = prepared()
+    _, opt, wrapped = prepared()
     step_of(rank, opt, wrapped, 0)
     dist.destroy_process_group()
     del wrapped
