@@ -323,6 +323,9 @@ class LocoProp(Optimizer):
             calls[key].work.append(work)
         return Solved(list(calls.values()), idle, elsewhere)
 
+    # What torch.distributed.algorithms.Join asks for.
+    join_hook = processes.refuse_join
+
     @property
     def skipped_steps(self) -> int:
         """How many steps were not committed because something was not finite (waits for the device)."""

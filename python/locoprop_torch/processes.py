@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from locoprop_torch.wire import Wire
 if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp
 
-__all__ = ["Alone", "Processes", "are_several", "of", "unwrapped", "whole_state"]
+__all__ = ["Alone", "Processes", "are_several", "of", "refuse_join", "unwrapped", "whole_state"]
 
 # The DistributedDataParallel that a model was last called in.
 _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
@@ -98,6 +98,19 @@ def whole_state(optimizer: LocoProp) -> dict[Tensor, dict[str, Tensor]] | None:
     if isinstance(together, Alone):
         raise ValueError(_GONE.format(optimizer._owners.processes))
     return optimizer._owners.whole_state(together.wire, optimizer)
+
+
+def refuse_join(optimizer: LocoProp, **_: Any) -> NoReturn:
+    """Refuse uneven inputs with torch's ``Join``.
+
+    Raises:
+        ValueError: says what would work.
+    """
+    raise ValueError(
+        "a step within DistributedDataParallel.join() or Join([...]) would wait for processes that have no more "
+        "batches: give every process the same number of batches, smaller or empty ones (x[:0], y[:0]) where it has no "
+        "more, and take the sum of the loss over examples, as the mean over none is not a number"
+    )
 
 
 _GONE = (
@@ -174,10 +187,7 @@ class Processes:
 
     def _check(self, optimizer: LocoProp) -> None:
         if self.wrapper is not None and self.wrapper._join_config.enable:
-            raise ValueError(
-                "a step within DistributedDataParallel.join() would wait for processes that have no more batches: give "
-                "every process the same number of batches, some of them smaller or empty"
-            )
+            refuse_join(optimizer)
         for name, layer in optimizer._layers.items():
             if layer.keep_gradients:
                 raise ValueError(
