@@ -2,8 +2,9 @@
 
 The model is per layer and process, in bytes received, with ``w`` processes: the rows that local steps take are
 gathered, ``r (T - 1) (K + N) (w - 1) / w`` numbers. FSDP2 gathers the weight in the forward and in the backward pass
-and reduces its gradient, ``3 K N (w - 1) / w``. `tests/processes/test_costs.py` counts the bytes at 2 and 4 processes;
-what is printed for more is the model alone.
+and reduces its gradient, ``3 K N (w - 1) / w``. With ``shard_state=True`` replicas gather the increments of weights and
+biases once, ``(K + 1) N (w - 1) / w`` numbers in float32, beside the ``2 K N (w - 1) / w`` of the gradients.
+`tests/processes/test_costs.py` counts the bytes at 2 and 4 processes; what is printed for more is the model alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["main", "of_fsdp", "of_rows"]
+__all__ = ["main", "of_fsdp", "of_increments", "of_rows"]
 
 #: Bytes of the numbers that processes compare before a step, and of the flag after it, from each process.
 AGREEMENT = 6 * 8 + 8
@@ -27,6 +28,11 @@ def of_rows(rows: int, iterations: int, inputs: int, outputs: int, processes: in
 def of_fsdp(inputs: int, outputs: int, processes: int, itemsize: int) -> float:
     """Bytes that a process receives for a layer's weight, gathered twice, and its gradient, reduced once."""
     return 3 * inputs * outputs * itemsize * (processes - 1) / processes
+
+
+def of_increments(inputs: int, outputs: int, processes: int, itemsize: int) -> float:
+    """Bytes that a process receives for the increments of a layer, if parts are even."""
+    return (inputs + 1) * outputs * itemsize * (processes - 1) / processes
 
 
 def main(arguments: list[str]) -> int:

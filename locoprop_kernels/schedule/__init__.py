@@ -16,7 +16,7 @@ other n-blocks, so what counts is the longest *sum* of a program's two queues, n
 """
 
 from locoprop_kernels.schedule.costs import lower_bound, most_expensive_first, phase_bounds, splits, tile_costs
-from locoprop_kernels.schedule.row_blocks import row_blocks, rows_bytes, rows_step
+from locoprop_kernels.schedule.row_blocks import output_cost, row_blocks, rows_bytes, rows_step
 from locoprop_kernels.schedule.tiling import Tiles, count_tiles
 from locoprop_kernels.schedule.validation import validate
 from locoprop_kernels.schedule.work_lists import Schedule, build
@@ -28,6 +28,7 @@ __all__ = [
     "count_tiles",
     "lower_bound",
     "most_expensive_first",
+    "output_cost",
     "phase_bounds",
     "row_blocks",
     "rows_bytes",

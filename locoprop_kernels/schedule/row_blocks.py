@@ -12,7 +12,7 @@ from locoprop_kernels.devices import H100, DeviceModel
 from locoprop_kernels.schedule.costs import OPERAND_BYTES
 from locoprop_kernels.schedule.tiling import IntArray, Layer, Tiles
 
-__all__ = ["PASS_BYTES", "row_blocks", "rows_bytes", "rows_step"]
+__all__ = ["PASS_BYTES", "output_cost", "row_blocks", "rows_bytes", "rows_step"]
 
 # Bytes of a weight in a local step: G_0, Δ and two slots in; Δ and the slots out.
 PASS_BYTES = 28
@@ -77,6 +77,18 @@ def rows_step(layers: Sequence[Layer], tiles: Tiles, occupancy: int, stages: int
     busiest = _longest_queue(moved / device.multiprocessor_bandwidth + products, device.multiprocessors)
     chain = _longest_queue(latency, device.multiprocessors * occupancy)
     return max(together, busiest, chain)
+
+
+def output_cost(inputs: int, rows: int, iterations: int, device: DeviceModel = H100) -> float:
+    """Predicted cost of one output in all local steps, in multiply-accumulates: the products, and the passes over it.
+
+    Args:
+        inputs: ``K``.
+        rows: of the batch in a local step.
+        iterations: ``T``; the first local step has no products.
+        device: whose rates to assume.
+    """
+    return inputs * (2 * rows * (iterations - 1) + PASS_BYTES / device.bytes_per_mac * iterations)
 
 
 def _longest_queue(costs: NDArray[np.float64], queues: int) -> float:

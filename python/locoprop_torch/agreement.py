@@ -106,7 +106,7 @@ def _settle(wire: Wire, optimizer: LocoProp, facts: Mapping[str, str]) -> None:
 
 def _facts(optimizer: LocoProp) -> dict[str, str]:
     """What must be the same in all processes, as text."""
-    names = ("local_loss", "reduction", "rows", "rows_seed", "compute_dtype", "trace", "backend")
+    names = ("local_loss", "reduction", "rows", "rows_seed", "compute_dtype", "trace", "backend", "shard_state")
     facts = {name: str(getattr(optimizer, name)) for name in names}
     facts["output_gradient"] = repr(optimizer.output_gradient)
     facts["layers"] = ", ".join(optimizer._layers)

@@ -116,6 +116,8 @@ class CapturedLayer:
         self.called = False
         # Whether a step solves the whole problem of a layer whose parameters are sharded.
         self.whole = False
+        # Which outputs this process solves, where replicas share the work: rows of the weight.
+        self.outputs: slice | None = None
         self._latest: tuple[weakref.ref[Tensor], weakref.ref[Pass]] | None = None
         # The passes that a backward pass has come to, by its number.
         self._reached: dict[int, list[Pass]] = {}

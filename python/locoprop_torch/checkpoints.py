@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from locoprop_torch.auxiliary import link_state
 from locoprop_torch.layers import transfer_in_use
@@ -12,17 +15,20 @@ from locoprop_torch.unit import PerExample
 if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp
 
-__all__ = ["check", "facts", "own_part", "restore_state", "rows_seed", "save"]
+__all__ = ["check", "facts", "output_gradient", "own_part", "restore_state", "rows_seed", "save"]
 
 _FACTS = ("rule", "transfers", "local_loss", "reduction", "lr_decay")
 
 
-def save(optimizer: LocoProp, saved: dict[str, Any]) -> dict[str, Any]:
+def save(
+    optimizer: LocoProp, saved: dict[str, Any], whole: Mapping[Tensor, dict[str, Tensor]] | None = None
+) -> dict[str, Any]:
     """torch's ``state_dict`` of all groups, completed.
 
     Args:
         optimizer: the optimiser.
         saved: what torch's own ``state_dict`` made of its groups and of the state of the local rules.
+        whole: the state of the local rules, where it had to be gathered.
     """
     for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         if not group.get("aux"):
@@ -30,8 +36,14 @@ def save(optimizer: LocoProp, saved: dict[str, Any]) -> dict[str, Any]:
             # What torch.distributed.checkpoint keeps: groups and state, and every entry that a group has.
             packed["transfer"] = "" if group["transfer"] is None else str(group["transfer"])
             packed["rows_seed"] = optimizer.rows_seed
+            packed["output_gradient"] = json.dumps(optimizer.output_gradient)
             if isinstance(packed["activation_lr"], PerExample):
                 packed["activation_lr"] = str(packed["activation_lr"])
+    if whole is not None:
+        own = [p for group in optimizer.param_groups if not group.get("aux") for p in group["params"]]
+        places = [i for group in saved["param_groups"] if not group.get("aux") for i in group["params"]]
+        saved["state"].update({i: whole.get(p, {}) for i, p in zip(places, own, strict=True)})
+        saved["state"] = {i: slots for i, slots in saved["state"].items() if slots}
     saved["skipped_steps"] = optimizer.skipped_steps
     saved["rows_seed"] = optimizer.rows_seed
     saved["output_gradient"] = optimizer.output_gradient
@@ -106,6 +118,14 @@ def rows_seed(state_dict: Mapping[str, Any], otherwise: int) -> int:
     """``rows_seed`` of a checkpoint, ``otherwise`` where it has none."""
     seeds = [int(group["rows_seed"]) for group in state_dict["param_groups"] if "rows_seed" in group]
     return seeds[0] if seeds else int(state_dict.get("rows_seed", otherwise))
+
+
+def output_gradient(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """``output_gradient`` of a checkpoint; empty where it has none."""
+    if "output_gradient" in state_dict:
+        return dict(state_dict["output_gradient"])
+    texts = [group["output_gradient"] for group in state_dict["param_groups"] if group.get("output_gradient")]
+    return json.loads(texts[0]) if texts else {}
 
 
 def restore_state(optimizer: LocoProp, state_dict: Mapping[str, Any]) -> None:

@@ -186,8 +186,9 @@ class _Share:
         self.layer, self.described, self.rank = layer, described, rank
         count = max(map(len, described))
         # Of sharded parameters own outputs are needed, of which there is one at least, see `own_or_zeros`.
-        self.part = is_sharded(layer.weight) and not layer.whole
-        rows = own_rows(layer.weight)
+        rows = layer.outputs or own_rows(layer.weight)
+        some = 0 < rows.stop - rows.start < len(layer.weight)
+        self.part = some if layer.outputs else is_sharded(layer.weight) and not layer.whole
         self.outputs = rows if rows.start < rows.stop else slice(0, 1)
         #: How many rows a process has in each pass.
         self.counts = [[passes[i].size if i < len(passes) else 0 for passes in described] for i in range(count)]

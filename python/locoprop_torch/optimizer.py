@@ -14,7 +14,7 @@ from locoprop_kernels.problem import shown
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
 from locoprop_kernels.reports import nothing_done
 from locoprop_kernels.sampling import Sampling
-from locoprop_kernels.settings import Settings, check_rows
+from locoprop_kernels.settings import check_rows
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch import checkpoints, processes
 from locoprop_torch.auxiliary import (
@@ -31,12 +31,14 @@ from locoprop_torch.auxiliary import (
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import as_list, check_arguments, checked_hyperparameters
 from locoprop_torch.layers import ModelLayers, table, transfer_in_use
+from locoprop_torch.ownership import Owners
 from locoprop_torch.problems import layer_work
 from locoprop_torch.rates import default_lr_decay, local_rates
 from locoprop_torch.step import (
     Call,
     Place,
     SkipCounter,
+    Solved,
     all_finite,
     commit,
     decay_weights,
@@ -97,6 +99,9 @@ class LocoProp(Optimizer):
         rows: how many rows of the batch a local step takes at most, other ones in each, to estimate how the gradient
             has changed; ``None`` for all, the published method. A row is an example, a token or an output position.
 
+        shard_state: under ``DistributedDataParallel`` each process solves some outputs alone and keeps the rule's state
+            of those; the others get the increments. ``state_dict()`` then gathers, so all processes have to call it.
+
     The defaults are for everybody (``bench/results/defaults``); :data:`locoprop_torch.presets` has the settings of the
     paper's notebook and of the PyPI package: ``LocoProp(model, **presets["notebook"])``.
 
@@ -134,6 +139,7 @@ class LocoProp(Optimizer):
         masks: Mapping[str, Tensor] | None = None,
         trace: bool = False,
         rows: int | None = 64,
+        shard_state: bool = False,
     ) -> None:
         check_rows(rows)
         check_arguments(model, local_loss, reduction, backend, compute_dtype, lr_decay)
@@ -148,6 +154,7 @@ class LocoProp(Optimizer):
             "weight_decay": weight_decay,
             "transfer": None,
             "rows_seed": 0,
+            "output_gradient": "",
         }
         defaults.update(checked_hyperparameters(defaults))
         self.model = model = processes.unwrapped(model)
@@ -156,7 +163,9 @@ class LocoProp(Optimizer):
         self.aux: Optimizer | None = aux if isinstance(aux, Optimizer) else None
         self.backend, self.compute_dtype, self.target = backend, compute_dtype, target
         self.regulariser = as_regulariser(regulariser)
-        self.trace, self.rows, self.rows_seed = trace, rows, 0
+        self.trace, self.rows, self.rows_seed, self.shard_state = trace, rows, 0, shard_state
+        # Which process has the state of which outputs, once a step has spread it.
+        self._owners: Owners | None = None
         self.last_reports: list[StepReport] = []
         self._skipped = SkipCounter()
         # The layers whose gradients without rows were logged.
@@ -257,7 +266,8 @@ class LocoProp(Optimizer):
         own, together = own_groups(self.param_groups), processes.of(self)
         self._model_layers.want_unit(own)
         where = together.begin(self, lambda: places(own))
-        (calls, idle, reports), finite = together.finish(lambda: self._solved(where, loss))
+        solved, finite = together.finish(lambda: self._solved(where, loss))
+        calls, reports = solved.calls, solved.reports
         self.rows_seed += 1
         self._model_layers.output_gradient.keep()
         # The host decides whether aux steps, so with aux a step waits for the device.
@@ -268,31 +278,34 @@ class LocoProp(Optimizer):
             decay_weights(calls, where, finite)
         for call, report in zip(calls, reports, strict=True):
             commit(call, report, finite, self.state)
+        together.receive(finite)
         self._model_layers.forget(release=True)
-        if calls or self.aux is not None:
+        if calls or solved.elsewhere or self.aux is not None:
             self._skipped.count(finite)
-        self.last_reports = [*reports, *([nothing_done(idle, "no gradient")] if idle else [])]
+        left = {"no gradient": solved.idle, "solved by other processes": solved.elsewhere}
+        self.last_reports = [*reports, *(nothing_done(names, reason) for reason, names in left.items() if names)]
         return loss
 
-    def _solved(
-        self, where: Mapping[int, Place], loss: Any
-    ) -> tuple[tuple[list[Call], list[str], list[StepReport]], Tensor]:
-        """The calls of a step, the layers that are in none, what the calls have found, and whether all is finite."""
-        calls, idle = self._calls(where)
-        validate(calls)
-        reports = [self._solve(call) for call in calls]
-        return (calls, idle, reports), all_finite(reports, loss, self.aux)
+    def _solved(self, where: Mapping[int, Place], loss: Any) -> tuple[Solved, Tensor]:
+        """The calls of a step and what they have found, and whether all is finite."""
+        solved = self._calls(where)
+        validate(solved.calls)
+        solved.reports += [solve(self, call) for call in solved.calls]
+        return solved, all_finite(solved.reports, loss, self.aux)
 
-    def _calls(self, where: Mapping[int, Place]) -> tuple[list[Call], list[str]]:
-        """The calls of the backend that make this step, and the names of the layers that have no gradient."""
+    def _calls(self, where: Mapping[int, Place]) -> Solved:
+        """The calls of the backend that make this step, not solved yet, and the layers that are in none."""
         calls: dict[tuple[int, float, bool], Call] = {}
-        idle = []
+        idle, elsewhere = [], []
         unit = self._model_layers.output_gradient
         unit.look(self._layers)
         for name, layer in self._layers.items():
             found = trained(layer, where, self._model_layers.masks(layer))
             if found is None:
                 idle.append(name)
+                continue
+            if layer.outputs and layer.outputs.start == layer.outputs.stop:
+                elsewhere.append(name)
                 continue
             place, parts = found
             lr = max(part.lr for part in parts.values())
@@ -308,23 +321,10 @@ class LocoProp(Optimizer):
                 rates = local_rates(lr, iterations, self.lr_decay, steps=iterations if work.rows else 1)
                 calls[key] = Call(place.group, rates, work.rows > 0)
             calls[key].work.append(work)
-        return list(calls.values()), idle
+        return Solved(list(calls.values()), idle, elsewhere)
 
-    def _solve(self, call: Call) -> StepReport:
-        """The local iterations of one call, up to the commit."""
-        rows, seed = call.rows_and_seed or (self.rows, self.rows_seed)
-        settings = Settings.checked(
-            rule=call.group["rule"],
-            lr=call.rates,
-            prox=call.group["prox"],
-            reduction=self.reduction,
-            compute_dtype=self.compute_dtype,
-            trace=self.trace and call.with_rows,
-            regulariser=self.regulariser,
-            rows=rows,
-            rows_seed=seed,
-        )
-        return solve(call, settings, self.backend)
+    # What torch.distributed.algorithms.Join asks for.
+    join_hook = processes.refuse_join
 
     @property
     def skipped_steps(self) -> int:
@@ -351,7 +351,7 @@ class LocoProp(Optimizer):
         ``reduction`` and ``lr_decay``. A resume with others is refused.
         """
         link_groups(self.param_groups, self.aux)
-        return checkpoints.save(self, super().state_dict())
+        return checkpoints.save(self, super().state_dict(), processes.whole_state(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume exactly from :meth:`state_dict`.
@@ -372,10 +372,11 @@ class LocoProp(Optimizer):
         for group, values in zip(self.param_groups, kept, strict=True):
             group.update(values)
         checkpoints.restore_state(self, state_dict)
+        self._owners = None
         link_groups(self.param_groups, self.aux)
         self._skipped = SkipCounter(state_dict.get("skipped_steps", self.skipped_steps))
         self.rows_seed = checkpoints.rows_seed(state_dict, self.rows_seed)
-        self._model_layers.output_gradient.load(state_dict.get("output_gradient", {}))
+        self._model_layers.output_gradient.load(checkpoints.output_gradient(state_dict))
         self._model_layers.forget(release=True)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def give_parameter(
     problem: LocalProblem,
     layout: Layout,
     kind: str,
-    parameter: nn.Parameter,
+    parameter: Tensor,
     gradient: Tensor,
     rule: rules.Rule,
     stored: Mapping[str, Tensor],
@@ -196,7 +196,7 @@ def layer_work(
             :mod:`locoprop_torch.targets`.
     """
     layout = layer.layout
-    part = whole if layer.whole else own_or_zeros
+    part = _own_outputs(layer.outputs) if layer.outputs else whole if layer.whole else own_or_zeros
     parameters = {kind: part(parameter) for kind, parameter in layer.parameters.items()}
     weight = layout.weight(parameters["weight"])
     found = layer.rows(weight)
@@ -215,11 +215,13 @@ def layer_work(
     states = {}
     for kind, (parameter, _, own_lr, masks) in trained.items():
         stored = state.get(parameter) or {}
-        states[kind] = give_parameter(problem, layout, kind, parameter, gradients[kind], rule, stored, part)
+        # State that is kept here is that of own outputs alone.
+        like, of = (parameters[kind], own) if layer.outputs else (parameter, part)
+        states[kind] = give_parameter(problem, layout, kind, like, gradients[kind], rule, stored, of)
         if own_lr != lr:
             setattr(problem, f"rate_{kind}", own_lr / lr)
         if masks:
-            mask = _mask(parameter, masks, layer.whole)
+            mask = _mask(parameter, masks, layer)
             setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(mask, parameters[kind])))
     sampling = layer.sampling if isinstance(rows[0], ChosenRows) else None
     wholes = parameters if layer.whole else {}
@@ -232,17 +234,23 @@ def _one_row_of_zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight.new_zeros(*lead, 1, k), weight.new_zeros(*lead, 1, n)
 
 
-def _mask(parameter: nn.Parameter, masks: Sequence[Tensor], all_rows: bool) -> Tensor:
+def _own_outputs(outputs: slice) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.detach()[outputs]
+
+
+def _mask(parameter: nn.Parameter, masks: Sequence[Tensor], layer: CapturedLayer) -> Tensor:
     """All masks of a parameter as one: true where none of them is zero; of own rows, or of all."""
     total = torch.ones((), dtype=torch.bool, device=parameter.device)
     for mask in masks:
         total = total & (mask.detach().to(parameter.device) != 0)
-    if all_rows or not is_sharded(parameter):
+    if layer.outputs:
+        return total[layer.outputs]
+    if layer.whole or not is_sharded(parameter):
         return total
     return total[own_rows(parameter)] if len(own(parameter)) else total[:1]
 
 
-def _fitting(stored: Mapping[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:
+def _fitting(stored: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
     """The rule's state in the parameter's strides and device and the dtype of sums: the same tensors if they fit."""
     dtype, device, strides = accumulation_dtype(parameter.dtype), parameter.device, parameter.stride()
     slots = {}

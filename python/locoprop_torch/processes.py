@@ -12,30 +12,26 @@ A process that cannot go on says so in the next exchange, and then all of them r
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from locoprop_kernels import rules
 from locoprop_torch.agreement import agree, raise_alike
-from locoprop_torch.auxiliary import own_groups
-from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import check_model
 from locoprop_torch.gathering import GatheredRows, LocalRows
-from locoprop_torch.layers import transfer_in_use
-from locoprop_torch.layouts import number_of_groups
+from locoprop_torch.ownership import Owners, Received, assign, outputs_are_independent
 from locoprop_torch.sharding import group_of, is_sharded
+from locoprop_torch.step import Place, Solved
 from locoprop_torch.wire import Wire
 
 if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp
 
-__all__ = ["Alone", "Processes", "are_several", "of", "unwrapped"]
+__all__ = ["Alone", "Processes", "are_several", "of", "refuse_join", "unwrapped", "whole_state"]
 
-T = TypeVar("T")
 # The DistributedDataParallel that a model was last called in.
 _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
@@ -86,16 +82,64 @@ def of(optimizer: LocoProp) -> Alone | Processes:
     return Processes(group, next(iter(optimizer._layers.values())).weight.device, wrapper)
 
 
+def whole_state(optimizer: LocoProp) -> dict[Tensor, dict[str, Tensor]] | None:
+    """The rule's state of all parameters, where it is spread over processes, all of which must come here.
+
+    Returns:
+        The state, on the host; ``None`` where this process has all of it.
+
+    Raises:
+        ValueError: the process group is gone.
+        RuntimeError: the other processes have not come within its timeout.
+    """
+    if optimizer._owners is None:
+        return None
+    together = of(optimizer)
+    if isinstance(together, Alone):
+        raise ValueError(_GONE.format(optimizer._owners.processes))
+    return optimizer._owners.whole_state(together.wire, optimizer)
+
+
+def refuse_join(optimizer: LocoProp, **_: Any) -> NoReturn:
+    """Refuse uneven inputs with torch's ``Join``.
+
+    Raises:
+        ValueError: says what would work.
+    """
+    raise ValueError(
+        "a step within DistributedDataParallel.join() or Join([...]) would wait for processes that have no more "
+        "batches: give every process the same number of batches, smaller or empty ones (x[:0], y[:0]) where it has no "
+        "more, and take the sum of the loss over examples, as the mean over none is not a number"
+    )
+
+
+_GONE = (
+    "the optimiser's state is spread over {} processes (shard_state=True), whose process group is not initialised: "
+    "save it before torch.distributed.destroy_process_group(), and load it to go on in one process"
+)
+
+
 class Alone:
     """One process: nothing to agree on."""
 
-    def begin(self, optimizer: LocoProp, prepare: Callable[[], T]) -> T:
-        """What ``prepare`` returns."""
-        return prepare()
+    def begin(self, optimizer: LocoProp, where: Callable[[], Mapping[int, Place]]) -> Mapping[int, Place]:
+        """What ``where`` returns.
 
-    def finish(self, solve: Callable[[], tuple[T, Tensor]]) -> tuple[T, Tensor]:
+        Raises:
+            ValueError: the optimiser's state is spread over processes that are gone.
+        """
+        if optimizer._owners is not None:
+            raise ValueError(_GONE.format(optimizer._owners.processes))
+        for layer in optimizer._layers.values():
+            layer.outputs = None
+        return where()
+
+    def finish(self, solve: Callable[[], tuple[Solved, Tensor]]) -> tuple[Solved, Tensor]:
         """What ``solve`` returns."""
         return solve()
+
+    def receive(self, finite: Tensor) -> None:
+        """Nothing comes from others."""
 
 
 class Processes:
@@ -110,48 +154,48 @@ class Processes:
     def __init__(self, group: Any, device: torch.device, wrapper: Any = None) -> None:
         self.wire = Wire(group, device)
         self.wrapper = wrapper
-        self._rows: GatheredRows | None = None
+        self._where: Mapping[int, Place] = {}
+        self._owners: Owners | None = None
+        self._received: list[Received] = []
 
-    def begin(self, optimizer: LocoProp, prepare: Callable[[], T]) -> T:
-        """Agree on the step, and give every layer the rows of all processes.
+    def begin(self, optimizer: LocoProp, where: Callable[[], Mapping[int, Place]]) -> Mapping[int, Place]:
+        """Agree on the step, say which outputs are solved here, and give every layer the rows of all processes.
 
         Args:
             optimizer: the optimiser.
-            prepare: the checks that a process makes alone.
+            where: checks what a process can alone, and returns the place of every parameter.
 
         Returns:
-            What ``prepare`` returned.
+            What ``where`` returned.
 
         Raises:
             ValueError: on all processes alike: one of them cannot make the step, or they do not agree.
         """
         error: Exception | None = None
-        prepared: Any = None
+        self._optimizer = optimizer
         local = LocalRows()
         try:
             self._check(optimizer)
-            prepared = prepare()
+            self._where = where()
             local = LocalRows.of(optimizer)
         except Exception as raised:
             error = raised
         numbers = agree(self.wire, optimizer, local.numbers, error)
+        self._owners = assign(optimizer, self.wire)
         self._rows = GatheredRows(self.wire, optimizer, local, numbers)
-        return prepared
+        return self._where
 
     def _check(self, optimizer: LocoProp) -> None:
         if self.wrapper is not None and self.wrapper._join_config.enable:
-            raise ValueError(
-                "a step within DistributedDataParallel.join() would wait for processes that have no more batches: give "
-                "every process the same number of batches, some of them smaller or empty"
-            )
+            refuse_join(optimizer)
         for name, layer in optimizer._layers.items():
             if layer.keep_gradients:
                 raise ValueError(
                     f"under several processes only the target 'dual' is supported, layer {name!r} has another"
                 )
-            layer.whole = is_sharded(layer.weight) and not _outputs_are_independent(optimizer, layer)
+            layer.whole = is_sharded(layer.weight) and not outputs_are_independent(optimizer, layer)
 
-    def finish(self, solve: Callable[[], tuple[T, Tensor]]) -> tuple[T, Tensor]:
+    def finish(self, solve: Callable[[], tuple[Solved, Tensor]]) -> tuple[Solved, Tensor]:
         """Solve the local problems, and find out whether all processes may commit.
 
         Args:
@@ -163,9 +207,8 @@ class Processes:
         Raises:
             ValueError: on all processes alike, as far as they wait for the device: one of them could not.
         """
-        assert self._rows is not None
         error: Exception | None = None
-        solved: Any = None
+        solved = Solved()
         flag = torch.tensor(0)
         try:
             solved, finite = solve()
@@ -173,22 +216,22 @@ class Processes:
         except Exception as raised:
             error = raised
         least = self.wire.least(flag)
-        if least.device.type == "cpu":
-            if not least:
-                self._rows.put_back()
-                raise_alike(self.wire, error)
-        elif error is not None:
+        on_host = least.device.type == "cpu"
+        if on_host and not least:
+            self._rows.put_back()
+            raise_alike(self.wire, error)
+        if self._owners is not None and not (on_host and least < 2):
+            self._received = self._owners.exchange(self.wire, self._optimizer, self._where, solved)
+        if error is not None:
             # The others do not wait for the device: they skip the step.
             self._rows.put_back()
             raise error
         self._rows.release()
         return solved, least == 2
 
-
-def _outputs_are_independent(optimizer: LocoProp, layer: CapturedLayer) -> bool:
-    """Whether the local problem of a layer can be solved for each of its outputs alone."""
-    groups = own_groups(optimizer.param_groups)
-    group = next(group for group in groups if any(p is layer.weight for p in group["params"]))
-    transfer = transfer_in_use(layer, group["transfer"], optimizer.local_loss)
-    elementwise = transfer.elementwise and rules.is_elementwise(group["rule"])
-    return elementwise and optimizer.regulariser is None and number_of_groups(layer.module) == 1
+    def receive(self, finite: Tensor) -> None:
+        """Add the increments of the other processes where the whole step is ``finite``."""
+        for part in self._received:
+            part.add(finite)
+        if self._owners is not None:
+            self._owners.mark(self._optimizer)

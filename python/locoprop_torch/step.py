@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,20 @@ from locoprop_torch.checks import checked_hyperparameters, is_compiled
 from locoprop_torch.problems import LayerWork, Trained
 from locoprop_torch.sharding import own
 
+if TYPE_CHECKING:
+    from locoprop_torch.optimizer import LocoProp
+
 __all__ = [
     "Call",
     "Place",
     "SkipCounter",
+    "Solved",
     "all_finite",
     "commit",
     "decay_weights",
     "places",
     "sampling_ahead",
+    "shrink",
     "solve",
     "tell_without_rows",
     "trained",
@@ -183,10 +188,39 @@ def tell_without_rows(work: LayerWork, model: nn.Module, told: set[str]) -> None
     )
 
 
-def solve(call: Call, settings: Settings, backend: str) -> StepReport:
+@dataclass(eq=False)
+class Solved:
+    """What a step has found, before its commit.
+
+    Attributes:
+        calls: the calls of the backend.
+        idle: the layers that have no gradient.
+        elsewhere: the layers that other processes solve.
+        reports: of the calls.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    reports: list[StepReport] = field(default_factory=list)
+
+
+def solve(optimizer: LocoProp, call: Call) -> StepReport:
     """The local iterations of one call, up to the commit."""
+    rows, seed = call.rows_and_seed or (optimizer.rows, optimizer.rows_seed)
+    settings = Settings.checked(
+        rule=call.group["rule"],
+        lr=call.rates,
+        prox=call.group["prox"],
+        reduction=optimizer.reduction,
+        compute_dtype=optimizer.compute_dtype,
+        trace=optimizer.trace and call.with_rows,
+        regulariser=optimizer.regulariser,
+        rows=rows,
+        rows_seed=seed,
+    )
     problems = [work.problem for work in call.work]
-    report = steps.solve(problems, settings, backend, done=lambda index: call.work[index].release())
+    report = steps.solve(problems, settings, optimizer.backend, done=lambda index: call.work[index].release())
     for work, problem in zip(call.work, report.problems, strict=True):
         problem.name, problem.rows = work.layer.name, work.rows
         if not call.with_rows:
@@ -222,11 +256,15 @@ def decay_weights(calls: Iterable[Call], where: Mapping[int, Place], finite: Ten
     ]
     for problem, kind, part in everything:
         place = where[id(part.parameter)]
-        factor = 1 - place.lr * place.group["weight_decay"]
-        if factor != 1:
-            kept = torch.full((), factor, dtype=torch.float64, device=finite.device)
-            # A view of the parameter, or what the parameter is written from.
-            getattr(problem, kind).mul_(torch.where(finite, kept, 1.0))
+        # A view of the parameter, or what the parameter is written from.
+        shrink(getattr(problem, kind), 1 - place.lr * place.group["weight_decay"], finite)
+
+
+def shrink(tensor: Tensor, factor: float, finite: Tensor) -> None:
+    """Multiply a tensor by a factor where ``finite`` is true."""
+    if factor != 1:
+        kept = torch.full((), factor, dtype=torch.float64, device=finite.device)
+        tensor.mul_(torch.where(finite, kept, 1.0))
 
 
 def commit(call: Call, report: StepReport, finite: Tensor, state: dict[Any, Any]) -> None:

@@ -49,6 +49,31 @@ class Wire:
         dist.all_gather_object(found, own, group=self.group)
         return found
 
+    def meet(self, place: str) -> None:
+        """Wait until all processes have come to a place, without an exchange that others could take for theirs.
+
+        Args:
+            place: its name; all come to it equally often.
+
+        Raises:
+            RuntimeError: they have not come within the timeout of the process group.
+        """
+        # Not in every version of torch.
+        store: Any = getattr(self.group, "get_group_store", lambda: None)()
+        if store is None:
+            return
+        place = f"locoprop {place}"
+        turn, last = divmod(store.add(place, 1) - 1, self.size)
+        if last == self.size - 1:
+            store.set(f"{place} {turn}", "all")
+        try:
+            store.wait([f"{place} {turn}"])
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"process {self.rank} of {self.size} waits for others that do not come: with shard_state=True "
+                "state_dict() gathers the state, so call it in every process and let one of them save what it returns"
+            ) from error
+
     def least(self, own: Tensor) -> Tensor:
         """The least of an integer tensor ``[]`` over all processes, on the parameters' device."""
         # A copy, as it is written to.

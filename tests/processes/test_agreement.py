@@ -1,5 +1,6 @@
 """What processes must agree in, and what happens where they do not: all of them raise, and nothing has changed."""
 
+import itertools
 import os
 import re
 import time
@@ -9,9 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms.join import Join
 
 from locoprop_kernels import routes
-from locoprop_torch import LocoProp
+from locoprop_torch import LocoProp, ownership
 from tests.helpers import batch, mlp, moved, weights
 from tests.processes.pool import Pool, free_port, join
 
@@ -176,19 +178,62 @@ def test_gradients_must_have_been_averaged(pools):
         assert all("gradients differ between the processes, so they were not averaged" in text for text in messages)
 
 
-def within_join(rank):
-    """What a step says in DistributedDataParallel.join()."""
+def within_join(rank, how):
+    """What is said where one process has two batches and the other one, in the first step."""
     model = mlp()
     wrapped = nn.parallel.DistributedDataParallel(model)
     opt = LocoProp(wrapped, lr=1e-2)
-    x, y = batch(4, seed=rank)
-    with wrapped.join():
-        F.mse_loss(wrapped(x), y).backward()
-        return message_of(opt.step)
+    try:
+        with wrapped.join() if how == "method" else Join([wrapped, opt]):  # type: ignore[list-item]
+            for seed in range(2 - rank):
+                opt.zero_grad()
+                F.mse_loss(wrapped(batch(4, seed=seed)[0]), batch(4, seed=seed)[1]).backward()
+                opt.step()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
-def test_joining_is_refused(pools):
-    assert all("give every process the same number of batches" in text for text in pools[2].run(within_join))
+@pytest.mark.parametrize("how", ["method", "context"])
+def test_joining_is_refused(pools, how):
+    first, second = pools[2].run(within_join, how)
+    assert first == second
+    assert "give every process the same number of batches, smaller or empty ones (x[:0], y[:0])" in first
+
+
+def with_empty_batches(rank, shard_state):
+    """What the message says: one process has three batches, the other one."""
+    model = mlp()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    opt = LocoProp(wrapped, lr=1e-2, rows=3, shard_state=shard_state)
+    loader = [batch(4, seed=seed) for seed in range(3 - 2 * rank)]
+    most = torch.tensor(len(loader))
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    empty = [tensor[:0] for tensor in loader[0]]
+    for x, y in itertools.islice(itertools.chain(loader, itertools.repeat(empty)), int(most)):
+        opt.zero_grad()
+        count = torch.tensor(len(x))
+        dist.all_reduce(count)
+        (F.mse_loss(wrapped(x), y, reduction="sum") * 2 / count).backward()
+        opt.step()
+    return opt.skipped_steps, opt.rows_seed, weights(model)
+
+
+@pytest.mark.parametrize("shard_state", [False, True])
+def test_processes_may_have_empty_batches_in_the_end(pools, shard_state):
+    (skipped, count, first), (_, _, second) = pools[2].run(with_empty_batches, shard_state)
+    assert (skipped, count) == (0, 3)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    model = mlp()
+    opt = LocoProp(model, lr=1e-2, rows=3)
+    for number in range(3):
+        parts = [batch(4, seed=number), *([batch(4, seed=0)] if not number else [])]
+        x, y = (torch.cat(some) for some in zip(*parts, strict=True))
+        opt.zero_grad()
+        (F.mse_loss(model(x), y, reduction="sum") / len(x)).backward()
+        opt.step()
+    for weight, expected in zip(first, weights(model), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-13)
 
 
 def of_several_models(rank):
@@ -269,33 +314,44 @@ def test_groups_that_begin_late_or_are_gone(pools):
         assert "the process group of the model's DistributedDataParallel is not initialised" in gone
 
 
-def dying(rank, port):
-    """Of two processes the second one dies before its second step: what the first one raises, when, and what moved."""
+def die(*_):
+    os._exit(1)
+
+
+def dying(rank, port, shard_state):
+    """Of two processes the second one dies before its second step, or in it before it has sent its increments.
+
+    What the first one raises, when, and what has moved.
+    """
     dist.destroy_process_group()
     join(rank, 2, port, patience=3.0)
     model = mlp()
     wrapped = nn.parallel.DistributedDataParallel(model)
-    opt = LocoProp(wrapped, lr=1e-2)
+    opt = LocoProp(wrapped, lr=1e-2, shard_state=shard_state)
     x, y = batch(4, seed=rank)
     for step in range(2):
         opt.zero_grad()
         F.mse_loss(wrapped(x), y).backward()
-        before, seed = weights(model), opt.rows_seed
+        before, seed, state = weights(model), opt.rows_seed, str(opt.state)
         if step and rank == 1:
-            os._exit(1)
+            if not shard_state:
+                die()
+            ownership.Owners.exchange = die  # type: ignore[method-assign]
         begin = time.monotonic()
         try:
             opt.step()
         except RuntimeError:
             # What is left says whether the step was made in part.
-            return time.monotonic() - begin, any(moved(model, before)), opt.rows_seed - seed
+            changed = any(moved(model, before)) or str(opt.state) != state
+            return time.monotonic() - begin, changed, opt.rows_seed - seed
     return None
 
 
-def test_the_others_raise_where_a_process_dies():
+@pytest.mark.parametrize("shard_state", [False, True])
+def test_the_others_raise_where_a_process_dies(shard_state):
     pool = Pool(2)
     try:
-        seconds, changed, seeds = pool.run_until_first(dying, free_port())
+        seconds, changed, seeds = pool.run_until_first(dying, free_port(), shard_state)
     finally:
         pool.stop()
     assert seconds < 10

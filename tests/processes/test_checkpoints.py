@@ -27,8 +27,8 @@ def prepared(rank, name, how, rows):
     model, own = made(name, torch.float64)
     if how == "sharded":
         model = sharded(model)
-    opt = LocoProp(model, **OPTIONS, **own, rows=rows)
-    wrapped = nn.parallel.DistributedDataParallel(model) if how == "replicated" else model
+    opt = LocoProp(model, **{**OPTIONS, **own}, rows=rows, shard_state=how == "shared out")
+    wrapped = nn.parallel.DistributedDataParallel(model) if how in ("replicated", "shared out") else model
     count = dist.get_world_size() if how != "alone" else 1
     share = len(SIZES) // count
 
@@ -85,6 +85,9 @@ def resumed(rank, name, how, rows, flat, path, steps, more):
         ("softmax", (4, "sharded"), (2, "sharded")),
         ("convolution", (2, "replicated"), (4, "replicated")),
         ("convolution", (2, "replicated"), (2, "sharded")),
+        ("convolution", (2, "shared out"), (4, "shared out")),
+        ("unit", (4, "shared out"), (2, "replicated")),
+        ("softmax", (2, "sharded"), (2, "shared out")),
     ],
 )
 def test_a_resume_is_exact(pools, tmp_path, name, before, after, flat):

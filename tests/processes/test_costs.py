@@ -43,19 +43,22 @@ def counted(rank, wrap):
     model = wrapped = sharded(model) if wrap == "sharded" else model
     if wrap != "sharded":
         wrapped = nn.parallel.DistributedDataParallel(model)
-    opt = LocoProp(model, rows=ROWS, local_iterations=ITERATIONS)
+    opt = LocoProp(model, rows=ROWS, local_iterations=ITERATIONS, shard_state=wrap == "shared out")
     wrapped(torch.randn(BATCH // dist.get_world_size(), SIZE)).square().mean().backward()
     with CommDebugMode() as calls, Received(dist.get_world_size()) as received:
         opt.step()
     return received.found, calls.get_total_counts()
 
 
-@pytest.mark.parametrize("wrap", ["replicated", "sharded"])
+@pytest.mark.parametrize("wrap", ["replicated", "sharded", "shared out"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_bytes_and_calls_are_those_of_the_model(pools, size, wrap):
     for found, calls in pools[size].run(counted, wrap):
-        header, rows, flag = found
-        assert calls == 3
+        header, rows, flag, *increments = found
+        assert calls == len(found)
+        # One call for all layers.
+        own = [2 * processes.of_increments(SIZE, SIZE, size, 4)] if wrap == "shared out" else []
+        assert increments == own
         assert header + flag == processes.AGREEMENT * (size - 1)
         assert rows == 2 * processes.of_rows(ROWS, ITERATIONS, SIZE, SIZE, size, 4)
 

@@ -11,30 +11,23 @@ from torch import nn
 
 from locoprop_torch import LocoProp, PerExample
 from tests.helpers import RECENT, mlp, weights
-from tests.processes.test_data_parallel import OPTIONS, TOLERANCE, Grouped, Tied, batch_of, frozen
+from tests.processes.test_data_parallel import (
+    MASK,
+    OPTIONS,
+    TOLERANCE,
+    Convolution,
+    Grouped,
+    Tied,
+    batch_of,
+    frozen,
+    shrink,
+)
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or not RECENT, reason="needs gloo; older FSDP2 needs a GPU"
 )
 
 
-class Convolution(nn.Module):
-    """A convolution, a normalisation for ``aux`` and a head with fewer outputs than there may be processes."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm, self.head = nn.Conv1d(2, 5, 3, padding=1), nn.LayerNorm(15), nn.Linear(15, 3)
-
-    def forward(self, x):
-        return self.head(self.norm(torch.tanh(self.conv(x.unflatten(-1, (2, 3)))).flatten(1)))
-
-
-def shrink(start, increment):
-    """The gradient of a regulariser that looks at all outputs of a layer."""
-    return 1e-2 * (start + increment) / (start + increment).norm()
-
-
-MASK = torch.arange(30).view(5, 6) % 3 != 1
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unit": (mlp, {"rule": "adam", "lr": 1e-3, "activation_lr": PerExample(2.0)}),
     "mlp": (mlp, {}),
