@@ -1,0 +1,1 @@
+"""The deep autoencoder after equal time, where no machine stands still for it: time is turned into numbers of steps."""
