@@ -61,7 +61,7 @@ def residual(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential
 
 
 class Pooled(nn.Sequential):
-    """Convolutions 3x3 whose positions are averaged at the end, for flat images, with a pooling in the middle of many."""
+    """Convolutions 3x3 whose positions are averaged at the end, for flat images; many have a pooling between them."""
 
     def __init__(self, side: int, channels: Sequence[int], classes: int, norm: bool, activation: Activation) -> None:
         modules: list[nn.Module] = [nn.Unflatten(1, (1, side, side))]
