@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, is_number, shown
 from locoprop_kernels.steps import BACKENDS, triton_unavailable
-from locoprop_torch.sharding import is_sharded
 from locoprop_torch.unit import PerExample
 
 __all__ = [
@@ -142,9 +141,15 @@ def check_model(model: nn.Module) -> None:
                 "LocoProp does not support FullyShardedDataParallel, whose flat parameters have no rows, got "
                 f"{name or 'the model'!r}; fully_shard (FSDP2) and DistributedDataParallel would work"
             )
-    sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
-    if sharded is not None and not any(type(module).__name__.startswith("FSDP") for module in model.modules()):
-        raise ValueError(
-            f"LocoProp does not support tensor parallelism yet, got {sharded!r} without fully_shard; "
-            "fully_shard (FSDP2) and DistributedDataParallel would work"
-        )
+        if _offloads(module):
+            raise ValueError(
+                "LocoProp does not support CPUOffloadPolicy, as rows and weights must be on one device, got it of "
+                f"{name or 'the model'!r}; fully_shard without an offload_policy would work"
+            )
+
+
+def _offloads(module: Any) -> bool:
+    """Whether FSDP2 keeps the parameters of a module on the host; torch has no public way to know."""
+    state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return any(type(getattr(group, "offload_policy", None)).__name__ == "CPUOffloadPolicy" for group in groups)

@@ -194,7 +194,7 @@ class LocoProp(Optimizer):
 
     def _sampling(self) -> Sampling | None:
         """Which rows the next step takes, as far as that is known before it."""
-        late = processes.are_several(self.model)
+        late = processes.gather_rows(self.model)
         return None if late else sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
 
     def _attach(self) -> None:
