@@ -31,7 +31,7 @@ LOCAL_LOSSES = ("matching", "squared")
 
 
 def check_arguments(
-    model: Any, local_loss: Any, reduction: Any, backend: Any, compute_dtype: Any, lr_decay: Any
+    model: Any, local_loss: Any, reduction: Any, backend: Any, compute_dtype: Any, lr_decay: Any, shard_state: Any
 ) -> None:
     """Check the arguments of ``LocoProp`` that hold for the whole optimiser and can be checked by themselves.
 
@@ -44,6 +44,8 @@ def check_arguments(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, BACKENDS)
     check_choice("compute_dtype", compute_dtype, (None, *COMPUTE_DTYPES))
+    if not isinstance(shard_state, bool):
+        raise TypeError(f"shard_state must be True or False, got {shown(shard_state)}")
     if lr_decay is not None and not callable(lr_decay):
         raise TypeError(f"lr_decay must be callable or None, got {shown(lr_decay)}")
     if backend == "triton" and (reason := triton_unavailable()):

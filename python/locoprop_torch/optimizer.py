@@ -142,7 +142,7 @@ class LocoProp(Optimizer):
         shard_state: bool = False,
     ) -> None:
         check_rows(rows)
-        check_arguments(model, local_loss, reduction, backend, compute_dtype, lr_decay)
+        check_arguments(model, local_loss, reduction, backend, compute_dtype, lr_decay, shard_state)
         check_aux(aux)
         check_target(target)
         defaults: dict[str, Any] = {

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_layer",
+    "check_placement",
     "group_of",
     "is_sharded",
     "is_tensor_parallel",
@@ -151,6 +152,24 @@ def group_of(parameters: Mapping[str, nn.Parameter]) -> Any:
 def shape_of(layout: Layout, weight: Any) -> list[int]:
     """``[N, K]`` or ``[G, N, K]``, what a whole weight is in the local problem."""
     return list(layout.weight(torch.empty_strided(weight.shape, weight.stride(), device="meta")).shape)
+
+
+def check_placement(name: str, value: Any, parameter: Any) -> None:
+    """Refuse the state of a parameter that was spread over processes otherwise than it is now.
+
+    Raises:
+        ValueError: naming what would work.
+    """
+    if not is_sharded(value):
+        return
+    there = value.device_mesh.size()
+    here = parameter.device_mesh.size() if is_sharded(parameter) else 1
+    if here != there or value.placements != parameter.placements:
+        raise ValueError(
+            f"the state of {name} in state_dict must be spread over {here} processes, as the parameter is, got a "
+            f"part of what {there} had: save and load it with torch.distributed.checkpoint, get_state_dict and set_state_dict, "
+            "which give every process its part"
+        )
 
 
 def check_layer(name: str, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -94,3 +94,38 @@ def test_a_resume_is_exact(pools, tmp_path, name, before, after, flat):
         step(number)
     for weight, expected in zip(found[0], model.parameters(), strict=True):
         torch.testing.assert_close(weight, expected.detach(), rtol=1e-11, atol=1e-12)
+
+
+def save_a_part(rank, path):
+    """Save what one process has of a sharded state, without torch.distributed.checkpoint."""
+    _, opt, step = prepared(rank, "convolution", "sharded", 3)
+    step(0)
+    torch.save(opt.state_dict(), f"{path}{rank}")
+
+
+def load_a_part(rank, path, how):
+    """What is said where it is loaded by other processes, and what has changed."""
+    _, opt, step = prepared(rank, "convolution", how, 3)
+    state = torch.load(f"{path}{rank % 2}", weights_only=False)
+    before = str(opt.state_dict())
+    try:
+        opt.load_state_dict(state)
+    except ValueError as error:
+        unchanged = before == str(opt.state_dict())
+        step(1)
+        return str(error), unchanged
+    step(1)
+    return None
+
+
+@pytest.mark.parametrize(("size", "how"), [(4, "sharded"), (2, "replicated"), (2, "sharded")])
+def test_parts_of_a_state_are_refused_by_other_processes(pools, tmp_path, size, how):
+    pools[2].run(save_a_part, f"{tmp_path}/")
+    found = pools[size].run(load_a_part, f"{tmp_path}/", how)
+    if (size, how) == (2, "sharded"):
+        assert found == [None, None]
+        return
+    assert len(set(found)) == 1
+    text, unchanged = found[0]
+    assert "got a part of what 2 had: save and load it with torch.distributed.checkpoint" in text
+    assert unchanged
