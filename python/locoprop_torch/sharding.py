@@ -167,8 +167,8 @@ def check_placement(name: str, value: Any, parameter: Any) -> None:
     if here != there or value.placements != parameter.placements:
         raise ValueError(
             f"the state of {name} in state_dict must be spread over {here} processes, as the parameter is, got a "
-            f"part of what {there} had: save and load it with torch.distributed.checkpoint, get_state_dict and set_state_dict, "
-            "which give every process its part"
+            f"part of what {there} had: save and load it with torch.distributed.checkpoint, get_state_dict and "
+            "set_state_dict, which give every process its part"
         )
 
 
