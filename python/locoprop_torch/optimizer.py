@@ -323,7 +323,6 @@ class LocoProp(Optimizer):
             calls[key].work.append(work)
         return Solved(list(calls.values()), idle, elsewhere)
 
-    # What torch.distributed.algorithms.Join asks for.
     join_hook = processes.refuse_join
 
     @property
@@ -392,8 +391,8 @@ class LocoProp(Optimizer):
 
     def __repr__(self) -> str:
         transfers_of = {id(p): group["transfer"] for group in own_groups(self.param_groups) for p in group["params"]}
-        lines = [super().__repr__(), f"local loss: {self.local_loss}; layers:"]
-        lines += table(self._layers, transfers_of, self.local_loss)
+        layers = table(self._layers, transfers_of, self.local_loss)
+        lines = [super().__repr__(), f"local loss: {self.local_loss}; layers:", *layers]
         if self.output_gradient:
             lines.append(f"1 per example is an activation_lr of {self.output_gradient['rate']:g}")
         if self.aux is not None:

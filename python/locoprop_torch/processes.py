@@ -106,7 +106,7 @@ def whole_state(optimizer: LocoProp) -> dict[Tensor, dict[str, Tensor]] | None:
 
 
 def refuse_join(optimizer: LocoProp, **_: Any) -> NoReturn:
-    """Refuse uneven inputs with torch's ``Join``.
+    """Refuse uneven inputs with ``torch.distributed.algorithms.Join``, which asks for it as ``join_hook``.
 
     Raises:
         ValueError: says what would work.
