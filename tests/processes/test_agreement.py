@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.algorithms.join import Join
 
 from locoprop_kernels import routes
 from locoprop_torch import LocoProp, ownership
@@ -185,6 +184,8 @@ def test_gradients_must_have_been_averaged(pools):
 
 def within_join(rank, how):
     """What is said where one process has two batches and the other one, in the first step."""
+    from torch.distributed.algorithms.join import Join
+
     model = mlp()
     wrapped = nn.parallel.DistributedDataParallel(model)
     opt = LocoProp(wrapped, lr=1e-2)

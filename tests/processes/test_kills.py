@@ -119,10 +119,11 @@ def test_a_run_that_is_killed_again_and_again_has_the_same_bits(tmp_path, run, k
             resumed, folder = newest(tmp_path, folder)
             before = len(lines(folder / "log 0"))
             pool.begin(life, folder, run, expected)
-            if resumed:
-                wait(lambda folder=folder, before=before: len(lines(folder / "log 0")) > before)
-            else:
-                wait(lambda folder=folder: whole_ones(folder))
+            begin = time.monotonic()
+            while len(lines(folder / "log 0")) <= before if resumed else not whole_ones(folder):
+                pool.check()
+                assert time.monotonic() - begin < 3 * PATIENCE, "a run has not resumed in time"
+                time.sleep(0.002)
             time.sleep(generator.uniform(0, most))
             pool.stop()
             resumes, lives = resumes + resumed, lives + 1
@@ -145,10 +146,3 @@ def newest(tmp_path, folder):
         folder = tmp_path / str(int(folder.name) + 1)
     folder.mkdir(exist_ok=True)
     return bool(whole_ones(folder)), folder
-
-
-def wait(until):
-    begin = time.monotonic()
-    while not until():
-        assert time.monotonic() - begin < PATIENCE, "a run has not resumed in time"
-        time.sleep(0.002)
