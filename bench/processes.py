@@ -44,11 +44,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--itemsize", type=int, default=2, help="Bytes of a number (default: %(default)s).")
     options = parser.parse_args(arguments)
     size = options.size
-    table = Table("processes", "rows of a layer, MB", "FSDP2's own, MB", "share")
+    table = Table("processes", "rows of a layer, MB", "FSDP2's own, MB", "share", "increments (shard_state), MB")
     for processes in (2, 4, 8, 16, 64, 256, 1024):
         ours = of_rows(options.rows, options.iterations, size, size, processes, options.itemsize)
         theirs = of_fsdp(size, size, processes, options.itemsize)
-        table.add_row(str(processes), f"{ours / 1e6:.2f}", f"{theirs / 1e6:.1f}", f"{ours / theirs:.1%}")
+        increments = of_increments(size, size, processes, 4) / 1e6
+        share = f"{ours / theirs:.1%}"
+        table.add_row(str(processes), f"{ours / 1e6:.2f}", f"{theirs / 1e6:.1f}", share, f"{increments:.1f}")
     console = Console()
     console.print(f"bytes that a process receives for a layer of {size} x {size} in a step (a model, not measured):")
     console.print(table)

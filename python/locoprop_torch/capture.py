@@ -32,7 +32,7 @@ from locoprop_torch.kept import joined
 from locoprop_torch.layouts import Layout, layout_class
 from locoprop_torch.masks import trained_parameters
 from locoprop_torch.passes import Gradients, Pass, SeenGradient
-from locoprop_torch.sharding import is_sharded
+from locoprop_torch.sharding import is_sharded, own_tensor, whole
 from locoprop_torch.shares import Shares
 from locoprop_torch.unit import OutputGradient, unscaling
 
@@ -175,7 +175,8 @@ class CapturedLayer:
                 self._watch_gradient(kind, parameter)
             if kind in present and id(present[kind].parameter) not in self._handles:
                 self._watch_gradient(kind, present[kind].parameter)
-        captured = Pass(module, x.detach(), output.detach(), (x._version, output._version))
+        own_x, own_output = (own_tensor(self.name, what, t.detach()) for what, t in (("input", x), ("output", output)))
+        captured = Pass(module, own_x, own_output, (own_x._version, own_output._version))
         sampling = self._sampling()
         if sampling is not None:
             self._shares.begin(captured, self.passes if self._has_gradient() else [], sampling)
@@ -203,7 +204,8 @@ class CapturedLayer:
         if number is None:
             return
         if self._output_gradient is not None:
-            captured.output = self._output_gradient.reach(self, number, gradient) or captured.output
+            found = self._output_gradient.reach(self, number, lambda: whole(gradient))
+            captured.output = found or captured.output
         if self.keep_gradients:
             captured.arrive(number, Gradients(output=gradient.detach()))
 
@@ -326,6 +328,13 @@ class CapturedLayer:
                 inputs.append(x_rows)
                 outputs.append(a_rows)
         return (_stacked(inputs), _stacked(outputs)) if inputs else None
+
+    def sizes(self) -> list[int]:
+        """How many rows each captured pass has."""
+        return [
+            captured.size if captured.x is None else self._layout(captured.module).inputs(captured.x).shape[-2]
+            for captured in self.passes
+        ]
 
     def _check_shape(self, weight: Tensor, x: Tensor | Rows, a: Tensor | Rows) -> None:
         """Check that rows fit the layer's weight, in the shape of a local problem."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from locoprop_torch.auxiliary import link_state
 from locoprop_torch.layers import transfer_in_use
+from locoprop_torch.sharding import check_placement
 from locoprop_torch.unit import PerExample
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ def check(optimizer: LocoProp, state_dict: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"group {index} of state_dict must have {len(group['params'])} parameters, got {len(saved['params'])}"
             )
+        for place, parameter in zip(saved["params"], group["params"], strict=True):
+            for value in (state_dict["state"].get(place) or {}).values():
+                check_placement(f"parameter {place}", value, parameter)
         if group.get("aux"):
             continue
         for name, own in facts(optimizer, group, saved.get("local_iterations", group["local_iterations"])).items():

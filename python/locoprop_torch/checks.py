@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, is_number, shown
 from locoprop_kernels.steps import BACKENDS, triton_unavailable
-from locoprop_torch.sharding import is_sharded
 from locoprop_torch.unit import PerExample
 
 __all__ = [
@@ -32,7 +31,7 @@ LOCAL_LOSSES = ("matching", "squared")
 
 
 def check_arguments(
-    model: Any, local_loss: Any, reduction: Any, backend: Any, compute_dtype: Any, lr_decay: Any
+    model: Any, local_loss: Any, reduction: Any, backend: Any, compute_dtype: Any, lr_decay: Any, shard_state: Any
 ) -> None:
     """Check the arguments of ``LocoProp`` that hold for the whole optimiser and can be checked by themselves.
 
@@ -45,6 +44,8 @@ def check_arguments(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, BACKENDS)
     check_choice("compute_dtype", compute_dtype, (None, *COMPUTE_DTYPES))
+    if not isinstance(shard_state, bool):
+        raise TypeError(f"shard_state must be True or False, got {shown(shard_state)}")
     if lr_decay is not None and not callable(lr_decay):
         raise TypeError(f"lr_decay must be callable or None, got {shown(lr_decay)}")
     if backend == "triton" and (reason := triton_unavailable()):
@@ -142,9 +143,15 @@ def check_model(model: nn.Module) -> None:
                 "LocoProp does not support FullyShardedDataParallel, whose flat parameters have no rows, got "
                 f"{name or 'the model'!r}; fully_shard (FSDP2) and DistributedDataParallel would work"
             )
-    sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
-    if sharded is not None and not any(type(module).__name__.startswith("FSDP") for module in model.modules()):
-        raise ValueError(
-            f"LocoProp does not support tensor parallelism yet, got {sharded!r} without fully_shard; "
-            "fully_shard (FSDP2) and DistributedDataParallel would work"
-        )
+        if _offloads(module):
+            raise ValueError(
+                "LocoProp does not support CPUOffloadPolicy, as rows and weights must be on one device, got it of "
+                f"{name or 'the model'!r}; fully_shard without an offload_policy would work"
+            )
+
+
+def _offloads(module: Any) -> bool:
+    """Whether FSDP2 keeps the parameters of a module on the host; torch has no public way to know."""
+    state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return any(type(getattr(group, "offload_policy", None)).__name__ == "CPUOffloadPolicy" for group in groups)

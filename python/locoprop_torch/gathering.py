@@ -71,6 +71,11 @@ class LocalRows:
     numbers: list[int] = field(default_factory=list)
 
     @classmethod
+    def counted(cls, optimizer: LocoProp) -> LocalRows:
+        """How many rows each pass has, where all processes have the same batch and keep their passes."""
+        return cls(numbers=[n for layer in optimizer._layers.values() for n in (len(layer.passes), *layer.sizes())])
+
+    @classmethod
     def of(cls, optimizer: LocoProp) -> LocalRows:
         """The passes that this process would take into a step alone.
 

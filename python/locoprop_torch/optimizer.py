@@ -142,7 +142,7 @@ class LocoProp(Optimizer):
         shard_state: bool = False,
     ) -> None:
         check_rows(rows)
-        check_arguments(model, local_loss, reduction, backend, compute_dtype, lr_decay)
+        check_arguments(model, local_loss, reduction, backend, compute_dtype, lr_decay, shard_state)
         check_aux(aux)
         check_target(target)
         defaults: dict[str, Any] = {
@@ -194,7 +194,7 @@ class LocoProp(Optimizer):
 
     def _sampling(self) -> Sampling | None:
         """Which rows the next step takes, as far as that is known before it."""
-        late = processes.are_several(self.model)
+        late = processes.gather_rows(self.model)
         return None if late else sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
 
     def _attach(self) -> None:
@@ -323,7 +323,6 @@ class LocoProp(Optimizer):
             calls[key].work.append(work)
         return Solved(list(calls.values()), idle, elsewhere)
 
-    # What torch.distributed.algorithms.Join asks for.
     join_hook = processes.refuse_join
 
     @property
@@ -392,8 +391,8 @@ class LocoProp(Optimizer):
 
     def __repr__(self) -> str:
         transfers_of = {id(p): group["transfer"] for group in own_groups(self.param_groups) for p in group["params"]}
-        lines = [super().__repr__(), f"local loss: {self.local_loss}; layers:"]
-        lines += table(self._layers, transfers_of, self.local_loss)
+        layers = table(self._layers, transfers_of, self.local_loss)
+        lines = [super().__repr__(), f"local loss: {self.local_loss}; layers:", *layers]
         if self.output_gradient:
             lines.append(f"1 per example is an activation_lr of {self.output_gradient['rate']:g}")
         if self.aux is not None:

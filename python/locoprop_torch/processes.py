@@ -23,28 +23,32 @@ from locoprop_torch.agreement import agree, raise_alike
 from locoprop_torch.checks import check_model
 from locoprop_torch.gathering import GatheredRows, LocalRows
 from locoprop_torch.ownership import Owners, Received, assign, outputs_are_independent
-from locoprop_torch.sharding import group_of, is_sharded
+from locoprop_torch.sharding import group_of, is_sharded, is_tensor_parallel, leaves_none_out
 from locoprop_torch.step import Place, Solved
 from locoprop_torch.wire import Wire
 
 if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp
 
-__all__ = ["Alone", "Processes", "are_several", "of", "refuse_join", "unwrapped", "whole_state"]
+__all__ = ["Alone", "Processes", "gather_rows", "of", "refuse_join", "unwrapped", "whole_state"]
 
-# The DistributedDataParallel that a model was last called in.
+# Whether a model is tensor-parallel, and the DistributedDataParallel that it was last called in.
+_parallel: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
 
-def are_several(model: nn.Module) -> bool:
-    """Whether there is more than one process; to be asked in forward passes, and notes what the model is wrapped in."""
+def gather_rows(model: nn.Module) -> bool:
+    """Whether a step gathers the rows of several processes: to be asked in forward passes, where it notes what the
+    model is wrapped in."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return False
     # torch has no public way from a model to what wraps it.
     active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
     if active is not None:
         _wrappers[model] = weakref.ref(active)
-    return True
+    if model not in _parallel:
+        _parallel[model] = is_tensor_parallel(model)
+    return not _parallel[model]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -79,7 +83,8 @@ def of(optimizer: LocoProp) -> Alone | Processes:
     group = group_of(parameters) or (dist.group.WORLD if wrapper is None else wrapper.process_group)
     if dist.get_world_size(group) == 1:
         return Alone()
-    return Processes(group, next(iter(optimizer._layers.values())).weight.device, wrapper)
+    device = next(iter(optimizer._layers.values())).weight.device
+    return Processes(group, device, wrapper, is_tensor_parallel(model))
 
 
 def whole_state(optimizer: LocoProp) -> dict[Tensor, dict[str, Tensor]] | None:
@@ -101,7 +106,7 @@ def whole_state(optimizer: LocoProp) -> dict[Tensor, dict[str, Tensor]] | None:
 
 
 def refuse_join(optimizer: LocoProp, **_: Any) -> NoReturn:
-    """Refuse uneven inputs with torch's ``Join``.
+    """Refuse uneven inputs with ``torch.distributed.algorithms.Join``, which asks for it as ``join_hook``.
 
     Raises:
         ValueError: says what would work.
@@ -113,6 +118,11 @@ def refuse_join(optimizer: LocoProp, **_: Any) -> NoReturn:
     )
 
 
+_PARALLEL = (
+    "tensor-parallel layers must have outputs in every process, and independent ones (an elementwise transfer "
+    "function, no rule or regulariser of your own); DistributedDataParallel around them and shard_state=True are not "
+    "supported, got layer {!r}: leave it out of the plan of parallelize_module, or use fully_shard"
+)
 _GONE = (
     "the optimiser's state is spread over {} processes (shard_state=True), whose process group is not initialised: "
     "save it before torch.distributed.destroy_process_group(), and load it to go on in one process"
@@ -149,11 +159,13 @@ class Processes:
         group: their process group.
         device: of the parameters.
         wrapper: the model's ``DistributedDataParallel``, if it has one.
+        same_batch: whether all of them have the same batch, as with tensor parallelism.
     """
 
-    def __init__(self, group: Any, device: torch.device, wrapper: Any = None) -> None:
+    def __init__(self, group: Any, device: torch.device, wrapper: Any = None, same_batch: bool = False) -> None:
         self.wire = Wire(group, device)
-        self.wrapper = wrapper
+        self.wrapper, self.same_batch = wrapper, same_batch
+        self._rows: GatheredRows | None = None
         self._where: Mapping[int, Place] = {}
         self._owners: Owners | None = None
         self._received: list[Received] = []
@@ -177,12 +189,18 @@ class Processes:
         try:
             self._check(optimizer)
             self._where = where()
-            local = LocalRows.of(optimizer)
+            local = LocalRows.counted(optimizer) if self.same_batch else LocalRows.of(optimizer)
         except Exception as raised:
             error = raised
         numbers = agree(self.wire, optimizer, local.numbers, error)
         self._owners = assign(optimizer, self.wire)
-        self._rows = GatheredRows(self.wire, optimizer, local, numbers)
+        if not self.same_batch:
+            self._rows = GatheredRows(self.wire, optimizer, local, numbers)
+        elif len({tuple(some) for some in numbers}) > 1:
+            raise ValueError(
+                "all processes of tensor-parallel layers must have the same batch, got other numbers of passes or rows "
+                "in some of them"
+            )
         return self._where
 
     def _check(self, optimizer: LocoProp) -> None:
@@ -194,6 +212,9 @@ class Processes:
                     f"under several processes only the target 'dual' is supported, layer {name!r} has another"
                 )
             layer.whole = is_sharded(layer.weight) and not outputs_are_independent(optimizer, layer)
+            others = self.wrapper is not None or optimizer.shard_state
+            if self.same_batch and (layer.whole or others or not leaves_none_out(layer.weight)):
+                raise ValueError(_PARALLEL.format(name))
 
     def finish(self, solve: Callable[[], tuple[Solved, Tensor]]) -> tuple[Solved, Tensor]:
         """Solve the local problems, and find out whether all processes may commit.
@@ -218,16 +239,21 @@ class Processes:
         least = self.wire.least(flag)
         on_host = least.device.type == "cpu"
         if on_host and not least:
-            self._rows.put_back()
+            self._put_back()
             raise_alike(self.wire, error)
         if self._owners is not None and not (on_host and least < 2):
             self._received = self._owners.exchange(self.wire, self._optimizer, self._where, solved)
         if error is not None:
             # The others do not wait for the device: they skip the step.
-            self._rows.put_back()
+            self._put_back()
             raise error
-        self._rows.release()
+        if self._rows is not None:
+            self._rows.release()
         return solved, least == 2
+
+    def _put_back(self) -> None:
+        if self._rows is not None:
+            self._rows.put_back()
 
     def receive(self, finite: Tensor) -> None:
         """Add the increments of the other processes where the whole step is ``finite``."""

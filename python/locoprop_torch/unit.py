@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -131,21 +131,24 @@ class OutputGradient:
         self._number = -1
         self._order = itertools.count()
 
-    def reach(self, layer: CapturedLayer, number: int, gradient: Tensor) -> Measured | None:
+    def reach(self, layer: CapturedLayer, number: int, gradient: Callable[[], Tensor]) -> Measured | None:
         """A backward pass has come to the output of a layer.
 
         Args:
             layer: the layer.
             number: the number of the backward pass.
-            gradient: ``∂L/∂A`` in the shape of the module's output.
+            gradient: returns ``∂L/∂A`` in the shape of the module's output.
 
         Returns:
             What was measured; ``None`` where nothing is to be.
         """
-        if not self.wanted or self.size is not None or number == self._number or not gradient.numel():
+        if not self.wanted or self.size is not None or number == self._number:
+            return None
+        found = gradient()
+        if not found.numel():
             return None
         self._number = number
-        rows = layer.layout.outputs(gradient.detach())
+        rows = layer.layout.outputs(found.detach())
         largest = [chunk.abs().amax(-1) for chunk in row_chunks(rows)]
         # Groups are parts of the same examples.
         whole = torch.cat(largest, -1)

@@ -73,6 +73,12 @@ class Pool:
         for tasks in self._tasks:
             tasks.put((function, arguments))
 
+    def check(self):
+        """Raise an ``AssertionError`` if the function that has begun has raised in a process so far."""
+        with contextlib.suppress(queue.Empty):
+            rank, text, _ = self._results.get_nowait()
+            assert text is None, f"process {rank}:\n{text}"
+
     def _start(self):
         self.stop()
         # Its children have torch imported, and no threads of a parent that has used torch.

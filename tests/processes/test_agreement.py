@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.algorithms.join import Join
 
 from locoprop_kernels import routes
 from locoprop_torch import LocoProp, ownership
@@ -55,6 +54,10 @@ def other_seed(model, opt, x):
     opt.rows_seed = 7
 
 
+def other_sharing(model, opt, x):
+    opt.shard_state = True
+
+
 def no_gradient(model, opt, x):
     model[2].weight.grad = None
 
@@ -87,6 +90,7 @@ def sparse_gradient(model, opt, x):
         (bad_rate, "process 1 of 2 could not make the step: ValueError: lr must be finite and >= 0, got -1.0"),
         (other_rule, "must agree in local_loss, got matching in process 0 and squared in process 1"),
         (other_seed, "must agree in rows_seed, got 0 in process 0 and 7 in process 1"),
+        (other_sharing, "must agree in shard_state, got False in process 0 and True in process 1"),
         (no_gradient, "must agree in layer '2', got weight .*, with a gradient in torch.strided; .* in process 1"),
         (own_gradient, "the gradients differ between the processes, so they were not averaged: wrap the model"),
         (own_weight, "the weights differ between the processes: every process must start with the same ones"),
@@ -180,6 +184,8 @@ def test_gradients_must_have_been_averaged(pools):
 
 def within_join(rank, how):
     """What is said where one process has two batches and the other one, in the first step."""
+    from torch.distributed.algorithms.join import Join
+
     model = mlp()
     wrapped = nn.parallel.DistributedDataParallel(model)
     opt = LocoProp(wrapped, lr=1e-2)
@@ -250,7 +256,10 @@ def of_several_models(rank):
     other = nn.Sequential(nn.Linear(6, 5 + rank), nn.Tanh(), nn.Linear(5 + rank, 3)).double()
     opt = LocoProp(other)
     F.mse_loss(other(x), y).backward()
-    return *found, message_of(opt.step)
+    longer = nn.Sequential(mlp(), *(nn.Linear(3, 3).double() for _ in range(rank)))
+    another = LocoProp(longer)
+    F.mse_loss(longer(x), y).backward()
+    return *found, message_of(opt.step), message_of(another.step)
 
 
 def test_every_process_may_have_a_model_and_a_group_of_its_own(pools):
@@ -259,6 +268,8 @@ def test_every_process_may_have_a_model_and_a_group_of_its_own(pools):
     assert second[:2] == (True, 5)
     assert first[2] == second[2]
     assert re.search(r"must agree in layer '0', got weight \[5, 6\].* and weight \[6, 6\].* in process 1", first[2])
+    assert first[3] == second[3]
+    assert "must agree in layers, got 0.0, 0.2, 0.4 in process 0 and 0.0, 0.2, 0.4, 1 in process 1" in first[3]
 
 
 def other_route(rank):

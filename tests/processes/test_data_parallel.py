@@ -209,3 +209,41 @@ def test_more_parts_in_one_process_than_in_the_other(pools, rows):
     opt.step()
     for weight, expected in zip(found[0], weights(model), strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-13)
+
+
+class Pooled(nn.Module):
+    """Takes sequences and images of any size."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(2, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.conv(x)).movedim(1, -1)).flatten(0, -2)
+
+
+def of_other_sizes(rank, rows, shard_state):
+    """The weights after a step with sequences of another length, and another number of them, in each process."""
+    torch.manual_seed(0)
+    model = Pooled().double()
+    opt = LocoProp(model, **OPTIONS, rows=rows, shard_state=shard_state)
+    wrapped = model if rank is None else nn.parallel.DistributedDataParallel(model)
+    xs = [torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) for shape in SHAPES]
+    for x in xs if rank is None else [xs[rank]]:
+        (wrapped(x).square().sum() * (1 if rank is None else 2)).backward()
+    opt.step()
+    return weights(model)
+
+
+SHAPES = [(3, 2, 5), (2, 2, 7)]
+
+
+@pytest.mark.parametrize("shard_state", [False, True])
+def test_batches_of_other_shapes(pools, shard_state):
+    """With all rows: of few, one process takes others if its passes come one after another."""
+    for weight, expected in zip(
+        pools[2].run(of_other_sizes, None, shard_state)[0], of_other_sizes(None, None, False), strict=True
+    ):
+        torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-13)
+    first, second = pools[2].run(of_other_sizes, 4, shard_state)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -49,11 +49,13 @@ def made(name, dtype):
     return make().to(dtype), options
 
 
-def sharded(model, **options):
-    """The model, every layer with parameters by itself and the rest."""
+def sharded(model, hybrid=False, **options):
+    """The model, every layer with parameters by itself and the rest; ``hybrid``: in two processes, copied to others."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    count = dist.get_world_size()
+    shape, names = ((count // 2, 2), ("copies", "shards")) if hybrid else ((count,), ("shards",))
+    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
     for layer in list(model.modules()):
         # Those that share parameters must be in one group.
         if isinstance(layer, (nn.Linear, nn.Conv1d)) and not isinstance(model, Tied):
@@ -65,11 +67,11 @@ def whole(tensor):
     return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
 
 
-def trained(name, sizes, rank, dtype, rows, steps=5, parts=1, reshard=None, synchronised=False):
+def trained(name, sizes, rank, dtype, rows, steps=5, parts=1, reshard=None, synchronised=False, hybrid=False):
     """The weights after some steps of one process of several, or of one that has all batches where ``rank`` is None."""
     model, own = made(name, dtype)
     if rank is not None:
-        model = sharded(model, **({} if reshard is None else {"reshard_after_forward": reshard}))
+        model = sharded(model, hybrid, **({} if reshard is None else {"reshard_after_forward": reshard}))
     opt = LocoProp(model, **{**OPTIONS, **own}, rows=rows)
     count = 1 if rank is None else len(sizes)
     for step in range(steps):
@@ -90,7 +92,7 @@ def of_process(rank, *arguments, **options):
 
 
 def compare(pools, name, sizes, dtype=torch.float64, rows=None, **options):
-    own = {key: value for key, value in options.items() if key not in ("reshard", "synchronised")}
+    own = {key: value for key, value in options.items() if key not in ("reshard", "synchronised", "hybrid")}
     expected = trained(name, sizes, None, dtype, rows, **own)
     found = pools[len(sizes)].run(of_process, name, sizes, dtype, rows, options)
     for other in found[1:]:
@@ -115,6 +117,12 @@ def test_two_processes_are_one(pools, name, rows, dtype):
 @pytest.mark.parametrize("name", ["mlp", "convolution"])
 def test_fewer_outputs_than_processes(pools, name, rows):
     compare(pools, name, [3, 1, 0, 8], rows=rows)
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("name", ["unit", "convolution", "softmax"])
+def test_hybrid_sharding(pools, name, rows):
+    compare(pools, name, [3, 1, 0, 8], rows=rows, hybrid=True)
 
 
 @pytest.mark.parametrize("rows", [None, 4])
@@ -156,9 +164,8 @@ def test_mixed_precision(pools, rows):
 
 def refused(rank):
     """What is said about models that cannot be trained, or not in this way."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
     from torch.distributed.tensor import Shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     found = []
@@ -172,9 +179,8 @@ def refused(rank):
     even = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
     by_inputs: Any = fully_shard(copy.deepcopy(even), mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
     catch(lambda: LocoProp(by_inputs))
-    for style in (ColwiseParallel, RowwiseParallel):
-        parallel = parallelize_module(copy.deepcopy(even), mesh, {"0": style()})
-        catch(lambda parallel=parallel: LocoProp(parallel))
+    offloaded: Any = fully_shard(copy.deepcopy(even), mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    catch(lambda: LocoProp(offloaded))
     flat = FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"))
     catch(lambda: LocoProp(flat))
     model = mlp()
@@ -193,13 +199,13 @@ def refused(rank):
 def test_what_is_refused(pools):
     first, second = pools[2].run(refused)
     assert first == second
-    by_inputs, columns, rows, flat, early, in_place, target = first
+    by_inputs, offloaded, flat, early, in_place, target = first
     assert (
-        "layer '0': its weight must be sharded by output rows, once, as fully_shard does, got (Shard(dim=1),)"
-        in by_inputs
+        "layer '0': its weight must be sharded by output rows, once, as fully_shard or ColwiseParallel does, got "
+        "(Shard(dim=1),)" in by_inputs
     )
-    assert "row-parallel" in by_inputs
-    assert all("does not support tensor parallelism yet, got '0.weight'" in text for text in (columns, rows))
+    assert "RowwiseParallel" in by_inputs
+    assert "does not support CPUOffloadPolicy" in offloaded
     assert "FullyShardedDataParallel, whose flat parameters have no rows" in flat
     assert "build a new optimiser" in early
     assert "the output of layer '0' was overwritten in place, and its weight is sharded by now" in in_place
