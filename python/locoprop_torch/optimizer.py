@@ -40,6 +40,7 @@ from locoprop_torch.step import (
     SkipCounter,
     Solved,
     all_finite,
+    check,
     commit,
     decay_weights,
     places,
@@ -47,7 +48,6 @@ from locoprop_torch.step import (
     solve,
     tell_without_rows,
     trained,
-    validate,
 )
 from locoprop_torch.targets import Target, check_target
 from locoprop_torch.unit import PER_EXAMPLE, PerExample
@@ -195,7 +195,9 @@ class LocoProp(Optimizer):
     def _sampling(self) -> Sampling | None:
         """Which rows the next step takes, as far as that is known before it."""
         late = processes.are_several(self.model)
-        return None if late else sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
+        if late or self.rows is None:
+            return None
+        return sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
 
     def _attach(self) -> None:
         """Capture the supported layers of the model that ``aux`` leaves to us."""
@@ -289,7 +291,7 @@ class LocoProp(Optimizer):
     def _solved(self, where: Mapping[int, Place], loss: Any) -> tuple[Solved, Tensor]:
         """The calls of a step and what they have found, and whether all is finite."""
         solved = self._calls(where)
-        validate(solved.calls)
+        check(solved.calls)
         solved.reports += [solve(self, call) for call in solved.calls]
         return solved, all_finite(solved.reports, loss, self.aux)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from locoprop_kernels import StepReport, steps
+from locoprop_kernels import StepReport, checked, steps
+from locoprop_kernels.checked import Checked
 from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.settings import Settings, check_rows
 from locoprop_kernels.solution import Decision
@@ -30,6 +31,7 @@ __all__ = [
     "SkipCounter",
     "Solved",
     "all_finite",
+    "check",
     "commit",
     "decay_weights",
     "places",
@@ -38,7 +40,6 @@ __all__ = [
     "solve",
     "tell_without_rows",
     "trained",
-    "validate",
 ]
 
 _log = logging.getLogger("locoprop_torch")
@@ -121,12 +122,14 @@ class Call:
         rates: the learning rate of each local iteration.
         with_rows: whether there are rows; without them it is the rule's own step on the gradient.
         work: the layers.
+        checked: their problems, once they have been checked.
     """
 
     group: dict[str, Any]
     rates: list[float]
     with_rows: bool
     work: list[LayerWork] = field(default_factory=list)
+    checked: Checked | None = None
 
     @property
     def rows_and_seed(self) -> tuple[int, int] | None:
@@ -154,11 +157,10 @@ def sampling_ahead(rows: int | None, seed: int, groups: Iterable[Mapping[str, An
     return Sampling(rows, seed, max(most - 1 + trace, 1))
 
 
-def validate(calls: Sequence[Call]) -> None:
-    """Check the problems of several calls: each checks its own, but the first must not run if the second cannot."""
-    if len(calls) > 1:
-        for work in (work for call in calls for work in call.work):
-            work.problem.validate(work.problem.name)
+def check(calls: Sequence[Call]) -> None:
+    """Check the problems of all calls: the first must not run if the second cannot."""
+    for call in calls:
+        call.checked = checked.check([work.problem for work in call.work], call.group["rule"])
 
 
 def tell_without_rows(work: LayerWork, model: nn.Module, told: set[str]) -> None:
@@ -219,8 +221,8 @@ def solve(optimizer: LocoProp, call: Call) -> StepReport:
         rows=rows,
         rows_seed=seed,
     )
-    problems = [work.problem for work in call.work]
-    report = steps.solve(problems, settings, optimizer.backend, done=lambda index: call.work[index].release())
+    assert call.checked is not None
+    report = steps.solve(call.checked, settings, optimizer.backend, done=lambda index: call.work[index].release())
     for work, problem in zip(call.work, report.problems, strict=True):
         problem.name, problem.rows = work.layer.name, work.rows
         if not call.with_rows:
@@ -274,6 +276,8 @@ def commit(call: Call, report: StepReport, finite: Tensor, state: dict[Any, Any]
     if finite.device.type != "cpu" or report.committed:
         for work in call.work:
             work.keep(state)
+    for work in call.work:
+        work.release()
 
 
 class SkipCounter:
