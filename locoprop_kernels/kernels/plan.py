@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from locoprop_kernels.graphs import capturing
 from locoprop_kernels.kernels.decide import LayerShape, Machine, Task
 from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device import functions
 from locoprop_kernels.kernels.layout import COPY_BLOCK, Kind, LayerPlan, Layout
 from locoprop_kernels.kernels.spec import NOWHERE, Copy, Products, Spec, Update
+from locoprop_kernels.kernels.uploads import Upload, Uploader
 from locoprop_kernels.schedule import Schedule, build, most_expensive_first, row_blocks, validate
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision
@@ -115,8 +117,9 @@ class Plan:
         self._no_counts = torch.empty(1, dtype=torch.int32, device=device)
         self.spec = _spec(self.layout, shapes, task, precision, machine.interpreted)
         self.captured = self._connected = False
-        self._uploads: OrderedDict[tuple[Any, ...], _Upload] = OrderedDict()
-        self._kept_for_graphs: list[_Upload] = []
+        self._uploader = Uploader(device)
+        self._uploads: OrderedDict[tuple[Any, ...], Upload] = OrderedDict()
+        self._kept_for_graphs: list[Upload] = []
 
     def _upload(self, values: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
@@ -164,34 +167,26 @@ class Plan:
         return np.concatenate([np.array(settings.rates, np.float32), counts.view(np.float32)])
 
     def _uploaded(self, content: tuple[Any, ...], make: Callable[[Any], NDArray[Any]], argument: Any) -> Tensor:
-        """On the device, what ``make`` returns for ``argument``; what was uploaded before is there already."""
+        """On the device, what ``make`` returns for ``argument``; what was uploaded before is there already.
+
+        What is uploaded in the capture of a CUDA graph is there when the graph runs, and for nobody else.
+        """
+        captured = capturing(self.device)
+        if self.captured and not captured:
+            self._uploader.refill()
         known = self._uploads.get(content)
         if known is None:
-            known = self._uploads[content] = _Upload.of(make(argument), self.device)
-            if len(self._uploads) > _KEPT_UPLOADS:
-                self._uploads.popitem(last=False)
+            known = self._uploader.upload(make(argument), captured)
+            if not captured:
+                self._uploads[content] = known
+                if len(self._uploads) > _KEPT_UPLOADS:
+                    self._uploads.popitem(last=False)
         else:
             self._uploads.move_to_end(content)
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if captured:
             self.captured = True
             self._kept_for_graphs.append(known)
         return known.found
-
-
-class _Upload(NamedTuple):
-    """What a step reads on the device, and what it is copied from."""
-
-    found: Tensor
-    host: Tensor
-
-    @classmethod
-    def of(cls, values: NDArray[Any], device: torch.device) -> _Upload:
-        """Upload ``values`` in a copy that the host does not wait for."""
-        host = found = torch.from_numpy(values)
-        if device.type == "cuda":
-            host = host.pin_memory()
-            found = host.to(device, non_blocking=True)
-        return cls(found, host)
 
 
 def _layer(shape: LayerShape, decision: Decision, operand: torch.dtype, transposed: bool) -> LayerPlan:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels.checked import Checked
+from locoprop_kernels.graphs import capturing
 from locoprop_kernels.gram import GramForm
 from locoprop_kernels.kernels import commit, configs, phases, prepare, rows, single, softmax, target
 from locoprop_kernels.kernels.decide import (
@@ -71,6 +72,11 @@ def planned(checked: Checked, settings: Settings) -> StepPlan | str:
     reason = target.unsupported(device, settings)
     if reason is not None:
         return reason
+    if capturing(device):
+        raise RuntimeError(
+            "a step of new shapes or settings cannot be captured in a CUDA graph, because what all such steps share is "
+            "uploaded in the first: make a step like it outside of the capture before"
+        )
     task, machine = task_of(settings), machine_of(device)
     for problem in problems:
         reason = target.unsupported_problem(problem, settings)

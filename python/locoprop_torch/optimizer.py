@@ -41,6 +41,7 @@ from locoprop_torch.step import (
     Solved,
     all_finite,
     check,
+    check_capture,
     commit,
     decay_weights,
     places,
@@ -194,8 +195,7 @@ class LocoProp(Optimizer):
 
     def _sampling(self) -> Sampling | None:
         """Which rows the next step takes, as far as that is known before it."""
-        late = processes.are_several(self.model)
-        if late or self.rows is None:
+        if processes.are_several(self.model) or self.rows is None:
             return None
         return sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
 
@@ -265,6 +265,7 @@ class LocoProp(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         link_groups(self.param_groups, self.aux)
+        check_capture(self._model_layers, self.aux)
         own, together = own_groups(self.param_groups), processes.of(self)
         self._model_layers.want_unit(own)
         where = together.begin(self, lambda: places(own))
@@ -272,8 +273,7 @@ class LocoProp(Optimizer):
         calls, reports = solved.calls, solved.reports
         self.rows_seed += 1
         self._model_layers.output_gradient.keep()
-        # The host decides whether aux steps, so with aux a step waits for the device.
-        if self.aux is not None and finite:
+        if self.aux is not None and finite:  # which waits for the device
             self.aux.step()
             link_state(self.state, self.aux)
         if any(group["weight_decay"] for group in own):
@@ -309,8 +309,7 @@ class LocoProp(Optimizer):
             if layer.outputs and layer.outputs.start == layer.outputs.stop:
                 elsewhere.append(name)
                 continue
-            place, parts = found
-            lr = max(part.lr for part in parts.values())
+            place, parts, lr = found
             transfer = transfer_in_use(layer, place.group["transfer"], self.local_loss)
             target = self._model_layers.target(name)
             activation_lr = unit.activation_lr(place.group["activation_lr"], layer)

@@ -14,11 +14,13 @@ from torch.optim import Optimizer
 
 from locoprop_kernels import StepReport, checked, steps
 from locoprop_kernels.checked import Checked
+from locoprop_kernels.graphs import capturing
 from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.settings import Settings, check_rows
 from locoprop_kernels.solution import Decision
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import checked_hyperparameters, is_compiled
+from locoprop_torch.layers import ModelLayers
 from locoprop_torch.problems import LayerWork, Trained
 from locoprop_torch.sharding import own
 
@@ -32,6 +34,7 @@ __all__ = [
     "Solved",
     "all_finite",
     "check",
+    "check_capture",
     "commit",
     "decay_weights",
     "places",
@@ -72,7 +75,7 @@ def places(groups: Sequence[dict[str, Any]]) -> dict[int, Place]:
 
 def trained(
     layer: CapturedLayer, where: Mapping[int, Place], masks: Mapping[str, Sequence[Tensor]]
-) -> tuple[Place, dict[str, Trained]] | None:
+) -> tuple[Place, dict[str, Trained], float] | None:
     """What a step trains of a layer.
 
     Args:
@@ -81,14 +84,15 @@ def trained(
         masks: the masks of the layer's parameters, by kind.
 
     Returns:
-        The place whose group the layer takes its hyper-parameters from, and the parameters to train, by kind; ``None``
-        where no parameter has a gradient.
+        The place whose group the layer takes its hyper-parameters from, the parameters to train, by kind, and the
+        largest of their learning rates; ``None`` where no parameter has a gradient.
 
     Raises:
         ValueError: weight and bias are in groups that do not agree, or a gradient is sparse.
     """
     place: Place | None = None
     parts: dict[str, Trained] = {}
+    most = 0.0
     for kind, parameter in layer.parameters.items():
         gradient, place_of = parameter.grad, where.get(id(parameter))
         if gradient is None or place_of is None or not parameter.requires_grad:
@@ -100,7 +104,8 @@ def trained(
         if gradient.layout != torch.strided:
             raise ValueError(f"layer {layer.name!r}: the gradient of its {kind} must be dense, got {gradient.layout}")
         parts[kind] = Trained(parameter, gradient, place_of.lr, masks.get(kind, ()))
-    return None if place is None else (place, parts)
+        most = max(most, place_of.lr)
+    return None if place is None else (place, parts, most)
 
 
 def _check_agreement(layer: CapturedLayer, place: Place, other: Place) -> None:
@@ -163,6 +168,26 @@ def check(calls: Sequence[Call]) -> None:
         call.checked = checked.check([work.problem for work in call.work], call.group["rule"])
 
 
+def check_capture(layers: ModelLayers, aux: Optimizer | None) -> None:
+    """Refuse a step that a CUDA graph cannot hold, because the host waits for the device in it.
+
+    Raises:
+        RuntimeError: a graph is being captured, and there is an ``aux``, or the unit of ``γ`` is not known yet.
+    """
+    if not capturing(next(iter(layers.captured.values())).weight.device):
+        return
+    if aux is not None:
+        raise RuntimeError(
+            "a step with aux cannot be captured in a CUDA graph, because the host decides whether aux steps: let an "
+            "optimiser of its own train those parameters, and capture its step too"
+        )
+    if layers.output_gradient.wanted and layers.output_gradient.size is None:
+        raise RuntimeError(
+            "the first step cannot be captured in a CUDA graph, because the host finds the unit of activation_lr in "
+            "it: make it outside of the capture"
+        )
+
+
 def tell_without_rows(work: LayerWork, model: nn.Module, told: set[str]) -> None:
     """Say once for each layer that its gradient came without rows, unless it is zero as for an unused expert.
 
@@ -175,7 +200,8 @@ def tell_without_rows(work: LayerWork, model: nn.Module, told: set[str]) -> None
         ValueError: the model was compiled and called before the optimiser was built.
     """
     name = work.layer.name
-    if name in told or not any(bool(own(part.gradient).any()) for part in work.trained.values()):
+    # In the capture of a CUDA graph the gradient cannot be looked at.
+    if name in told or capturing(work.problem.weight.device) or not any(bool(own(part.gradient).any()) for part in work.trained.values()):
         return
     if not work.layer.called and is_compiled(model):
         raise ValueError(
