@@ -118,8 +118,8 @@ class StepReport:
         if solution is None:
             return
         # A step of one call has no other condition than its own.
-        alone = condition is None or condition is self.finite
-        self._committed = ok = self.finite if alone else self.finite & condition
+        ok = self.finite if condition is None or condition is self.finite else self.finite & condition
+        self._committed = ok
         if ok.device.type != "cpu" or ok:
             solution.commit(ok)
         for problem in self.problems:  # a report may be kept, and should not keep the increments' memory with it

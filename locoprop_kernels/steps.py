@@ -107,9 +107,7 @@ def local_steps_(
     return report
 
 
-def solve(
-    checked: Checked, settings: Settings, backend: str, done: Callable[[int], None] | None = None
-) -> StepReport:
+def solve(checked: Checked, settings: Settings, backend: str, done: Callable[[int], None] | None = None) -> StepReport:
     """:func:`local_steps_` up to the commit, which ``report.commit_()`` is; to be called without gradients enabled.
 
     Args:

@@ -1,4 +1,4 @@
-"""What belongs to the caller: the tensors that the layer table has the addresses of, and copies of what comes in chunks."""
+"""What belongs to the caller: tensors that the layer table has the addresses of, and copies of what comes in chunks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from locoprop_kernels.settings import Settings
 __all__ = ["place_chunks", "sources"]
 
 _FLOAT16_MAX = 65504
-_WEIGHT, _BIAS = c.WEIGHT.value, c.BIAS.value
+_BASES = {"weight": c.WEIGHT.value, "bias": c.BIAS.value}
 _GRAD, _GRAD_SCALE, _VALUE = c.GRAD.value, c.GRAD_SCALE.value, c.VALUE.value
 _OLD, _STEP, _MASK, _RATE = c.OLD.value, c.STEP.value, c.MASK.value, c.RATE.value
 
@@ -44,20 +44,15 @@ def sources(
     if gram is not None:
         found.append((c.ROW_SUMS.value, gram.sum_x))
     grad_scale = float_bits(problem.grad_scale)
-    for name, own in state.items():
-        if name == "weight":
-            base, value, grad = _WEIGHT, problem.weight, problem.grad_weight
-            mask, rate = problem.mask_weight, problem.rate_weight
-            if grad.stride(-1) != 1:
-                grad = grad.contiguous()
-        else:
-            base, value, grad = _BIAS, problem.bias, problem.grad_bias
-            mask, rate = problem.mask_bias, problem.rate_bias
+    for name, (value, grad) in problem.trained().items():
+        base, own, mask = _BASES[name], state[name], problem.mask(name)
+        if name == "weight" and grad.stride(-1) != 1:
+            grad = grad.contiguous()
         found += (
             (base + _GRAD, grad),
             (base + _GRAD_SCALE, grad_scale),
             (base + _VALUE, value),
-            (base + _RATE, float_bits(rate)),
+            (base + _RATE, float_bits(problem.rate(name))),
         )
         if mask is not None:
             found.append((base + _MASK, mask.contiguous()))

@@ -150,7 +150,7 @@ class Plan:
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         values = [buffer.data_ptr()]
         for own in sources:
-            values += [source if type(source) is int else source.data_ptr() for _, source in own]
+            values += [source.data_ptr() if isinstance(source, Tensor) else source for _, source in own]
         if not self._connected:
             self.layout.connect(sources)
             self._connected = True

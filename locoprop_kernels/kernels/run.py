@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels.checked import Checked
-from locoprop_kernels.graphs import capturing
 from locoprop_kernels.gram import GramForm
+from locoprop_kernels.graphs import capturing
 from locoprop_kernels.kernels import commit, configs, phases, prepare, rows, single, softmax, target
 from locoprop_kernels.kernels.decide import (
     LayerShape,
@@ -155,13 +155,12 @@ class _Launched:
         self.grams: list[GramForm] = []
         if plan.form == "gram":
             self.grams = [GramForm(problem, layout.kind.operand) for problem in self.problems]
+        grams: Sequence[GramForm | None] = self.grams or [None] * len(self.problems)
         self.buffer = allocate(layout.bytes, device)
         # Among them are copies that kernels read.
         self.sources = [
             sources(problem, layer, state, layout.kind.slots, gram)
-            for problem, layer, state, gram in zip(
-                self.problems, layout.layers, self.states, self.grams or [None] * len(self.problems), strict=True
-            )
+            for problem, layer, state, gram in zip(self.problems, layout.layers, self.states, grams, strict=True)
         ]
         table, rates, counts = plan.table(self.buffer, self.sources, settings)
         if settings.trace:
@@ -264,7 +263,11 @@ class _Launched:
                 if problem.state.get(name) is not slots:
                     problem.state.setdefault(name, {}).update(slots)
         torch.autograd.graph.increment_version(
-            [getattr(problem, name) for problem, state in zip(self.problems, self.states, strict=True) for name in state]
+            [
+                getattr(problem, name)
+                for problem, state in zip(self.problems, self.states, strict=True)
+                for name in state
+            ]
         )
 
 

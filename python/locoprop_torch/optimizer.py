@@ -99,7 +99,6 @@ class LocoProp(Optimizer):
         trace: also evaluate every layer's local objective, into ``last_reports``; costs one more product a step.
         rows: how many rows of the batch a local step takes at most, other ones in each, to estimate how the gradient
             has changed; ``None`` for all, the published method. A row is an example, a token or an output position.
-
         shard_state: under ``DistributedDataParallel`` each process solves some outputs alone and keeps the rule's state
             of those; the others get the increments. ``state_dict()`` then gathers, so all processes have to call it.
 
@@ -195,9 +194,8 @@ class LocoProp(Optimizer):
 
     def _sampling(self) -> Sampling | None:
         """Which rows the next step takes, as far as that is known before it."""
-        if processes.are_several(self.model) or self.rows is None:
-            return None
-        return sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
+        late = processes.are_several(self.model)
+        return None if late else sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
 
     def _attach(self) -> None:
         """Capture the supported layers of the model that ``aux`` leaves to us."""

@@ -171,8 +171,8 @@ class LayerWork:
             and transfer == self.problem.transfer
             and trained.keys() == self.states.keys()
             and self.forms == [_form(parameter) for parameter, _, _, _ in trained.values()]
-            and all([self.states[kind].is_of(state.get(one.parameter)) for kind, one in trained.items()])
-            and not any([one.masks for one in trained.values()])
+            and all(self.states[kind].is_of(state.get(one.parameter)) for kind, one in trained.items())
+            and not any(one.masks for one in trained.values())
         )
 
     def release(self) -> None:
@@ -230,7 +230,8 @@ def layer_work(
         TypeError, ValueError: what was captured does not fit the parameters any more, or see
             :mod:`locoprop_torch.targets`.
     """
-    layout, part = layer.layout, as_it_is
+    layout = layer.layout
+    part: Callable[[Any], Tensor] = as_it_is
     parameters: Mapping[str, Tensor] = layer.parameters
     if layer.outputs:
         part = _own_outputs(layer.outputs)

@@ -201,7 +201,9 @@ def tell_without_rows(work: LayerWork, model: nn.Module, told: set[str]) -> None
     """
     name = work.layer.name
     # In the capture of a CUDA graph the gradient cannot be looked at.
-    if name in told or capturing(work.problem.weight.device) or not any(bool(own(part.gradient).any()) for part in work.trained.values()):
+    if name in told or capturing(work.problem.weight.device):
+        return
+    if not any(bool(own(part.gradient).any()) for part in work.trained.values()):
         return
     if not work.layer.called and is_compiled(model):
         raise ValueError(

@@ -32,8 +32,11 @@ class PretendedGPU(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.capturing, self.launches, self.uploads, self.locked = False, [], [], {True: 0, False: 0}
-        self._locked_memory = []
+        self.capturing = False
+        self.launches: list[str] = []
+        self.uploads: list[bool] = []
+        self.locked = {True: 0, False: 0}
+        self._locked_memory: list[torch.Tensor] = []
         for module in (run, plan, locoprop_torch.step):
             monkeypatch.setattr(module, "capturing", lambda device: self.capturing)
         empty = torch.empty
