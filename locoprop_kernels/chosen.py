@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,9 @@ class ChosenRows(Rows):
             filled = [rows for rows in self.kept.values() if rows.shape[-2]]
             found = filled[start % len(filled)]
         return fitted(found, set_size(self.shape[-2], self.sets, start))
+
+    def described(self) -> tuple[Any, ...]:
+        return *super().described(), self.sets
 
     def group(self, index: int) -> ChosenRows:
         if len(self.shape) == 2:

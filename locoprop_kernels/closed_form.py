@@ -39,7 +39,7 @@ def closed_form(
         raise ValueError("problem must have neither groups nor masks: its minimiser has no closed form here")
     trained = problem.trained()
     dtype = accumulation_dtype(problem.weight.dtype)
-    grad = torch.cat([g.to(dtype).reshape(len(g), -1) for _, g in trained.values()], dim=1)
+    grad = problem.grad_scale * torch.cat([g.to(dtype).reshape(len(g), -1) for _, g in trained.values()], dim=1)
     gram = grad.new_zeros(grad.shape[1], grad.shape[1])
     for chunk in row_chunks(problem.x):
         columns = {"weight": chunk.to(dtype), "bias": torch.ones_like(chunk[:, :1], dtype=dtype)}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locoprop_kernels.patches import Rows
+from locoprop_kernels.patches import Rows, described
 from locoprop_kernels.rules import Rule
 from locoprop_kernels.transfers import Transfer
 from locoprop_kernels.transfers import get as get_transfer
@@ -32,9 +32,6 @@ REDUCTIONS = ("mean", "sum")
 State = dict[str, dict[str, Tensor]]
 """A rule's state in a problem: ``{"weight": {slot: tensor}, "bias": {slot: tensor}}``."""
 _TENSORS = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias", "mask_weight", "mask_bias")
-# Descriptions of tensors that have passed the checks: in a training loop they are the same in every step.
-_checked_before: set[tuple[Any, ...]] = set()
-_MOST_DESCRIPTIONS = 4096
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,7 +45,8 @@ def shown(value: Any) -> str:
 
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a real number, of Python's or NumPy's, and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    # The first answer is the usual one, and isinstance() of an abstract class takes long.
+    return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 @dataclass(eq=False)
@@ -66,8 +64,8 @@ class LocalProblem:
         preactivation: ``A0 = X W_0ᵀ + b_0`` of the forward pass, ``[B, N]``, or rows likewise.
         weight: ``W``, ``[N, K]``; updated in place.
         bias: ``b``, ``[N]``, updated in place; or ``None``.
-        grad_weight: ``G_0 = γ ∂L/∂W``, ``[N, K]``; ``None`` freezes the weight.
-        grad_bias: ``g_0 = γ ∂L/∂b``, ``[N]``; ``None`` freezes the bias.
+        grad_weight: ``G_0 = γ ∂L/∂W``, or what ``grad_scale`` makes that of, ``[N, K]``; ``None`` freezes the weight.
+        grad_bias: ``g_0 = γ ∂L/∂b``, ``[N]``, likewise; ``None`` freezes the bias.
         transfer: name of ``f``, or a :class:`locoprop_kernels.transfers.Transfer`.
         state: the rule's state, ``{"weight": {slot: tensor}, "bias": {slot: tensor}}``; filled at the first step.
         name: what error messages call this problem; its place in the list where empty.
@@ -76,6 +74,7 @@ class LocalProblem:
         mask_bias: bool ``[N]``, likewise.
         rate_weight: factor of the learning rates for the weight, ``>= 0``.
         rate_bias: factor of the learning rates for the bias, ``>= 0``.
+        grad_scale: factor of both gradients, so that ``γ`` need not be multiplied in before.
 
     ``x`` and ``preactivation`` have the dtype of the weight, or bfloat16 / float16 as autocast leaves them.
     """
@@ -94,6 +93,7 @@ class LocalProblem:
     mask_bias: Tensor | None = None
     rate_weight: float = 1.0
     rate_bias: float = 1.0
+    grad_scale: float = 1.0
 
     def __post_init__(self) -> None:
         self.transfer = get_transfer(self.transfer)
@@ -132,8 +132,12 @@ class LocalProblem:
 
     def trained(self) -> dict[str, tuple[Tensor, Tensor]]:
         """``{"weight": (W, G_0), "bias": (b, g_0)}`` without what is frozen."""
-        pairs = {"weight": (self.weight, self.grad_weight), "bias": (self.bias, self.grad_bias)}
-        return {name: (p, g) for name, (p, g) in pairs.items() if p is not None and g is not None}
+        found = {}
+        if self.grad_weight is not None:
+            found["weight"] = self.weight, self.grad_weight
+        if self.bias is not None and self.grad_bias is not None:
+            found["bias"] = self.bias, self.grad_bias
+        return found
 
     def mask(self, name: str) -> Tensor | None:
         """The mask of ``"weight"`` or ``"bias"``."""
@@ -150,24 +154,27 @@ class LocalProblem:
             TypeError: something that should be a tensor is not.
             ValueError: a shape, dtype, device or layout does not fit.
         """
-        described = self._description()
-        if described is None or described not in _checked_before:
-            self._check_tensors(label)
-            if len(_checked_before) >= _MOST_DESCRIPTIONS:
-                _checked_before.clear()
-            if described is not None:
-                _checked_before.add(described)
-        self._check_values(label)
+        self._check_tensors(label)
+        self.validate_numbers(label)
 
-    def _description(self) -> tuple[Any, ...] | None:
-        """Everything that the checks of the tensors look at; ``None`` where something is not a tensor."""
+    def described(self) -> tuple[Any, ...] | None:
+        """All that checks, decisions and plans depend on but numbers and addresses; ``None`` where a tensor is none.
+
+        What has been found out for one problem holds for all others of the same description.
+        """
+        tensors = (
+            self.weight, self.bias, self.grad_weight, self.grad_bias, self.mask_weight, self.mask_bias
+        )  # fmt: skip
         try:
-            return tuple(
-                # Rows have no memory layout.
-                None if v is None else (type(v), v.shape, v.dtype, v.device, getattr(v, "layout", None))
-                for v in map(self.__dict__.get, _TENSORS)
+            return (
+                described(self.x),
+                described(self.preactivation),
+                *[t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.layout) for t in tensors],
+                self.transfer,
+                self.transfer.triton_fn,  # type: ignore[union-attr]
+                self.examples,
             )
-        except AttributeError:
+        except (AttributeError, RuntimeError):
             return None
 
     def _check_tensors(self, label: str) -> None:
@@ -209,17 +216,19 @@ class LocalProblem:
         if not self.trained():
             raise ValueError(f"{label}: grad_weight or grad_bias must be given, got neither")
 
-    def _check_values(self, label: str) -> None:
-        """Check what is not a tensor."""
+    def validate_numbers(self, label: str) -> None:
+        """Check what is not a tensor; see :meth:`validate`."""
         if self.examples is not None and (isinstance(self.examples, bool) or not isinstance(self.examples, Integral)):
             raise TypeError(f"{label}: examples must be an integer or None, got {shown(self.examples)}")
         if self.examples is not None and self.examples < 1:
             raise ValueError(f"{label}: examples must be >= 1, got {self.examples}")
-        for name, rate in (("rate_weight", self.rate_weight), ("rate_bias", self.rate_bias)):
-            if type(rate) is float and 0 <= rate < math.inf:
+        for name in ("rate_weight", "rate_bias", "grad_scale"):
+            value = getattr(self, name)
+            if type(value) is float and 0 <= value < math.inf:
                 continue
-            if not is_number(rate) or not (math.isfinite(rate) and rate >= 0):
-                raise ValueError(f"{label}: {name} must be a finite number >= 0, got {shown(rate)}")
+            if not is_number(value) or not math.isfinite(value) or (value < 0 and name != "grad_scale"):
+                sign = "" if name == "grad_scale" else " >= 0"
+                raise ValueError(f"{label}: {name} must be a finite number{sign}, got {shown(value)}")
         if not isinstance(self.state, dict):
             raise TypeError(f"{label}: state must be a dict, got {type(self.state).__name__}")
 
@@ -294,15 +303,14 @@ def rule_states(problem: LocalProblem, rule: Rule, label: str) -> State:
             expected = ", ".join(sorted(wanted)) or "no entries"
             raise ValueError(f"{label}: state of {name} must have {expected} for {rule}, got {sorted(stored)}")
         dtype, device, shape = accumulation_dtype(parameter.dtype), parameter.device, parameter.shape
-        states[name] = {}
+        own = stored
         for slot, value in stored.items():
-            if slot == "step":
-                states[name][slot] = value.to(device=device)
-                continue
-            if value.shape != shape:
+            if slot != "step" and value.shape != shape:
                 raise ValueError(
                     f"{label}: state {slot!r} of {name} must have shape {list(shape)}, got {list(value.shape)}"
                 )
-            same = value.dtype == dtype and value.device == device
-            states[name][slot] = value if same else value.to(device=device, dtype=dtype)
+            if value.device != device or (value.dtype is not dtype and slot != "step"):
+                converted = value.to(device=device, dtype=value.dtype if slot == "step" else dtype)
+                own = {**own, slot: converted}
+        states[name] = own
     return states

@@ -226,7 +226,7 @@ def local_loop(
     few = decision.rows is not None and settings.iterations + settings.trace > 1
     fold = few and can_fold(problem, old, settings)
     begin = folded if fold else _beginning
-    start, increment = begin(problem, old, problem.scale(settings.reduction))
+    start, increment = begin(problem, old, problem.scale(settings.reduction) * problem.grad_scale)
     if few:
         trace = _in_blocks(problem, settings, FewRowsForm(problem, settings, fold), start, increment)
         give_back(*start.values())
@@ -341,6 +341,7 @@ class Solved:
                         extremes += torch.aminmax(value)  # far faster on a CPU than isfinite or an infinity norm
         return torch.isfinite(torch.stack([extreme.double() for extreme in extremes])).all()
 
+    @torch.no_grad()
     def commit(self, ok: Tensor) -> None:
         """Apply increments and new state where ``ok`` is true; on a GPU the decision stays on the device."""
         on_host = ok.device.type == "cpu"

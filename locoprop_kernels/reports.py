@@ -106,7 +106,6 @@ class StepReport:
         """The local objectives, one ``[T + 1]`` tensor per problem; ``None`` unless asked for."""
         return [problem.trace for problem in self.problems]
 
-    @torch.no_grad()
     def commit_(self, condition: Tensor | None = None) -> None:
         """Apply the increments and the new state, unless something in them is not finite, and drop them.
 
@@ -118,7 +117,9 @@ class StepReport:
         solution, self._solution = self._solution, None
         if solution is None:
             return
-        self._committed = ok = self.finite if condition is None else self.finite & condition
+        # A step of one call has no other condition than its own.
+        ok = self.finite if condition is None or condition is self.finite else self.finite & condition
+        self._committed = ok
         if ok.device.type != "cpu" or ok:
             solution.commit(ok)
         for problem in self.problems:  # a report may be kept, and should not keep the increments' memory with it

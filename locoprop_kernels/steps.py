@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from locoprop_kernels import reference, rules
-from locoprop_kernels.problem import LocalProblem, State, rule_states, shown
+from locoprop_kernels.checked import Checked, check
+from locoprop_kernels.problem import LocalProblem, shown
 from locoprop_kernels.regularisers import Regulariser
 from locoprop_kernels.reports import ProblemReport, StepReport
 from locoprop_kernels.settings import Settings
@@ -30,25 +32,30 @@ def triton_unavailable() -> str | None:
     return None
 
 
-def _choose_backend(backend: str, problems: list[LocalProblem], settings: Settings) -> tuple[str, str]:
-    """The backend to run and why; an explicit choice is taken or refused, never replaced."""
+def _choose_backend(backend: str, checked: Checked, settings: Settings) -> tuple[Any, str]:
+    """The Triton backend's plan of the step, or ``None`` for the reference backend, and the reason.
+
+    An explicit choice is taken or refused, never replaced.
+    """
     if backend == "reference":
-        return "reference", "asked for by name"
+        return None, "asked for by name"
+    device = checked.problems[0].weight.device
     reason = triton_unavailable()
-    if reason is None and backend == "auto" and problems[0].weight.device.type != "cuda":
-        reason = f"the tensors are on {problems[0].weight.device}"
+    if reason is None and backend == "auto" and device.type != "cuda":
+        reason = f"the tensors are on {device}"
     if reason is None:
         from locoprop_kernels import kernels
 
-        reason = kernels.unsupported(problems, settings)
-    if reason is None:
-        return "triton", "asked for by name" if backend == "triton" else "the tensors are on a GPU"
+        plan = kernels.planned(checked, settings)
+        if not isinstance(plan, str):
+            return plan, "asked for by name" if backend == "triton" else "the tensors are on a GPU"
+        reason = plan
     if backend == "triton":
         raise ValueError(f"backend 'triton' cannot run this step: {reason}; backend='reference' would work")
     if reason not in _logged_reasons:
         _logged_reasons.add(reason)
         _log.info("backend 'auto' takes the reference backend: %s", reason)
-    return "reference", reason
+    return None, reason
 
 
 @torch.no_grad()
@@ -94,61 +101,32 @@ def local_steps_(
         TypeError, ValueError: before anything is changed; naming the argument, what was expected and what came.
     """
     settings = Settings.checked(rule, lr, prox, reduction, compute_dtype, trace, regulariser, rows, rows_seed)
-    report = solve(problems, settings, backend)
+    report = solve(check(problems, settings.rule), settings, backend)
     if commit:
         report.commit_()
     return report
 
 
-def solve(
-    problems: Sequence[LocalProblem], settings: Settings, backend: str, done: Callable[[int], None] | None = None
-) -> StepReport:
+def solve(checked: Checked, settings: Settings, backend: str, done: Callable[[int], None] | None = None) -> StepReport:
     """:func:`local_steps_` up to the commit, which ``report.commit_()`` is; to be called without gradients enabled.
 
     Args:
-        problems: the layers' local problems, all on one device.
+        checked: the layers' local problems.
         settings: the settings of the call.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``.
         done: called with the index of each problem that is solved, where they are solved one after the other (by the
             reference backend): the caller may then let go of its rows and gradients.
     """
-    problems = list(problems)
-    if not problems:
-        raise ValueError("problems must hold at least one LocalProblem, got none")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {shown(backend)}")
-    states = _checked(problems, settings.rule)
-    names = [problem.name or f"problem {i}" for i, problem in enumerate(problems)]
-    rows = [problem.shape[0] for problem in problems]
-    chosen, reason = _choose_backend(backend, problems, settings)
+    names = [problem.name or f"problem {i}" for i, problem in enumerate(checked.problems)]
+    rows = [problem.x.shape[-2] for problem in checked.problems]
+    plan, reason = _choose_backend(backend, checked, settings)
     solution: Solution
-    if chosen == "triton":
+    if plan is not None:
         from locoprop_kernels import kernels
 
-        solution = kernels.solve(problems, states, settings)
+        solution = kernels.solve(plan, checked, settings)
     else:
-        solution = reference.solve(problems, states, settings, done)
-    return StepReport.of(solution, chosen, reason, names, rows)
-
-
-def _checked(problems: list[LocalProblem], rule: rules.Rule) -> list[State]:
-    """The rule's state in each problem, once everything about the problems has been checked."""
-    states: list[State] = []
-    owners: dict[int, str] = {}
-    for i, problem in enumerate(problems):
-        if not isinstance(problem, LocalProblem):
-            raise TypeError(f"problem {i} must be a LocalProblem, got {type(problem).__name__}")
-        label = problem.name or f"problem {i}"
-        problem.validate(label)
-        if problem.weight.device != problems[0].weight.device:
-            raise ValueError(
-                f"{label} must be on the device of problem 0, {problems[0].weight.device}, got {problem.weight.device}"
-            )
-        states.append(rule_states(problem, rule, label))
-        for name, (parameter, _) in problem.trained().items():
-            other = owners.setdefault(id(parameter), label)
-            if other != label:
-                raise ValueError(
-                    f"{label}: its {name} is also that of {other}; one problem must hold all rows of a tensor"
-                )
-    return states
+        solution = reference.solve(checked.problems, checked.states, settings, done)
+    return StepReport.of(solution, "reference" if plan is None else "triton", reason, names, rows)

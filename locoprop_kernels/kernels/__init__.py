@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from locoprop_kernels.problem import LocalProblem, State
+from locoprop_kernels.checked import Checked
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Solution
 
-__all__ = ["solve", "unsupported"]
+if TYPE_CHECKING:
+    from locoprop_kernels.kernels.run import StepPlan
+
+__all__ = ["planned", "solve"]
 
 
-def unsupported(problems: Sequence[LocalProblem], settings: Settings) -> str | None:
-    """Why the Triton backend cannot run these problems, or ``None`` when it can."""
-    from locoprop_kernels.kernels import target
+def planned(checked: Checked, settings: Settings) -> StepPlan | str:
+    """How the Triton backend will run these problems, or why it cannot."""
+    from locoprop_kernels.kernels import run
 
-    return target.unsupported(problems, settings)
+    return run.planned(checked, settings)
 
 
-def solve(problems: list[LocalProblem], states: list[State], settings: Settings) -> Solution:
+def solve(plan: StepPlan, checked: Checked, settings: Settings) -> Solution:
     """Run all local iterations of all problems; reads them, and writes nothing that belongs to them.
 
     Args:
-        problems: validated problems.
-        states: the rule's state in each of them.
+        plan: what :func:`planned` has returned for these.
+        checked: the problems and the rule's state in each.
         settings: the settings of the call.
     """
     from locoprop_kernels.kernels import run
 
-    return run.solve(problems, states, settings)
+    return run.solve(plan, checked, settings)

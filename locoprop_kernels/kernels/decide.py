@@ -17,13 +17,14 @@ from locoprop_kernels.devices import DeviceModel
 from locoprop_kernels.gram import gram_is_cheaper
 from locoprop_kernels.kernels import choose, configs, target
 from locoprop_kernels.kernels.spec import Update
+from locoprop_kernels.patches import Rows
 from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.sampling import set_size
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["LayerShape", "Machine", "Task", "decide", "machine_of", "shape_of", "task_of"]
+__all__ = ["LayerShape", "Machine", "Task", "decide", "is_aligned", "machine_of", "shape_of", "task_of"]
 
 
 class LayerShape(NamedTuple):
@@ -139,6 +140,11 @@ class Machine(NamedTuple):
         return tuple(config for config in found if config.b >= most)
 
 
+def is_aligned(x: Tensor | Rows) -> bool:
+    """Whether kernels may read ``X`` where it is, if its tiles are whole."""
+    return isinstance(x, Tensor) and x.data_ptr() % 16 == 0 and x.is_contiguous()
+
+
 def shape_of(problem: LocalProblem, settings: Settings) -> LayerShape:
     """The shape of a validated problem."""
     b, k, n = problem.shape
@@ -159,7 +165,7 @@ def shape_of(problem: LocalProblem, settings: Settings) -> LayerShape:
         parameter=problem.weight.dtype,
         x=x.dtype,
         preactivation=problem.preactivation.dtype,
-        x_aligned=isinstance(x, Tensor) and x.is_contiguous() and x.data_ptr() % 16 == 0,
+        x_aligned=is_aligned(x),
         x_chunks=weight and not isinstance(x, Tensor),
         a0_chunks=not isinstance(problem.preactivation, Tensor),
         sets=settings.sets(problem),

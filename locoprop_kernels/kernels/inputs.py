@@ -1,4 +1,4 @@
-"""What belongs to the caller: its addresses and strides for the layer table, and copies of what comes in chunks."""
+"""What belongs to the caller: tensors that the layer table has the addresses of, and copies of what comes in chunks."""
 
 from __future__ import annotations
 
@@ -7,90 +7,62 @@ from torch import Tensor
 
 from locoprop_kernels.gram import GramForm
 from locoprop_kernels.kernels.device import columns as c
-from locoprop_kernels.kernels.layout import Cells, LayerPlan, Layout, float_bits
+from locoprop_kernels.kernels.layout import LayerPlan, Layout, float_bits
 from locoprop_kernels.patches import Rows, every, row_chunks
 from locoprop_kernels.problem import LocalProblem, State
 from locoprop_kernels.settings import Settings
 
-__all__ = ["Inputs", "place_chunks"]
+__all__ = ["place_chunks", "sources"]
 
 _FLOAT16_MAX = 65504
 _BASES = {"weight": c.WEIGHT.value, "bias": c.BIAS.value}
-_GRAD, _GRAD_ROW, _VALUE = c.GRAD.value, c.GRAD_ROW.value, c.VALUE.value
+_GRAD, _GRAD_SCALE, _VALUE = c.GRAD.value, c.GRAD_SCALE.value, c.VALUE.value
 _OLD, _STEP, _MASK, _RATE = c.OLD.value, c.STEP.value, c.MASK.value, c.RATE.value
 
 
-class Inputs:
-    """The cells of a problem in the layer table, and copies that they hold the addresses of.
+def sources(
+    problem: LocalProblem, layer: LayerPlan, state: State, slots: tuple[str, ...], gram: GramForm | None
+) -> list[tuple[int, Tensor | int]]:
+    """What a problem fills into its rows of the layer table: tensors for their addresses, and numbers, by column.
 
-    What is the caller's lives as long as the launches need it without being held: a device's allocator reuses memory in
-    the order of the stream.
+    The columns are the same for all problems with the same plan. What is the caller's lives as long as the launches
+    need it without being held: a device's allocator reuses memory in the order of the stream.
 
     Args:
         problem: the problem.
         layer: what the layout knows of it.
-        state: the rule's state, contiguous.
+        state: the rule's state; what is not contiguous is replaced by a copy.
         slots: names of its tensors, in order.
         gram: its Gram form, which has the matrix that is multiplied; ``None`` for other forms.
     """
-
-    def __init__(
-        self, problem: LocalProblem, layer: LayerPlan, state: State, slots: tuple[str, ...], gram: GramForm | None
-    ) -> None:
-        self.cells = Cells()
-        self.alive: list[Tensor] = []
-        self._grouped = problem.groups is not None
-        if isinstance(problem.preactivation, Tensor) and not layer.a0_chunks:
-            self._put_matrix(c.A0_SOURCE.value, problem.preactivation)
-        x = problem.x if gram is None else gram.gram.tensor
-        if layer.weight and isinstance(x, Tensor) and not layer.x_chunks:
-            if layer.x_in_place:
-                self._put(c.X.value, x)
-            else:
-                self._put_matrix(c.X_SOURCE.value, x)
-        if gram is not None:
-            self._put(c.ROW_SUMS.value, gram.sum_x)
-        for name, (value, grad) in problem.trained().items():
-            self._put_parameter(problem, name, value, grad)
-            self._put_state(_BASES[name], state[name], slots)
-
-    def _put(self, column: int, tensor: Tensor) -> tuple[int, ...]:
-        """The address of ``tensor``; returns its strides within a group."""
-        self.cells.values[column] = tensor.data_ptr()
-        strides = tensor.stride()
-        if not self._grouped:
-            return strides
-        self.cells.steps[column] = strides[0] * tensor.element_size()
-        return strides[1:]
-
-    def _put_matrix(self, column: int, matrix: Tensor) -> None:
-        """The address and the two strides of ``matrix``, in columns side by side."""
-        self.cells.values[column + 1], self.cells.values[column + 2] = self._put(column, matrix)
-
-    def _put_parameter(self, problem: LocalProblem, name: str, value: Tensor, grad: Tensor) -> None:
-        """A parameter, its gradient, its mask and its factor of the learning rates."""
-        base, values = _BASES[name], self.cells.values
+    found: list[tuple[int, Tensor | int]] = []
+    if isinstance(problem.preactivation, Tensor) and not layer.a0_chunks:
+        found.append((c.A0_SOURCE.value, problem.preactivation))
+    x = problem.x if gram is None else gram.gram.tensor
+    if layer.weight and isinstance(x, Tensor) and not layer.x_chunks:
+        found.append((c.X.value if layer.x_in_place else c.X_SOURCE.value, x))
+    if gram is not None:
+        found.append((c.ROW_SUMS.value, gram.sum_x))
+    grad_scale = float_bits(problem.grad_scale)
+    for name, (value, grad) in problem.trained().items():
+        base, own, mask = _BASES[name], state[name], problem.mask(name)
         if name == "weight" and grad.stride(-1) != 1:
             grad = grad.contiguous()
-            self.alive.append(grad)
-        values[base + _GRAD_ROW] = self._put(base + _GRAD, grad)[0]
-        row, *column = self._put(base + _VALUE, value)
-        values[base + c.VALUE_ROW.value], values[base + c.VALUE_COLUMN.value] = row, column[0] if column else 0
-        mask = problem.mask(name)
+        found += (
+            (base + _GRAD, grad),
+            (base + _GRAD_SCALE, grad_scale),
+            (base + _VALUE, value),
+            (base + _RATE, float_bits(problem.rate(name))),
+        )
         if mask is not None:
-            mask = mask.contiguous()
-            self.alive.append(mask)
-            self._put(base + _MASK, mask)
-        values[base + _RATE] = float_bits(problem.rate(name))
-
-    def _put_state(self, base: int, state: dict[str, Tensor], slots: tuple[str, ...]) -> None:
+            found.append((base + _MASK, mask.contiguous()))
         for column, slot in enumerate(slots, base + _OLD):
-            if self._grouped:
-                self._put(column, state[slot])
-            else:
-                self.cells.values[column] = state[slot].data_ptr()
-        if "step" in state:
-            self.cells.values[base + _STEP] = state["step"].data_ptr()
+            if not own[slot].is_contiguous():
+                own = state[name] = {**own, slot: own[slot].contiguous()}
+            found.append((column, own[slot]))
+        if "step" in own:
+            found.append((base + _STEP, own["step"]))
+    return found
 
 
 def place_chunks(problem: LocalProblem, index: int, layout: Layout, scratch: Tensor, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Where everything lies that a step works on: offsets in its two buffers, the layer table, the lists of tiles.
+"""Where everything lies that a step works on: offsets in its buffer, the layer table, the lists of tiles.
 
 All of it follows from the sizes of the layers, so it is worked out once and kept with the plan.
 """
@@ -6,8 +6,8 @@ All of it follows from the sizes of the layers, so it is worked out once and kep
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,13 +21,21 @@ from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.sampling import set_size
 from locoprop_kernels.settings import Settings
 
-__all__ = ["ALIGNMENT", "COPY_BLOCK", "Cells", "Kind", "LayerPlan", "Layout", "Piece", "Place", "float_bits"]
+__all__ = ["ALIGNMENT", "COPY_BLOCK", "Kind", "LayerPlan", "Layout", "Piece", "Place", "float_bits"]
 
 ALIGNMENT = 256
 """Bytes that every piece of a buffer is aligned to."""
 COPY_BLOCK = 64
 """Tile size of the copies into the scratch."""
 _NO_CODE = -1
+# Columns of the last strides of a tensor, by that of its address, and how many strides that are.
+_STRIDES: dict[int, tuple[int, list[int]]] = {
+    c.X_SOURCE.value: (2, [c.X_SOURCE.value + 1, c.X_SOURCE.value + 2]),
+    c.A0_SOURCE.value: (2, [c.A0_SOURCE.value + 1, c.A0_SOURCE.value + 2]),
+}
+for _base, _dims in ((c.WEIGHT.value, 2), (c.BIAS.value, 1)):
+    _STRIDES[_base + c.GRAD.value] = _dims, [_base + c.GRAD_ROW.value]
+    _STRIDES[_base + c.VALUE.value] = _dims, [_base + c.VALUE_ROW.value, _base + c.VALUE_COLUMN.value][:_dims]
 # Lists of tiles beside those of the schedule, and how many numbers a tile has.
 _TILE_LISTS = {"prepare_x": 4, "chunked_x": 4, "prepare_a0": 4, "softmax": 2, "partial": 4}
 
@@ -152,32 +160,13 @@ class Piece:
     columns: int
 
 
-@dataclass(eq=False)
-class Cells:
-    """What one step fills into the rows of a layer.
-
-    Attributes:
-        values: ``{column: address or number}``, of the first group.
-        steps: ``{column: bytes to the next group}``, for addresses.
-    """
-
-    values: dict[int, int] = field(default_factory=dict)
-    steps: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def content(self) -> tuple[int, ...]:
-        """All of it, to tell two steps apart by."""
-        return (*self.values, *self.values.values(), *self.steps.values())
-
-
 class Layout:
     """The layout of a plan.
 
     Attributes:
         template: the layer table, with offsets in place of addresses; int64 ``[rows, columns]``, a row for each group.
         rows: which rows of the table are a layer's.
-        results_bytes: size of the buffer for increments and new state, which outlives the step.
-        scratch_bytes: size of the buffer for everything else.
+        bytes: size of the buffer: increments and new state, the results, and everything else, the scratch.
         pieces: per layer ``{"weight" | "bias": where its results lie}``.
         chunks: per layer ``{"x" | "a0": where to copy what comes in chunks}``, in the scratch.
         trace_slots: partial sums of one local step.
@@ -196,7 +185,7 @@ class Layout:
         self.trace_ranges: list[list[tuple[int, int]]] = []
         self.trace_slots = 0
         self.functions: list[tuple[Any, Any]] = []
-        self._results, self._scratch = _Arena(self.template.shape), _Arena(self.template.shape)
+        self._arena = _Arena(self.template.shape)
         self._blocks = 0
         tiles: dict[str, list[NDArray[np.int32]]] = {name: [] for name in _TILE_LISTS}
         self._lists = tiles
@@ -205,33 +194,42 @@ class Layout:
         self.tiles = {
             name: np.concatenate([np.zeros((0, width), np.int32), *tiles[name]]) for name, width in _TILE_LISTS.items()
         }
-        self.results_bytes, self.scratch_bytes = self._results.size, self._scratch.size
-        self._relative = (np.flatnonzero(self._results.offsets), np.flatnonzero(self._scratch.offsets))
+        self.bytes = self._arena.size
+        # Places in the table, and for each the number of what is added there.
+        self._places: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
-    def table(self, results: Tensor, scratch: Tensor, inputs: Iterable[Cells]) -> NDArray[np.int64]:
+    def connect(self, sources: Sequence[Sequence[tuple[int, Tensor | int]]]) -> None:
+        """Note where the addresses of the caller's tensors go, and put their strides into the template.
+
+        Args:
+            sources: of each layer, what its problem fills into its rows, by column: see
+                :func:`locoprop_kernels.kernels.inputs.sources`. All later steps bring tensors of the same strides.
+        """
+        places = [np.flatnonzero(self._arena.offsets)]
+        for rows, own in zip(self.rows, sources, strict=True):
+            group = np.arange(rows.stop - rows.start)
+            for column, source in own:
+                places.append((rows.start + group) * c.WIDTH.value + column)
+                if isinstance(source, Tensor):
+                    # There is one counter of steps for all groups.
+                    lead = source.stride(0) * source.element_size() if source.dim() else 0
+                    self.template[rows, column] = lead * group
+                    dims, columns = _STRIDES.get(column, (0, []))
+                    for place, stride in zip(columns, source.stride()[-dims:], strict=False):
+                        self.template[rows, place] = stride
+        counts = [len(own) for own in places]
+        self._places = np.concatenate(places), np.repeat(np.arange(len(places)), counts)
+
+    def table(self, values: Sequence[int]) -> NDArray[np.int64]:
         """The layer table with all addresses.
 
         Args:
-            results: the buffer for increments and state.
-            scratch: the other buffer.
-            inputs: per layer, addresses and strides of the caller's.
+            values: the address of the buffer; and of each layer, the addresses and numbers that :meth:`connect` was
+                given the columns of, in that order.
         """
-        table = self.template.copy()
-        flat = table.reshape(-1)
-        places: list[int] = []
-        values: list[int] = []
-        for buffer, cells in zip((results, scratch), self._relative, strict=True):
-            flat[cells] += buffer.data_ptr()
-        for place, own in zip(self.rows, inputs, strict=True):
-            if own.steps:
-                rows = table[place]
-                rows[:, list(own.values)] = list(own.values.values())
-                rows[:, list(own.steps)] += np.arange(len(rows))[:, None] * list(own.steps.values())
-            else:
-                first = place.start * c.WIDTH.value
-                places += [first + column for column in own.values]
-                values += own.values.values()
-        flat[places] = values
+        assert self._places is not None
+        table, (places, numbers) = self.template.copy(), self._places
+        table.reshape(-1)[places] += np.array(values, np.int64)[numbers]
         return table
 
     def counts(self, settings: Settings) -> NDArray[np.int32]:
@@ -247,7 +245,7 @@ class Layout:
         return counts
 
     def _lay_out(self, index: int, layer: LayerPlan) -> None:
-        """Reserve what a layer needs in the two buffers, and fill its rows of the template."""
+        """Reserve what a layer needs in the buffer, and fill its rows of the template."""
         form, config = self.kind.form, self.kind.config
         n, b, k = (
             _round_up(size, tile)
@@ -343,7 +341,7 @@ class Layout:
 
     def _lay_out_results(self, index: int, name: str, base: int, rows: int, stride: int, n: int, k: int) -> None:
         columns = [base + c.DELTA.value, *(base + c.NEW.value + i for i in range(len(self.kind.slots)))]
-        delta, *slots = (self._take(self._results, index, column, rows * stride, 4, stride) for column in columns)
+        delta, *slots = (self._take(index, column, rows * stride, 4, stride) for column in columns)
         self.pieces[index][name] = Piece(delta, slots, n, k)
 
     def _lay_out_trace(self, index: int, column: Any, count: int) -> tuple[int, int]:
@@ -361,18 +359,18 @@ class Layout:
         rows, first = self.rows[index], column.value
         self.chunks[index][name] = place
         self.template[rows, first] = place.offset + place.step * np.arange(rows.stop - rows.start)
-        self._scratch.offsets[rows, first] = True
+        self._arena.offsets[rows, first] = True
         self.template[rows, first + 1 : first + 3] = strides
 
     def _scratch_place(self, index: int, column: Any, elements: int, itemsize: int, stride: int = 1) -> Place:
-        return self._take(self._scratch, index, column.value, elements, itemsize, stride)
+        return self._take(index, column.value, elements, itemsize, stride)
 
-    def _take(self, arena: _Arena, index: int, column: int, elements: int, itemsize: int, stride: int) -> Place:
-        """A piece of a buffer for each group of a layer, whose offsets go into the template."""
+    def _take(self, index: int, column: int, elements: int, itemsize: int, stride: int) -> Place:
+        """A piece of the buffer for each group of a layer, whose offsets go into the template."""
         groups, step = self.layers[index].groups, _round_up(elements * itemsize, ALIGNMENT)
-        offset = arena.take((groups - 1) * step // itemsize + elements, itemsize)
+        offset = self._arena.take((groups - 1) * step // itemsize + elements, itemsize)
         self.template[self.rows[index], column] = offset + step * np.arange(groups)
-        arena.offsets[self.rows[index], column] = True
+        self._arena.offsets[self.rows[index], column] = True
         return Place(offset, step, stride)
 
     def _code(self, layer: LayerPlan) -> int:

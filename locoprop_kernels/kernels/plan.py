@@ -1,18 +1,18 @@
 """Everything about a step that does not change from one to the next: layout, lists of tiles, compile-time arguments.
 
-A step then allocates two buffers (results and scratch), fills addresses into a copy of the table and launches. Filled
-tables are kept too, by content: PyTorch's allocator gives a training loop the same addresses again and again, so that
-in the steady state nothing is copied to the device at all. A table is never written twice, which is what makes its
-asynchronous copy safe and its address fit for a CUDA graph.
+A step then allocates a buffer, fills addresses into a copy of the table and launches. Filled tables are kept too, by
+content: PyTorch's allocator gives a training loop the same addresses again and again, so that in the steady state
+nothing is copied to the device at all. A table is never written twice, which is what makes its asynchronous copy safe
+and its address fit for a CUDA graph. The same is true of learning rates and counts of examples.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +20,20 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from locoprop_kernels.graphs import capturing
 from locoprop_kernels.kernels.decide import LayerShape, Machine, Task
 from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device import functions
-from locoprop_kernels.kernels.layout import COPY_BLOCK, Cells, Kind, LayerPlan, Layout
+from locoprop_kernels.kernels.layout import COPY_BLOCK, Kind, LayerPlan, Layout
 from locoprop_kernels.kernels.spec import NOWHERE, Copy, Products, Spec, Update
+from locoprop_kernels.kernels.uploads import Upload, Uploader
 from locoprop_kernels.schedule import Schedule, build, most_expensive_first, row_blocks, validate
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision
 
 __all__ = ["Plan"]
 
-_KEPT_TABLES = 16
+_KEPT_UPLOADS = 32
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -49,6 +51,8 @@ class Plan:
         update_tiles: likewise.
         tiles: the other lists of tiles by name, likewise.
         blocks: ``[count, 2]``: layer and n-block of each program of the rows driver, likewise.
+        counters: how many numbers programs of the single launch wait for each other by.
+        no_trace: in place of the partial sums of the objectives.
         captured: whether a CUDA graph reads the tables, which must live as long as the process then.
 
     Args:
@@ -108,10 +112,14 @@ class Plan:
         self.activation_tiles, self.update_tiles = self._upload(activation), self._upload(update)
         self.blocks = self._upload(row_blocks(sizes, config.tiles)) if decision.driver == "rows" else None
         self.tiles = {name: self._upload(tiles) for name, tiles in self.layout.tiles.items()}
+        self.counters = 2 * len(self.schedule.updates_per_block) if self.schedule else 0
+        self.no_trace = torch.empty(1, dtype=torch.float64, device=device)
+        self._no_counts = torch.empty(1, dtype=torch.int32, device=device)
         self.spec = _spec(self.layout, shapes, task, precision, machine.interpreted)
-        self.captured = False
-        self._tables: OrderedDict[Any, _Uploaded] = OrderedDict()
-        self._kept_for_graphs: list[_Uploaded] = []
+        self.captured = self._connected = False
+        self._uploader = Uploader(device)
+        self._uploads: OrderedDict[tuple[Any, ...], Upload] = OrderedDict()
+        self._kept_for_graphs: list[Upload] = []
 
     def _upload(self, values: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
@@ -130,62 +138,55 @@ class Plan:
         )
 
     def table(
-        self, results: Tensor, scratch: Tensor, inputs: Sequence[Cells], settings: Settings
+        self, buffer: Tensor, sources: Sequence[Sequence[tuple[int, Tensor | int]]], settings: Settings
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The layer table with all addresses, the learning rates, and the counts of examples, on the device.
 
         Args:
-            results: the buffer for increments and state.
-            scratch: the other buffer.
-            inputs: per layer, addresses and strides of the caller's.
+            buffer: what the layout has the offsets of.
+            sources: of each layer, what its problem fills into the table, see :meth:`Layout.connect`.
             settings: the settings of the call.
         """
-        on_gpu = self.device.type == "cuda"
-        stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else 0
-        seed = settings.rows_seed if self.spec.P.sampled else 0
-        content = (
-            results.data_ptr(),
-            scratch.data_ptr(),
-            stream,
-            seed,
-            settings.rates,
-            *(own.content for own in inputs),
-        )
-        known = self._tables.get(content)
-        if known is not None:
-            self._tables.move_to_end(content)
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        values = [buffer.data_ptr()]
+        for own in sources:
+            values += [source.data_ptr() if isinstance(source, Tensor) else source for _, source in own]
+        if not self._connected:
+            self.layout.connect(sources)
+            self._connected = True
+        table = self._uploaded(("table", stream, *values), self.layout.table, values)
+        if not self.spec.P.sampled:
+            return table, self._uploaded(("rates", stream, settings.rates), self._numbers, settings), self._no_counts
+        content = ("rates and counts", stream, settings.rates, settings.rows_seed)
+        numbers = self._uploaded(content, self._numbers, settings)
+        return table, numbers, numbers[settings.iterations :].view(torch.int32)
+
+    def _numbers(self, settings: Settings) -> NDArray[np.float32]:
+        """The learning rates, and behind them the counts of examples as they are, integers."""
+        counts = self.layout.counts(settings).reshape(-1)
+        return np.concatenate([np.array(settings.rates, np.float32), counts.view(np.float32)])
+
+    def _uploaded(self, content: tuple[Any, ...], make: Callable[[Any], NDArray[Any]], argument: Any) -> Tensor:
+        """On the device, what ``make`` returns for ``argument``; what was uploaded before is there already.
+
+        What is uploaded in the capture of a CUDA graph is there when the graph runs, and for nobody else.
+        """
+        captured = capturing(self.device)
+        if self.captured and not captured:
+            self._uploader.refill()
+        known = self._uploads.get(content)
+        if known is None:
+            known = self._uploader.upload(make(argument), captured)
+            if not captured:
+                self._uploads[content] = known
+                if len(self._uploads) > _KEPT_UPLOADS:
+                    self._uploads.popitem(last=False)
         else:
-            table = self.layout.table(results, scratch, inputs)
-            counts = self.layout.counts(settings)
-            rates = np.array(settings.rates, np.float32)
-            known = self._tables[content] = _upload_together(table, rates, counts, self.device)
-            if len(self._tables) > _KEPT_TABLES:
-                self._tables.popitem(last=False)
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+            self._uploads.move_to_end(content)
+        if captured:
             self.captured = True
             self._kept_for_graphs.append(known)
-        return known.table, known.rates, known.counts
-
-
-class _Uploaded(NamedTuple):
-    """What a step reads on the device, and the tensor on the host that all of it is copied from."""
-
-    table: Tensor
-    rates: Tensor
-    counts: Tensor
-    host: Tensor
-
-
-def _upload_together(
-    table: NDArray[np.int64], rates: NDArray[np.float32], counts: NDArray[np.int32], device: torch.device
-) -> _Uploaded:
-    """All in one copy, for which the host does not wait."""
-    host = found = torch.frombuffer(bytearray(table.tobytes() + rates.tobytes() + counts.tobytes()), dtype=torch.uint8)
-    if device.type == "cuda":
-        host = host.pin_memory()
-        found = host.to(device, non_blocking=True)
-    first, second, third = found.split([table.nbytes, rates.nbytes, counts.nbytes])
-    return _Uploaded(first.view(torch.int64), second.view(torch.float32), third.view(torch.int32), host)
+        return known.found
 
 
 def _layer(shape: LayerShape, decision: Decision, operand: torch.dtype, transposed: bool) -> LayerPlan:

@@ -5,54 +5,85 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from locoprop_kernels.checked import Checked
 from locoprop_kernels.gram import GramForm
-from locoprop_kernels.kernels import commit, phases, prepare, rows, single, softmax
-from locoprop_kernels.kernels.decide import LayerShape, Machine, Task, decide, machine_of, shape_of, task_of
-from locoprop_kernels.kernels.inputs import Inputs, place_chunks
+from locoprop_kernels.graphs import capturing
+from locoprop_kernels.kernels import commit, configs, phases, prepare, rows, single, softmax, target
+from locoprop_kernels.kernels.decide import (
+    LayerShape,
+    Machine,
+    Task,
+    decide,
+    is_aligned,
+    machine_of,
+    shape_of,
+    task_of,
+)
+from locoprop_kernels.kernels.device import rules as device_rules
+from locoprop_kernels.kernels.inputs import place_chunks, sources
 from locoprop_kernels.kernels.layout import ALIGNMENT, Piece, Place
 from locoprop_kernels.kernels.plan import Plan
 from locoprop_kernels.kernels.spec import StepArguments
-from locoprop_kernels.problem import LocalProblem, State
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision, Increment
 
-__all__ = ["Solved", "solve"]
+__all__ = ["Solved", "StepPlan", "planned", "solve"]
 
 _KEPT_STEPS = 32
 """Plans of so many kinds of steps are kept."""
 
 
 class StepPlan(NamedTuple):
-    """The decisions for the problems of a step, and a plan for each set of them that is launched together."""
+    """The decisions for the problems of a step, and a plan for each set of them that is launched together.
+
+    Attributes:
+        decisions: of each problem.
+        plans: of each set.
+        flags: how many int32 zeros a step begins with: the sets' counters, and one that says what is not finite.
+    """
 
     decisions: tuple[Decision, ...]
     plans: tuple[Plan, ...]
+    flags: int
 
 
-_steps: OrderedDict[tuple[tuple[LayerShape, ...], Task, Machine, torch.device], StepPlan] = OrderedDict()
+# By the problems' descriptions, which of their inputs are aligned, and what the settings and the device ask for.
+_steps: OrderedDict[tuple[Any, ...], StepPlan] = OrderedDict()
 
 
-def _step_plan(shapes: tuple[LayerShape, ...], task: Task, machine: Machine, device: torch.device) -> StepPlan:
-    """The plan of a step, made where there is none yet."""
-    key = (shapes, task, machine, device)
-    known = _steps.get(key)
+def planned(checked: Checked, settings: Settings) -> StepPlan | str:
+    """The plan of a step, made where there is none yet; or why these problems cannot run."""
+    problems = checked.problems
+    device = problems[0].weight.device
+    aligned = tuple([is_aligned(problem.x) for problem in problems])
+    key = (checked.kind, aligned, target.float32_precision(), configs.asked(), *_asked_for(settings))
+    try:
+        known = _steps.get(key)
+    except TypeError:  # a rule that is not frozen has no hash, and is not supported
+        known = None
     if known is not None:
         _steps.move_to_end(key)
         return known
-    decisions = decide(shapes, task, machine)
-    sets: dict[int, list[int]] = {}
-    for index, decision in enumerate(decisions):
-        sets.setdefault(decision.together, []).append(index)
-    plans = tuple(
-        Plan(members, [shapes[i] for i in members], [decisions[i] for i in members], task, machine, device)
-        for members in sets.values()
-    )
-    known = _steps[key] = StepPlan(decisions, plans)
+    reason = target.unsupported(device, settings)
+    if reason is not None:
+        return reason
+    if capturing(device):
+        raise RuntimeError(
+            "a step of new shapes or settings cannot be captured in a CUDA graph, because what all such steps share is "
+            "uploaded in the first: make a step like it outside of the capture before"
+        )
+    task, machine = task_of(settings), machine_of(device)
+    for problem in problems:
+        reason = target.unsupported_problem(problem, settings)
+        if reason is not None:
+            return reason
+    with _on(device):
+        known = _steps[key] = _new_plan([shape_of(problem, settings) for problem in problems], task, machine, device)
     if len(_steps) > _KEPT_STEPS:
         free = (old for old, kept in _steps.items() if not any(plan.captured for plan in kept.plans))
         oldest = next(free, None)
@@ -61,7 +92,35 @@ def _step_plan(shapes: tuple[LayerShape, ...], task: Task, machine: Machine, dev
     return known
 
 
-def allocate(size: int, device: torch.device, what: str) -> Tensor:
+def _asked_for(settings: Settings) -> tuple[Any, ...]:
+    """All of the settings that a plan depends on."""
+    rule, regulariser = settings.rule, settings.regulariser
+    return (
+        rule,
+        device_rules.lookup(rule),
+        regulariser and (regulariser.triton_fn,),
+        settings.iterations,
+        settings.reduction,
+        settings.compute_dtype,
+        settings.trace,
+        settings.rows,
+    )
+
+
+def _new_plan(shapes: Sequence[LayerShape], task: Task, machine: Machine, device: torch.device) -> StepPlan:
+    """Decide how to solve problems of these shapes, and plan each set that is launched together."""
+    decisions = decide(tuple(shapes), task, machine)
+    sets: dict[int, list[int]] = {}
+    for index, decision in enumerate(decisions):
+        sets.setdefault(decision.together, []).append(index)
+    plans = tuple(
+        Plan(members, [shapes[i] for i in members], [decisions[i] for i in members], task, machine, device)
+        for members in sets.values()
+    )
+    return StepPlan(decisions, plans, sum(plan.counters for plan in plans) + 1)
+
+
+def allocate(size: int, device: torch.device) -> Tensor:
     """An uninitialised buffer of ``size`` bytes, aligned.
 
     Raises:
@@ -71,6 +130,7 @@ def allocate(size: int, device: torch.device, what: str) -> Tensor:
         buffer = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
     except RuntimeError as error:
         kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else MemoryError
+        what = "the increments, the new state and the scratch of the local loop"
         raise kind(f"out of memory for {what}: {size / 2**20:.1f} MiB on {device}; nothing was changed") from error
     skip = -buffer.data_ptr() % ALIGNMENT
     return buffer[skip : skip + size]
@@ -81,40 +141,33 @@ class _Launched:
 
     Args:
         plan: their plan.
-        problems: all problems of the step.
-        states: the rule's state in each.
+        checked: all problems of the step.
         settings: the settings of the call.
-        bad: int32 ``[1]``, set where something is not finite.
+        bad: int32 ``[]``, set where something is not finite.
+        counters: int32 zeros, as many as the plan wants.
     """
 
-    def __init__(
-        self, plan: Plan, problems: Sequence[LocalProblem], states: Sequence[State], settings: Settings, bad: Tensor
-    ) -> None:
-        self.plan = plan
-        self.problems = [problems[i] for i in plan.members]
-        self.states = [
-            {name: {slot: value.contiguous() for slot, value in slots.items()} for name, slots in states[i].items()}
-            for i in plan.members
-        ]
+    def __init__(self, plan: Plan, checked: Checked, settings: Settings, bad: Tensor, counters: Tensor) -> None:
+        self.plan, self.settings, self.counters = plan, settings, counters
+        self.problems = [checked.problems[i] for i in plan.members]
+        self.states = [checked.states[i] for i in plan.members]
         layout, device, iterations = plan.layout, plan.device, settings.iterations
-        self.grams = (
-            [GramForm(problem, layout.kind.operand) for problem in self.problems] if plan.form == "gram" else []
-        )
-        self.inputs = [
-            Inputs(problem, layer, state, layout.kind.slots, self.grams[i] if self.grams else None)
-            for i, (problem, layer, state) in enumerate(zip(self.problems, layout.layers, self.states, strict=True))
+        self.grams: list[GramForm] = []
+        if plan.form == "gram":
+            self.grams = [GramForm(problem, layout.kind.operand) for problem in self.problems]
+        grams: Sequence[GramForm | None] = self.grams or [None] * len(self.problems)
+        self.buffer = allocate(layout.bytes, device)
+        # Among them are copies that kernels read.
+        self.sources = [
+            sources(problem, layer, state, layout.kind.slots, gram)
+            for problem, layer, state, gram in zip(self.problems, layout.layers, self.states, grams, strict=True)
         ]
-        self.results = allocate(layout.results_bytes, device, "the increments and the new state")
-        self.scratch = allocate(layout.scratch_bytes, device, "the scratch of the local loop")
-        cells = [one.cells for one in self.inputs]
-        table, rates, counts = plan.table(self.results, self.scratch, cells, settings)
-        trace = (
-            torch.zeros(iterations + 1, layout.trace_slots, dtype=torch.float64, device=device)
-            if settings.trace
-            else torch.empty(1, dtype=torch.float64, device=device)
-        )
+        table, rates, counts = plan.table(self.buffer, self.sources, settings)
+        if settings.trace:
+            trace = torch.zeros(iterations + 1, layout.trace_slots, dtype=torch.float64, device=device)
+        else:
+            trace = plan.no_trace
         self.step = StepArguments(table, rates, iterations, settings.prox, counts, bad, trace, layout.trace_slots)
-        self.settings = settings
         self.gram_losses: list[Tensor] | None = None
 
     def run(self) -> None:
@@ -128,9 +181,7 @@ class _Launched:
         if plan.layout.kind.operand == torch.float16:
             phases.launch_update(step, plan.update_tiles, 0, spec)  # finds the scale of the first increment
         if plan.schedule is not None:
-            lists = plan.work_lists
-            counters = torch.zeros(2 * len(lists[-1]), dtype=torch.int32, device=plan.device)
-            single.launch(step, lists, counters, spec)
+            single.launch(step, plan.work_lists, self.counters, spec)
         elif plan.form == "gram":
             self._run_gram()
         else:
@@ -139,7 +190,7 @@ class _Launched:
     def _prepare(self) -> None:
         plan, spec, table = self.plan, self.plan.spec, self.step.table
         for index, problem in enumerate(self.problems):
-            place_chunks(problem, index, plan.layout, self.scratch, self.settings)
+            place_chunks(problem, index, plan.layout, self.buffer, self.settings)
         prepare.launch(table, plan.tiles["prepare_x"], spec.copy_x)
         prepare.launch(table, plan.tiles["chunked_x"], spec.copy_chunks)
         prepare.launch(table, plan.tiles["prepare_a0"], spec.copy_a0)  # the Gram form has no such tiles
@@ -187,7 +238,7 @@ class _Launched:
 
     def _view(self, index: int, name: str, piece: Piece, place: Place) -> Tensor:
         groups = self.problems[index].groups
-        matrices = place.view(self.results, torch.float32, groups or 1, piece.rows, piece.columns)
+        matrices = place.view(self.buffer, torch.float32, groups or 1, piece.rows, piece.columns)
         if groups is None:
             matrices = matrices[0]
         return matrices if name == "weight" else matrices[..., 0]
@@ -209,8 +260,15 @@ class _Launched:
             commit.launch(self.step, self.plan.update_tiles, ok.view(torch.uint8), self.plan.spec)
         for problem, state in zip(self.problems, self.states, strict=True):
             for name, slots in state.items():
-                problem.state.setdefault(name, {}).update(slots)
-                torch.autograd.graph.increment_version(getattr(problem, name))
+                if problem.state.get(name) is not slots:
+                    problem.state.setdefault(name, {}).update(slots)
+        torch.autograd.graph.increment_version(
+            [
+                getattr(problem, name)
+                for problem, state in zip(self.problems, self.states, strict=True)
+                for name in state
+            ]
+        )
 
 
 def _on(device: torch.device) -> AbstractContextManager[None]:
@@ -223,10 +281,9 @@ class Solved:
 
     def __init__(self, decisions: tuple[Decision, ...], launched: list[_Launched], bad: Tensor) -> None:
         self.decisions, self._launched = decisions, launched
-        self.finite = bad[0] == 0
+        self.finite = bad == 0
         self._places = {member: (one, place) for one in launched for place, member in enumerate(one.plan.members)}
-        placed = [self._places[index] for index in range(len(decisions))]
-        self.traces = [one.trace(place) for one, place in placed]
+        self.traces = [one.trace(place) for one, place in map(self._places.__getitem__, range(len(decisions)))]
 
     def increment(self, index: int) -> Increment:
         """The results of a problem, as views."""
@@ -239,20 +296,21 @@ class Solved:
             launched.commit(ok)
 
 
-def solve(problems: list[LocalProblem], states: list[State], settings: Settings) -> Solved:
+def solve(step: StepPlan, checked: Checked, settings: Settings) -> Solved:
     """Run all local iterations of all problems; reads them, and writes nothing that belongs to them.
 
     Args:
-        problems: validated problems.
-        states: the rule's state in each of them.
+        step: the plan of the step.
+        checked: the problems.
         settings: the settings of the call.
     """
-    device = problems[0].weight.device
+    device = step.plans[0].device
     with _on(device):
-        shapes = tuple(shape_of(problem, settings) for problem in problems)
-        step = _step_plan(shapes, task_of(settings), machine_of(device), device)
-        bad = torch.zeros(1, dtype=torch.int32, device=device)
-        launched = [_Launched(plan, problems, states, settings, bad) for plan in step.plans]
+        flags = torch.zeros(step.flags, dtype=torch.int32, device=device)
+        bad, first, launched = flags[-1], 0, []
+        for plan in step.plans:
+            launched.append(_Launched(plan, checked, settings, bad, flags[first : first + plan.counters]))
+            first += plan.counters
         for one in launched:
             one.run()
         return Solved(step.decisions, launched, bad)

@@ -192,7 +192,7 @@ class StepArguments:
         iterations: ``T``.
         prox: proximal coefficient.
         counts: examples of each layer in each local step, int32 ``[rows of the table, iterations + 1]``.
-        bad: int32 ``[1]``, set where something is not finite.
+        bad: int32 ``[]``, set where something is not finite.
         trace: partial sums of the local objectives, float64 ``[iterations + 1, trace_stride]``.
         trace_stride: partial sums of one local step.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 
@@ -20,7 +19,7 @@ from locoprop_kernels.rules import Rule
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["float32_precision", "interpreted", "multiprocessors", "target_of", "unsupported"]
+__all__ = ["float32_precision", "interpreted", "multiprocessors", "target_of", "unsupported", "unsupported_problem"]
 
 # Larger convolutions go to the reference, which holds 16 MiB of patches at a time.
 _MOST_UNFOLDED_BYTES = 2**30
@@ -57,14 +56,9 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def unsupported(problems: Sequence[LocalProblem], settings: Settings) -> str | None:
-    """Why these problems cannot run here, or ``None``."""
-    return (
-        _unsupported_device(problems[0].weight.device)
-        or _unsupported_rule(settings.rule)
-        or _unsupported_regulariser(settings)
-        or next(filter(None, (_unsupported_problem(problem, settings) for problem in problems)), None)
-    )
+def unsupported(device: torch.device, settings: Settings) -> str | None:
+    """Why no problems with these settings can run on a device, or ``None``."""
+    return _unsupported_device(device) or _unsupported_rule(settings.rule) or _unsupported_regulariser(settings)
 
 
 def _unsupported_device(device: torch.device) -> str | None:
@@ -101,7 +95,8 @@ def _unsupported_regulariser(settings: Settings) -> str | None:
     return None
 
 
-def _unsupported_problem(problem: LocalProblem, settings: Settings) -> str | None:
+def unsupported_problem(problem: LocalProblem, settings: Settings) -> str | None:
+    """Why a problem cannot run with settings that are supported, or ``None``."""
     if (unfolded := _unfolded_bytes(problem.x)) > _MOST_UNFOLDED_BYTES:
         most, size = _MOST_UNFOLDED_BYTES >> 20, unfolded / 2**20
         return f"the kernels unfold patches whole, at most {most} MiB a layer; one takes {size:.0f} MiB"

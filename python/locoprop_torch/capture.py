@@ -114,6 +114,8 @@ class CapturedLayer:
         self._shares = Shares(self.name, self._layout)
         self._output_gradient = output_gradient
         self.called = False
+        #: What the last step did for the layer, as far as the next one may take it again: a ``LayerWork``.
+        self.work: Any = None
         # Whether a step solves the whole problem of a layer whose parameters are sharded.
         self.whole = False
         # Which outputs this process solves, where replicas share the work: rows of the weight.
@@ -142,6 +144,11 @@ class CapturedLayer:
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are not frozen and have a gradient."""
         return {kind: p for kind, p in self.parameters.items() if p.requires_grad and p.grad is not None}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are spread over processes."""
+        return is_sharded(self.parameters["weight"])
 
     @property
     def layout(self) -> Layout:
@@ -252,8 +259,8 @@ class CapturedLayer:
             if not captured.counted and not captured.released:
                 captured.counted = True
                 self.passes.append(captured)
-        if found:
-            self._shares.even_out(self.passes, self.sampling, self.weight.dtype)
+        if found and (sampling := self.sampling) is not None:
+            self._shares.even_out(self.passes, sampling, self.weight.dtype)
 
     def _backward_ends(self, number: int) -> None:
         for captured in self._reached.pop(number, ()):
@@ -296,7 +303,10 @@ class CapturedLayer:
     @property
     def sampling(self) -> Sampling | None:
         """Which rows a step takes: those that some pass has been cut down to, if there is one."""
-        return next((captured.kept.sampling for captured in self.passes if captured.kept), None) or self._sampling()
+        for captured in self.passes:
+            if captured.kept is not None:
+                return captured.kept.sampling
+        return self._sampling()
 
     def rows(self, weight: Tensor) -> tuple[Tensor | Rows, Tensor | Rows] | None:
         """Inputs ``[B, K]`` and pre-activations ``[B, N]`` of all captured passes, one row per example.
@@ -309,25 +319,28 @@ class CapturedLayer:
         Raises:
             ValueError: an input was overwritten since the forward pass, or does not fit the weight any more.
         """
-        self._shares.even_out(self.passes, self.sampling, weight.dtype, at_step=True)
-        kept = [captured.kept for captured in self.passes if captured.kept is not None and captured.size]
-        if kept:
-            for part in kept:
-                self._check_shape(weight, part.x[0], part.preactivation[0])
-            return joined(kept, weight.dtype) if any(part.filled for part in kept) else None
-        inputs: list[Tensor | Rows] = []
-        outputs: list[Tensor | Rows] = []
+        sampling = self.sampling
+        if sampling is not None:
+            self._shares.even_out(self.passes, sampling, weight.dtype, at_step=True)
+            kept = [captured.kept for captured in self.passes if captured.kept is not None and captured.size]
+            if kept:
+                for part in kept:
+                    self._check_shape(weight, part.x[0], part.preactivation[0])
+                return joined(kept, weight.dtype) if any(part.filled for part in kept) else None
         restored = [captured.restored(self.name, weight.dtype) for captured in self.passes]
         if len(restored) > 1:
             columns = (_of_one_dtype(tensors, weight.dtype) for tensors in zip(*restored, strict=True))
             restored = list(zip(*columns, strict=True))
+        found: list[tuple[Tensor | Rows, Tensor | Rows]] = []
         for captured, (x, a) in zip(self.passes, restored, strict=True):
-            x_rows, a_rows = self._layout(captured.module).rows(x, a)
-            self._check_shape(weight, x_rows, a_rows)
-            if x_rows.shape[-2]:
-                inputs.append(x_rows)
-                outputs.append(a_rows)
-        return (_stacked(inputs), _stacked(outputs)) if inputs else None
+            rows = self._layout(captured.module).rows(x, a)
+            self._check_shape(weight, *rows)
+            if rows[0].shape[-2]:
+                found.append(rows)
+        if len(found) > 1:
+            inputs, outputs = zip(*found, strict=True)
+            return Stacked(inputs), Stacked(outputs)
+        return found[0] if found else None
 
     def sizes(self) -> list[int]:
         """How many rows each captured pass has."""
@@ -338,8 +351,8 @@ class CapturedLayer:
 
     def _check_shape(self, weight: Tensor, x: Tensor | Rows, a: Tensor | Rows) -> None:
         """Check that rows fit the layer's weight, in the shape of a local problem."""
-        n, k = weight.shape[-2:]
-        if x.shape[-1] != k or a.shape[-1] != n:
+        shape = weight.shape
+        if x.shape[-1] != shape[-1] or a.shape[-1] != shape[-2]:
             raise ValueError(
                 f"layer {self.name!r} changed shape since the forward: it mapped {x.shape[-1]} to {a.shape[-1]}, "
                 f"its weight is now {list(self.weight.shape)}"
@@ -387,11 +400,6 @@ def _of_one_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Ten
     if all(tensor.dtype is tensors[0].dtype for tensor in tensors):
         return tensors
     return [tensor.to(dtype) for tensor in tensors]
-
-
-def _stacked(parts: list[Tensor | Rows]) -> Tensor | Rows:
-    """All parts as one, without a copy."""
-    return parts[0] if len(parts) == 1 else Stacked(parts)
 
 
 def _remove(handles: dict[int, tuple[Any, ...]]) -> None:

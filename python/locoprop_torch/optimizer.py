@@ -40,6 +40,8 @@ from locoprop_torch.step import (
     SkipCounter,
     Solved,
     all_finite,
+    check,
+    check_capture,
     commit,
     decay_weights,
     places,
@@ -47,7 +49,6 @@ from locoprop_torch.step import (
     solve,
     tell_without_rows,
     trained,
-    validate,
 )
 from locoprop_torch.targets import Target, check_target
 from locoprop_torch.unit import PER_EXAMPLE, PerExample
@@ -98,7 +99,6 @@ class LocoProp(Optimizer):
         trace: also evaluate every layer's local objective, into ``last_reports``; costs one more product a step.
         rows: how many rows of the batch a local step takes at most, other ones in each, to estimate how the gradient
             has changed; ``None`` for all, the published method. A row is an example, a token or an output position.
-
         shard_state: under ``DistributedDataParallel`` each process solves some outputs alone and keeps the rule's state
             of those; the others get the increments. ``state_dict()`` then gathers, so all processes have to call it.
 
@@ -263,6 +263,7 @@ class LocoProp(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         link_groups(self.param_groups, self.aux)
+        check_capture(self._model_layers, self.aux)
         own, together = own_groups(self.param_groups), processes.of(self)
         self._model_layers.want_unit(own)
         where = together.begin(self, lambda: places(own))
@@ -270,8 +271,7 @@ class LocoProp(Optimizer):
         calls, reports = solved.calls, solved.reports
         self.rows_seed += 1
         self._model_layers.output_gradient.keep()
-        # The host decides whether aux steps, so with aux a step waits for the device.
-        if self.aux is not None and finite:
+        if self.aux is not None and finite:  # which waits for the device
             self.aux.step()
             link_state(self.state, self.aux)
         if any(group["weight_decay"] for group in own):
@@ -289,7 +289,7 @@ class LocoProp(Optimizer):
     def _solved(self, where: Mapping[int, Place], loss: Any) -> tuple[Solved, Tensor]:
         """The calls of a step and what they have found, and whether all is finite."""
         solved = self._calls(where)
-        validate(solved.calls)
+        check(solved.calls)
         solved.reports += [solve(self, call) for call in solved.calls]
         return solved, all_finite(solved.reports, loss, self.aux)
 
@@ -307,8 +307,7 @@ class LocoProp(Optimizer):
             if layer.outputs and layer.outputs.start == layer.outputs.stop:
                 elsewhere.append(name)
                 continue
-            place, parts = found
-            lr = max(part.lr for part in parts.values())
+            place, parts, lr = found
             transfer = transfer_in_use(layer, place.group["transfer"], self.local_loss)
             target = self._model_layers.target(name)
             activation_lr = unit.activation_lr(place.group["activation_lr"], layer)

@@ -14,11 +14,10 @@ from locoprop_kernels.chosen import ChosenRows
 from locoprop_kernels.patches import Rows
 from locoprop_kernels.problem import accumulation_dtype, initial_state
 from locoprop_kernels.sampling import Sampling
-from locoprop_kernels.scratch import give_back
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.layouts import Layout, laid_out
-from locoprop_torch.sharding import is_sharded, keep_own, like, own, own_or_zeros, own_rows, whole
+from locoprop_torch.sharding import as_it_is, is_sharded, keep_own, like, own, own_or_zeros, own_rows, whole
 from locoprop_torch.targets import Target, starting_gradients
 
 __all__ = ["LayerWork", "RuleState", "Trained", "give_parameter", "layer_work", "problem_of"]
@@ -34,9 +33,13 @@ class RuleState:
         wholes: gathered copies of sharded slots, if the views are of them.
     """
 
-    slots: dict[str, Tensor]
-    views: dict[str, Tensor]
-    wholes: dict[str, Tensor]
+    slots: Mapping[str, Tensor]
+    views: Mapping[str, Tensor]
+    wholes: Mapping[str, Tensor]
+
+    def is_of(self, stored: Mapping[str, Tensor] | None) -> bool:
+        """Whether this is what the optimiser has stored for the parameter."""
+        return stored is self.slots or not (stored or self.slots)
 
     def write_back(self, state: Mapping[str, Tensor]) -> None:
         """Bring the problem's ``state`` after a committed step into the tensors here, where it is not already."""
@@ -85,7 +88,7 @@ def give_parameter(
     gradient: Tensor,
     rule: rules.Rule,
     stored: Mapping[str, Tensor],
-    part: Callable[[Any], Tensor] = own_or_zeros,
+    part: Callable[[Any], Tensor] = as_it_is,
 ) -> RuleState:
     """Give a trained parameter's gradient and state to its local problem.
 
@@ -97,10 +100,12 @@ def give_parameter(
         gradient: ``G_0`` in the shape of the problem.
         rule: the update rule.
         stored: the rule's state so far, in the parameter's shape; empty at the first step.
-        part: what the problem has of a tensor that may be sharded.
+        part: what the problem has of the parameter's tensors.
     """
     slots = _fitting(stored, parameter) if stored else initial_state(rule, parameter)
-    views = {slot: part(value) if value.dim() else value for slot, value in slots.items()}
+    views = slots
+    if part is not as_it_is:
+        views = {slot: part(value) if value.dim() else value for slot, value in slots.items()}
     wholes = {slot: views[slot] for slot, value in slots.items() if is_sharded(value)} if part is whole else {}
     if layout.reshapes:
         own_shape = parameter.shape[1:]
@@ -130,40 +135,70 @@ class Trained(NamedTuple):
 class LayerWork:
     """A layer in a step: its local problem, and where the rule's state goes afterwards.
 
+    What does not change from step to step is made once: a layer has the same work again as long as :meth:`lasts`.
+
     Attributes:
         layer: the layer.
-        trained: its parameters that this step trains, by kind.
         problem: the local problem.
-        rows: how many rows it has; 0 where there is a gradient alone.
-        sampling: which of them its local steps take, if they have been chosen already.
+        rule: the update rule.
         states: the rule's state of each trained parameter.
         wholes: gathered copies of sharded parameters, by kind, if the problem has those.
+        forms: dtype, device and strides of each trained parameter, if the work may be that of another step; else empty.
+        trained: the parameters that this step trains, by kind.
+        rows: how many rows the problem has; 0 where there is a gradient alone.
+        sampling: which of them its local steps take, if they have been chosen already.
     """
 
     layer: CapturedLayer
-    trained: Mapping[str, Trained]
     problem: LocalProblem
-    rows: int
-    sampling: Sampling | None
+    rule: rules.Rule
     states: dict[str, RuleState]
-    wholes: dict[str, Tensor]
+    wholes: Mapping[str, Tensor]
+    forms: list[tuple[Any, ...]]
+    trained: Mapping[str, Trained]
+    rows: int = 0
+    sampling: Sampling | None = None
+
+    def lasts(
+        self, trained: Mapping[str, Trained], transfer: Transfer, rule: rules.Rule, state: Mapping[Any, Any]
+    ) -> bool:
+        """Whether a new work for these, the optimiser's state among them, would be the same.
+
+        But for its rows, gradients and rates, which :func:`layer_work` sets.
+        """
+        return (
+            rule is self.rule
+            and transfer == self.problem.transfer
+            and trained.keys() == self.states.keys()
+            and self.forms == [_form(parameter) for parameter, _, _, _ in trained.values()]
+            and all(self.states[kind].is_of(state.get(one.parameter)) for kind, one in trained.items())
+            and not any(one.masks for one in trained.values())
+        )
 
     def release(self) -> None:
         """Let go of everything that only the local loop needed."""
         self.layer.forget(release=True)
-        if isinstance(self.problem.x, ChosenRows):
-            give_back(*(g for g in (self.problem.grad_weight, self.problem.grad_bias) if g is not None))
-        self.problem.x = self.problem.preactivation = self.problem.weight.new_empty(0)
-        self.problem.grad_weight = self.problem.grad_bias = None
+        problem = self.problem
+        problem.x = problem.preactivation = _RELEASED
+        problem.grad_weight = problem.grad_bias = None
 
     def keep(self, state: dict[Any, Any]) -> None:
         """Put the state of a committed step into the optimiser's, and own rows of whole parameters where they are."""
-        for kind in self.trained.keys() & self.wholes.keys():
-            keep_own(self.trained[kind].parameter, self.wholes[kind])
+        for kind, value in self.wholes.items():
+            if kind in self.trained:
+                keep_own(self.trained[kind].parameter, value)
         for kind, rule_state in self.states.items():
             if rule_state.slots:
                 rule_state.write_back(self.problem.state[kind])
                 state[self.trained[kind].parameter] = rule_state.slots
+
+
+_RELEASED = torch.empty(0)
+
+
+def _form(parameter: Tensor) -> tuple[Any, ...]:
+    """What the state of a parameter has to fit to."""
+    return parameter.dtype, parameter.device, parameter.stride()
 
 
 def layer_work(
@@ -196,36 +231,64 @@ def layer_work(
             :mod:`locoprop_torch.targets`.
     """
     layout = layer.layout
-    part = _own_outputs(layer.outputs) if layer.outputs else whole if layer.whole else own_or_zeros
-    parameters = {kind: part(parameter) for kind, parameter in layer.parameters.items()}
+    part: Callable[[Any], Tensor] = as_it_is
+    parameters: Mapping[str, Tensor] = layer.parameters
+    if layer.outputs:
+        part = _own_outputs(layer.outputs)
+    elif layer.sharded:
+        part = whole if layer.whole else own_or_zeros
+    if part is not as_it_is:
+        parameters = {kind: part(parameter) for kind, parameter in parameters.items()}
     weight = layout.weight(parameters["weight"])
     found = layer.rows(weight)
-    rows = found or _one_row_of_zeros(weight)
-    examples = None if found else 1
-    problem = problem_of(layout, parameters, rows, transfer, f"layer {layer.name!r}", examples)
-    gradients = starting_gradients(
-        layer,
-        layout,
-        {kind: laid_out(part(one.gradient), parameters[kind]) for kind, one in trained.items()},
-        target,
-        transfer,
-        found[0] if found else None,
-        activation_lr,
-    )
-    states = {}
-    for kind, (parameter, _, own_lr, masks) in trained.items():
+    x, preactivation = found or _one_row_of_zeros(weight)
+    work = layer.work
+    if work is None or not work.lasts(trained, transfer, rule, state):
+        problem = problem_of(layout, parameters, (x, preactivation), transfer, f"layer {layer.name!r}")
+        work = _new_work(layer, problem, layout, parameters, trained, rule, state, part)
+        layer.work = work if work.forms else None
+    problem = work.problem
+    problem.x, problem.preactivation, problem.examples = x, preactivation, None if found else 1
+    if target == "dual" or not found:
+        gradients = {}
+        for kind, one in trained.items():
+            gradients[kind] = layout.view(kind, laid_out(part(one.gradient), parameters[kind]))
+        problem.grad_scale = activation_lr
+    else:
+        gradients = starting_gradients(layer, trained, target, transfer, found[0], activation_lr)
+        problem.grad_scale = 1.0
+    problem.grad_weight, problem.grad_bias = gradients.get("weight"), gradients.get("bias")
+    for kind, one in trained.items():
+        setattr(problem, f"rate_{kind}", 1.0 if one.lr == lr else one.lr / lr)
+    work.trained, work.rows = trained, x.shape[-2] if found else 0
+    work.sampling = layer.sampling if isinstance(x, ChosenRows) else None
+    return work
+
+
+def _new_work(
+    layer: CapturedLayer,
+    problem: LocalProblem,
+    layout: Layout,
+    parameters: Mapping[str, Tensor],
+    trained: Mapping[str, Trained],
+    rule: rules.Rule,
+    state: Mapping[Any, dict[str, Tensor]],
+    part: Callable[[Any], Tensor],
+) -> LayerWork:
+    """The work of a layer, once its problem has been given state and masks."""
+    states, masked = {}, False
+    for kind, (parameter, gradient, _, masks) in trained.items():
         stored = state.get(parameter) or {}
         # State that is kept here is that of own outputs alone.
-        like, of = (parameters[kind], own) if layer.outputs else (parameter, part)
-        states[kind] = give_parameter(problem, layout, kind, like, gradients[kind], rule, stored, of)
-        if own_lr != lr:
-            setattr(problem, f"rate_{kind}", own_lr / lr)
+        solved, of = (parameters[kind], own) if layer.outputs else (parameter, part)
+        states[kind] = give_parameter(problem, layout, kind, solved, gradient, rule, stored, of)
         if masks:
-            mask = _mask(parameter, masks, layer)
+            mask, masked = _mask(parameter, masks, layer), True
             setattr(problem, f"mask_{kind}", layout.view(kind, laid_out(mask, parameters[kind])))
-    sampling = layer.sampling if isinstance(rows[0], ChosenRows) else None
-    wholes = parameters if layer.whole else {}
-    return LayerWork(layer, trained, problem, found[0].shape[-2] if found else 0, sampling, states, wholes)
+    # Where the problem has views of tensors, they might be of others in the next step.
+    lasts = part is as_it_is and not layout.reshapes and not masked
+    forms = [_form(parameter) for parameter, _, _, _ in trained.values()] if lasts else []
+    return LayerWork(layer, problem, rule, states, parameters if layer.whole else {}, forms, trained)
 
 
 def _one_row_of_zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,17 +313,19 @@ def _mask(parameter: nn.Parameter, masks: Sequence[Tensor], layer: CapturedLayer
     return total[own_rows(parameter)] if len(own(parameter)) else total[:1]
 
 
-def _fitting(stored: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+def _fitting(stored: Mapping[str, Tensor], parameter: Tensor) -> Mapping[str, Tensor]:
     """The rule's state in the parameter's strides and device and the dtype of sums: the same tensors if they fit."""
     dtype, device, strides = accumulation_dtype(parameter.dtype), parameter.device, parameter.stride()
-    slots = {}
+    sharded = is_sharded(parameter)
+    slots = stored
     for slot, value in stored.items():
-        if is_sharded(parameter) and not is_sharded(value) and value.shape == parameter.shape:
-            value = like(value.to(device, dtype), parameter)
-        if value.dtype is not dtype or value.device != device or value.stride() != strides:
-            if value.dim() and value.shape == parameter.shape:
-                value = laid_out(value.to(device, dtype), parameter)
-            else:
-                value = value.to(device)
-        slots[slot] = value
+        dims = value.dim()
+        fits = value.device == device and (not dims or (value.dtype is dtype and value.stride() == strides))
+        if sharded and not is_sharded(value) and value.shape == parameter.shape:
+            slots = {**slots, slot: like(value.to(device, dtype), parameter)}
+        elif not fits:
+            moved = value.to(device)
+            if dims and value.shape == parameter.shape:
+                moved = laid_out(moved.to(dtype), parameter)
+            slots = {**slots, slot: moved}
     return slots

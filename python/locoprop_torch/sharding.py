@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from locoprop_torch.layouts import Layout
 
 __all__ = [
+    "as_it_is",
     "check_layer",
     "check_placement",
     "group_of",
@@ -82,6 +83,11 @@ def own_or_zeros(tensor: Any) -> Tensor:
     """
     part = own(tensor)
     return part.new_zeros(1, *part.shape[1:]) if is_sharded(tensor) and not len(part) else part
+
+
+def as_it_is(tensor: Any) -> Tensor:
+    """All of a tensor that is not spread."""
+    return tensor
 
 
 def own_rows(tensor: Any) -> slice:

@@ -63,14 +63,12 @@ class Shares:
             captured.keep_rows(KeptRows.of(x, a, sampling, sets, captured.offset))
 
     @torch.no_grad()
-    def even_out(
-        self, passes: list[Pass], sampling: Sampling | None, dtype: torch.dtype, at_step: bool = False
-    ) -> None:
+    def even_out(self, passes: list[Pass], sampling: Sampling, dtype: torch.dtype, at_step: bool = False) -> None:
         """Bring the passes that count into their order, and cut them down to their shares.
 
         Args:
             passes: all passes that count; they are sorted.
-            sampling: which rows the step takes; ``None`` for all.
+            sampling: which rows the step takes.
             dtype: of the weight.
             at_step: whether no more passes are to come.
 
@@ -79,7 +77,7 @@ class Shares:
         """
         self._open.difference_update(passes)
         # Where one that has its place already may still count, others cannot know theirs.
-        if sampling is None or not passes or (any(one.kept for one in self._waiting()) and not at_step):
+        if not passes or (any(one.kept for one in self._waiting()) and not at_step):
             return
         end = _end(passes)
         for captured in passes:

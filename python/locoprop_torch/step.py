@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from locoprop_kernels import StepReport, steps
+from locoprop_kernels import StepReport, checked, steps
+from locoprop_kernels.checked import Checked
+from locoprop_kernels.graphs import capturing
 from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.settings import Settings, check_rows
 from locoprop_kernels.solution import Decision
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import checked_hyperparameters, is_compiled
+from locoprop_torch.layers import ModelLayers
 from locoprop_torch.problems import LayerWork, Trained
 from locoprop_torch.sharding import own
 
@@ -30,6 +33,8 @@ __all__ = [
     "SkipCounter",
     "Solved",
     "all_finite",
+    "check",
+    "check_capture",
     "commit",
     "decay_weights",
     "places",
@@ -38,7 +43,6 @@ __all__ = [
     "solve",
     "tell_without_rows",
     "trained",
-    "validate",
 ]
 
 _log = logging.getLogger("locoprop_torch")
@@ -71,7 +75,7 @@ def places(groups: Sequence[dict[str, Any]]) -> dict[int, Place]:
 
 def trained(
     layer: CapturedLayer, where: Mapping[int, Place], masks: Mapping[str, Sequence[Tensor]]
-) -> tuple[Place, dict[str, Trained]] | None:
+) -> tuple[Place, dict[str, Trained], float] | None:
     """What a step trains of a layer.
 
     Args:
@@ -80,14 +84,15 @@ def trained(
         masks: the masks of the layer's parameters, by kind.
 
     Returns:
-        The place whose group the layer takes its hyper-parameters from, and the parameters to train, by kind; ``None``
-        where no parameter has a gradient.
+        The place whose group the layer takes its hyper-parameters from, the parameters to train, by kind, and the
+        largest of their learning rates; ``None`` where no parameter has a gradient.
 
     Raises:
         ValueError: weight and bias are in groups that do not agree, or a gradient is sparse.
     """
     place: Place | None = None
     parts: dict[str, Trained] = {}
+    most = 0.0
     for kind, parameter in layer.parameters.items():
         gradient, place_of = parameter.grad, where.get(id(parameter))
         if gradient is None or place_of is None or not parameter.requires_grad:
@@ -99,7 +104,8 @@ def trained(
         if gradient.layout != torch.strided:
             raise ValueError(f"layer {layer.name!r}: the gradient of its {kind} must be dense, got {gradient.layout}")
         parts[kind] = Trained(parameter, gradient, place_of.lr, masks.get(kind, ()))
-    return None if place is None else (place, parts)
+        most = max(most, place_of.lr)
+    return None if place is None else (place, parts, most)
 
 
 def _check_agreement(layer: CapturedLayer, place: Place, other: Place) -> None:
@@ -121,12 +127,14 @@ class Call:
         rates: the learning rate of each local iteration.
         with_rows: whether there are rows; without them it is the rule's own step on the gradient.
         work: the layers.
+        checked: their problems, once they have been checked.
     """
 
     group: dict[str, Any]
     rates: list[float]
     with_rows: bool
     work: list[LayerWork] = field(default_factory=list)
+    checked: Checked | None = None
 
     @property
     def rows_and_seed(self) -> tuple[int, int] | None:
@@ -154,11 +162,30 @@ def sampling_ahead(rows: int | None, seed: int, groups: Iterable[Mapping[str, An
     return Sampling(rows, seed, max(most - 1 + trace, 1))
 
 
-def validate(calls: Sequence[Call]) -> None:
-    """Check the problems of several calls: each checks its own, but the first must not run if the second cannot."""
-    if len(calls) > 1:
-        for work in (work for call in calls for work in call.work):
-            work.problem.validate(work.problem.name)
+def check(calls: Sequence[Call]) -> None:
+    """Check the problems of all calls: the first must not run if the second cannot."""
+    for call in calls:
+        call.checked = checked.check([work.problem for work in call.work], call.group["rule"])
+
+
+def check_capture(layers: ModelLayers, aux: Optimizer | None) -> None:
+    """Refuse a step that a CUDA graph cannot hold, because the host waits for the device in it.
+
+    Raises:
+        RuntimeError: a graph is being captured, and there is an ``aux``, or the unit of ``γ`` is not known yet.
+    """
+    if not capturing(next(iter(layers.captured.values())).weight.device):
+        return
+    if aux is not None:
+        raise RuntimeError(
+            "a step with aux cannot be captured in a CUDA graph, because the host decides whether aux steps: let an "
+            "optimiser of its own train those parameters, and capture its step too"
+        )
+    if layers.output_gradient.wanted and layers.output_gradient.size is None:
+        raise RuntimeError(
+            "the first step cannot be captured in a CUDA graph, because the host finds the unit of activation_lr in "
+            "it: make it outside of the capture"
+        )
 
 
 def tell_without_rows(work: LayerWork, model: nn.Module, told: set[str]) -> None:
@@ -173,7 +200,10 @@ def tell_without_rows(work: LayerWork, model: nn.Module, told: set[str]) -> None
         ValueError: the model was compiled and called before the optimiser was built.
     """
     name = work.layer.name
-    if name in told or not any(bool(own(part.gradient).any()) for part in work.trained.values()):
+    # In the capture of a CUDA graph the gradient cannot be looked at.
+    if name in told or capturing(work.problem.weight.device):
+        return
+    if not any(bool(own(part.gradient).any()) for part in work.trained.values()):
         return
     if not work.layer.called and is_compiled(model):
         raise ValueError(
@@ -219,8 +249,8 @@ def solve(optimizer: LocoProp, call: Call) -> StepReport:
         rows=rows,
         rows_seed=seed,
     )
-    problems = [work.problem for work in call.work]
-    report = steps.solve(problems, settings, optimizer.backend, done=lambda index: call.work[index].release())
+    assert call.checked is not None
+    report = steps.solve(call.checked, settings, optimizer.backend, done=lambda index: call.work[index].release())
     for work, problem in zip(call.work, report.problems, strict=True):
         problem.name, problem.rows = work.layer.name, work.rows
         if not call.with_rows:
@@ -274,6 +304,8 @@ def commit(call: Call, report: StepReport, finite: Tensor, state: dict[Any, Any]
     if finite.device.type != "cpu" or report.committed:
         for work in call.work:
             work.keep(state)
+    for work in call.work:
+        work.release()
 
 
 class SkipCounter:

@@ -1,4 +1,4 @@
-"""Gradients at the start of the local problems, ``G_0``: the only place where targets enter.
+"""Gradients at the start of the local problems, ``G_0``, where another target than the dual one is asked for.
 
 * ``"dual"``: ``Y = f(A0) - γ ∂L/∂A0``, so that ``G_0 = γ ∂L/∂W``, which the backward pass has left in ``.grad``;
 * ``"primal"``: ``Y = f(A0) - γ ∂L/∂f(A0)``, so that ``G_0 = γ (∂L/∂f(A0))ᵀ X``;
@@ -11,14 +11,12 @@ the backward pass (by ``GradScaler``, or to clip its norm) so are those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from locoprop_kernels.chosen import ChosenRows
 from locoprop_kernels.patches import Rows, row_chunks
-from locoprop_kernels.scratch import take
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import check_choice
@@ -43,44 +41,33 @@ def check_target(target: Target | Mapping[str, Target]) -> None:
 
 def starting_gradients(
     layer: CapturedLayer,
-    layout: Layout,
-    gradients: Mapping[str, Tensor],
+    kinds: Collection[str],
     target: Target,
     transfer: Transfer,
-    x: Tensor | Rows | None,
+    x: Tensor | Rows,
     activation_lr: float,
 ) -> dict[str, Tensor]:
-    """``{"weight": G_0, "bias": g_0}`` in the shapes of the local problem, without what is not trained.
+    """``{"weight": G_0, "bias": g_0}`` for another target than the dual one, in the shapes of the local problem.
 
     Args:
-        layer: a layer that has gradients.
-        layout: its layout.
-        gradients: the ``.grad`` of its parameters to train, by kind, with the strides of the parameters.
+        layer: a layer that has rows and gradients.
+        kinds: which of the two are trained.
         target: see the module.
         transfer: the layer's transfer function ``f``.
-        x: inputs ``[B, K]`` or ``[G, B, K]``; ``None`` where there are no rows: the target is then the dual one.
+        x: inputs ``[B, K]`` or ``[G, B, K]``.
         activation_lr: ``γ``.
 
     Raises:
         TypeError, ValueError: a target of the user's own is not a tensor of the output's shape, or the gradient of the
             post-activation is not known because the activation is not a module.
     """
-    if target == "dual" or x is None:
-        return {kind: layout.view(kind, _scaled(gradient, activation_lr, x)) for kind, gradient in gradients.items()}
     residual = _residual(layer, target, transfer, activation_lr)
     result: dict[str, Tensor] = {}
-    if "weight" in gradients:
+    if "weight" in kinds:
         result["weight"] = _product(residual, x)
-    if "bias" in gradients:
+    if "bias" in kinds:
         result["bias"] = residual.sum(-2)
     return result
-
-
-def _scaled(gradient: Tensor, factor: float, x: Tensor | Rows | None) -> Tensor:
-    """``factor * gradient``; with few rows in memory that is kept, see :mod:`locoprop_kernels.scratch`."""
-    if isinstance(x, ChosenRows) and gradient.is_contiguous():
-        return torch.mul(gradient, factor, out=take(gradient.shape, gradient.dtype, gradient.device))
-    return factor * gradient
 
 
 def _product(residual: Tensor, x: Tensor | Rows) -> Tensor:

@@ -8,9 +8,11 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
 import locoprop_kernels as lk
 from locoprop_kernels import rules, transfers
+from locoprop_torch import LocoProp, presets
 from tests.problems import RULES, copied, problem_for
 
 INTERPRETED = os.environ.get("LOCOPROP_GPU_TESTS") == "interpreter"
@@ -130,3 +132,68 @@ def test_the_same_bits_twice_and_nothing_after_a_divergence():
     report = lk.local_steps_([problem], rule="sgd", lr=[1e6] * 30, backend="triton")
     assert not report.committed
     assert torch.equal(problem.weight, before)
+
+
+def trained(widths, batches, captured, **options):
+    """A network after three steps and one for each batch, those replayed from a CUDA graph if asked for."""
+    torch.manual_seed(0)
+    layers = [part for k, n in zip(widths, widths[1:], strict=False) for part in (nn.Linear(k, n), nn.Tanh())]
+    model = nn.Sequential(*layers[:-1]).to(DEVICE)
+    optimizer = LocoProp(model, backend="triton", **{**presets["package"], **options})
+    x, y = (torch.empty_like(tensor) for tensor in batches[0])
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+    def load(batch):
+        x.copy_(batch[0])
+        y.copy_(batch[1])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            load(batches[0])
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        step = graph.replay
+    for batch in batches:
+        load(batch)
+        step()
+    torch.cuda.synchronize()
+    state = [optimizer.state[p] for p in model.parameters()]
+    return [*model.parameters(), *(value for slots in state for value in slots.values())], optimizer.skipped_steps
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("rule", ["rmsprop", "adam"])
+@pytest.mark.parametrize("driver", ["single", "grouped", "rows"])
+def test_replayed_steps_are_eager_ones(driver, rule):
+    from locoprop_kernels.kernels import configs
+
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (torch.randn(64, 70, generator=generator).to(DEVICE), torch.randn(64, 33, generator=generator).to(DEVICE))
+        for _ in range(4)
+    ]
+    with configs.use(driver=driver):
+        eager, skipped = trained((70, 130, 33), batches, captured=False, rule=rule)
+        replayed, replayed_skipped = trained((70, 130, 33), batches, captured=True, rule=rule)
+    assert all(map(torch.equal, eager, replayed))
+    assert skipped == replayed_skipped == 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+def test_replays_count_the_steps_that_they_skip():
+    batches = [(torch.full((64, 70), value, device=DEVICE), torch.zeros(64, 33, device=DEVICE)) for value in (1.0, 1.0)]
+    batches[1][1][0, 0] = float("nan")
+    before, _ = trained((70, 130, 33), batches[:1], captured=True)
+    after, skipped = trained((70, 130, 33), batches, captured=True)
+    assert skipped == 1
+    assert all(map(torch.equal, before, after))

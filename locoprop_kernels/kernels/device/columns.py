@@ -62,6 +62,7 @@ NEW = tl.constexpr(13)  # their working copies
 MASK = tl.constexpr(16)  # a byte per element, 0 where it must not move, contiguous; 0 for no mask
 RATE = tl.constexpr(17)  # factor of the learning rates, float32 bits
 START = tl.constexpr(18)  # G_0 in float32, zero-padded, strides as DELTA; weights of the rows driver only
+GRAD_SCALE = tl.constexpr(19)  # factor of GRAD, float32 bits
 
 WEIGHT_STRIDE = tl.constexpr(WEIGHT.value + STRIDE.value)
 WEIGHT_COPY = tl.constexpr(WEIGHT.value + COPY.value)

@@ -76,7 +76,8 @@ def gradient_at_start(parameter_ptr, place, U: tl.constexpr):
     rows, columns, n, width, _ = place
     valid = (rows < n)[:, None] & (columns < width)[None, :]
     offsets = rows.to(tl.int64)[:, None] * tl.load(parameter_ptr + c.GRAD_ROW) + columns[None, :]
-    return tl.load(callers_address(parameter_ptr, c.GRAD, U.parameter) + offsets, valid, 0.0).to(tl.float32)
+    grad = tl.load(callers_address(parameter_ptr, c.GRAD, U.parameter) + offsets, valid, 0.0).to(tl.float32)
+    return grad * bits_to_float(tl.load(parameter_ptr + c.GRAD_SCALE))
 
 
 @triton.jit
