@@ -26,11 +26,11 @@ from locoprop_kernels.scratch import copy_of, give_back, take
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["FewRowsForm", "blocks_of_outputs"]
+__all__ = ["BLOCK", "FewRowsForm", "blocks_of_outputs"]
 
-# Weights of a block: their increment, two slots, gradient and start are 10 MB, which the last-level caches of servers
+#: Weights of a block: their increment, two slots, gradient and start are 10 MB, which the last-level caches of servers
 # hold. Smaller blocks pay for more calls of torch, larger ones for the way to memory.
-_BLOCK = 2**19
+BLOCK = 2**19
 
 
 class _RowSet(NamedTuple):
@@ -219,5 +219,5 @@ def blocks_of_outputs(problem: LocalProblem, settings: Settings) -> list[slice]:
     independent = problem.transfer.elementwise and settings.regulariser is None and rules.is_elementwise(settings.rule)
     if problem.weight.device.type != "cpu" or problem.groups is not None or not independent:
         return [slice(None)]
-    size = math.ceil(outputs / math.ceil(inputs * outputs / _BLOCK))
+    size = math.ceil(outputs / math.ceil(inputs * outputs / BLOCK))
     return [slice(start, start + size) for start in range(0, outputs, size)]
