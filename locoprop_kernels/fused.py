@@ -29,11 +29,7 @@ def usable(tensors: list[Tensor]) -> bool:
     dtype = tensors[0].dtype
     if not _AVAILABLE or dtype not in (torch.float32, torch.float64):
         return False
-    # A loop, as this is asked in every local step.
-    for tensor in tensors:
-        if tensor.dtype is not dtype or not tensor.is_contiguous() or not tensor.is_cpu:
-            return False
-    return True
+    return all(tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
 
 
 def adam_(

@@ -92,7 +92,7 @@ def every(x: Tensor | Rows, start: int, step: int) -> Tensor:
 
 
 def several(x: Tensor | Rows, starts: Sequence[int], step: int) -> Tensor:
-    """:func:`every` for each of ``starts``, one after another: a copy, in memory from :mod:`locoprop_kernels.scratch`."""
+    """:func:`every` for each of ``starts``, one after another: a copy, in memory that can be kept."""
     if isinstance(x, Tensor):
         places = _places(x.shape[-2], tuple(starts), step).to(x.device)
         copy = take([*x.shape[:-2], len(places), x.shape[-1]], x.dtype, x.device)

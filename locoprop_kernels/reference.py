@@ -230,21 +230,29 @@ class Solved:
     def commit(self, ok: Tensor) -> None:
         """Apply increments and new state where ``ok`` is true; on a GPU the decision stays on the device."""
         on_host = ok.device.type == "cpu"
-        for index, (problem, before) in enumerate(zip(self.problems, self.states, strict=True)):
-            increment = self.increments[index]
+        # Pairs of what is written and what is added to it, or copied.
+        added: tuple[list[Tensor], list[Tensor]] = ([], [])
+        copied: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for problem, before, increment in zip(self.problems, self.states, self.increments, strict=True):
             for name, delta in increment.delta.items():
                 parameter = getattr(problem, name)
-                if on_host:
-                    parameter.add_(delta)
-                else:
-                    parameter.copy_(torch.where(ok, parameter + delta, parameter))
+                to, value = (added, delta) if on_host else (copied, torch.where(ok, parameter + delta, parameter))
+                to[0].append(parameter)
+                to[1].append(value)
                 stored, old = problem.state.setdefault(name, {}), before[name]
                 for slot, new in increment.state[name].items():
                     value = new if on_host else torch.where(ok, new, old[slot])
                     if old[slot] is stored.get(slot):
-                        old[slot].copy_(value)
+                        copied[0].append(old[slot])
+                        copied[1].append(value)
                     else:
                         stored[slot] = value.clone(memory_format=torch.contiguous_format)
+        # One call for all layers.
+        if added[0]:
+            torch._foreach_add_(*added)
+        if copied[0]:
+            torch._foreach_copy_(*copied)
+        for index, increment in enumerate(self.increments):
             if index not in self._lent and self.decisions[index].rows is not None:
                 give_back(*increment.memory)
 

@@ -55,8 +55,8 @@ class KeptRows:
         starts = starts_of(sampling, sets, offset)
         sizes = [len(range(start, size, sets)) for start in starts]
         copies = several(x, starts, sets), several(preactivation, starts, sets)
-        parts = (list(rows.split(sizes, -2)) for rows in copies)
-        return cls(size, sampling, sets, offset, *parts, memory=copies)
+        inputs, outputs = (list(rows.split(sizes, -2)) for rows in copies)
+        return cls(size, sampling, sets, offset, inputs, outputs, copies)
 
     def release(self) -> None:
         """Let go of the rows: their memory is that of the next ones."""
