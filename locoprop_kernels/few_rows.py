@@ -77,13 +77,13 @@ class FewRowsForm(Form):
         inputs, preactivations = (_chosen(rows, self.sets, numbers) for rows in (problem.x, problem.preactivation))
         *lead, rows, columns = inputs.shape
         if places.joined is not None:
-            places_joined = places.joined.to(inputs.device)
-            rows, preactivations = len(places_joined), preactivations.index_select(-2, places_joined)
+            rows = len(places.joined)
+            preactivations = _gathered(preactivations, places.joined)
         x = take([*lead, rows, columns + fold], inputs.dtype, inputs.device)
         if places.joined is None:
             x[..., :columns] = inputs
         else:
-            torch.index_select(inputs, -2, places_joined, out=x[..., :columns])
+            torch.index_select(inputs, -2, places.joined.to(x.device), out=x[..., :columns])
         if fold:
             x[..., columns:] = 1.0
         if places.filled is not None:
@@ -91,6 +91,8 @@ class FewRowsForm(Form):
         # A tensor of its own for each set, so that no set's numbers depend on how many there are, to the bit.
         by_set = preactivations.unflatten(-2, (len(numbers), places.width)).movedim(-3, 0)
         a0 = take(by_set.mT.shape, accumulation_dtype(problem.weight.dtype), x.device).copy_(by_set.mT)
+        if places.joined is not None:
+            give_back(preactivations)
         whole, f = rounded(x, self.operands), self._f_(copy_of(a0))
         self.memory = [x, a0, f]
         xs = [Operand(part, whole.exponent) for part in whole.tensor.split(places.width, -2)]
@@ -194,6 +196,12 @@ def _chosen(rows: Tensor | Rows, sets: int, numbers: tuple[int, ...]) -> Tensor:
     parts = [rows.every(number, sets) for number in numbers]
     found = _side_by_side(parts)
     return torch.cat(parts, -2) if found is None else found
+
+
+def _gathered(rows: Tensor, places: Tensor) -> Tensor:
+    """Some of ``rows`` ``[.., b, K]``, in memory that can be given back."""
+    found = take([*rows.shape[:-2], len(places), rows.shape[-1]], rows.dtype, rows.device)
+    return torch.index_select(rows, -2, places.to(rows.device), out=found)
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
