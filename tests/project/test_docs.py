@@ -178,6 +178,21 @@ def test_progress_with_few_rows_is_the_measured_one():
     assert "with 32 of 200 rows is {:.3f}, {:.3f} and {:.3f} times".format(*ratios) in guide
 
 
+def test_table_at_equal_time_is_the_measured_one():
+    """The table of bench/results/equal_time_mnist, and the bound below it."""
+    folder = ROOT / "bench/results/equal_time_mnist"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    ours, theirs = (
+        [results["contestants"][name]["at"][seconds]["train_loss"] for seconds in ("60", "120")]
+        for name in ("locoprop", "rmsprop")
+    )
+    for losses in (ours, theirs):
+        assert f"| {losses[0]:.2f} | {losses[1]:.2f} |" in page
+    assert "| ratio | {:.2f} | {:.2f} |".format(*(a / b for a, b in zip(ours, theirs, strict=True))) in page
+    assert f"below {results['data']['lower_bound']:.2f}," in page
+
+
 def test_readme_quotes_its_results():
     """Final train losses of the demo and of MNIST, and the ratios to the PyPI package."""
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
