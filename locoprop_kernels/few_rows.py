@@ -18,7 +18,7 @@ from torch import Tensor
 
 from locoprop_kernels import rules
 from locoprop_kernels.form import Form
-from locoprop_kernels.patches import Rows
+from locoprop_kernels.patches import Rows, several
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype
 from locoprop_kernels.products import Operand, added_product, rounded
 from locoprop_kernels.sampling import set_size
@@ -26,11 +26,11 @@ from locoprop_kernels.scratch import copy_of, give_back, take
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["FewRowsForm", "blocks_of_outputs"]
+__all__ = ["BLOCK", "FewRowsForm", "blocks_of_outputs"]
 
-# Weights of a block: their increment, two slots, gradient and start are 10 MB, which the last-level caches of servers
+#: Weights of a block: their increment, two slots, gradient and start are 10 MB, which the last-level caches of servers
 # hold. Smaller blocks pay for more calls of torch, larger ones for the way to memory.
-_BLOCK = 2**19
+BLOCK = 2**19
 
 
 class _RowSet(NamedTuple):
@@ -39,12 +39,14 @@ class _RowSet(NamedTuple):
     Attributes:
         rows: how many rows count.
         x: inputs ``[.., r, K]``, rounded.
+        xt: the same, transposed.
         preactivation: ``A0`` ``[.., N, r]``.
         activation: ``f(A0)`` ``[.., N, r]``.
     """
 
     rows: int
     x: Operand
+    xt: Operand
     preactivation: Tensor
     activation: Tensor
 
@@ -61,6 +63,7 @@ class FewRowsForm(Form):
     def __init__(self, problem: LocalProblem, settings: Settings, fold: bool) -> None:
         assert isinstance(problem.transfer, Transfer)
         self.transfer, self.operands = problem.transfer, settings.operands(problem)
+        self.elementwise, self.fast = problem.transfer.elementwise, self.operands.itemsize == 2
         self.sets = settings.sets(problem)
         order = settings.set_order(self.sets)
         self.order = order if settings.trace else order[: settings.iterations - 1]
@@ -71,12 +74,16 @@ class FewRowsForm(Form):
         """Copies of all rows that local steps take, in one tensor each of inputs, pre-activations and activations."""
         numbers = tuple(dict.fromkeys(self.order))
         places = _places(problem.shape[0], self.sets, numbers)
-        inputs, preactivations = (
-            _chosen(rows, self.sets, numbers, places) for rows in (problem.x, problem.preactivation)
-        )
+        inputs, preactivations = (_chosen(rows, self.sets, numbers) for rows in (problem.x, problem.preactivation))
         *lead, rows, columns = inputs.shape
+        if places.joined is not None:
+            rows = len(places.joined)
+            preactivations = _gathered(preactivations, places.joined)
         x = take([*lead, rows, columns + fold], inputs.dtype, inputs.device)
-        x[..., :columns] = inputs
+        if places.joined is None:
+            x[..., :columns] = inputs
+        else:
+            torch.index_select(inputs, -2, places.joined.to(x.device), out=x[..., :columns])
         if fold:
             x[..., columns:] = 1.0
         if places.filled is not None:
@@ -84,10 +91,12 @@ class FewRowsForm(Form):
         # A tensor of its own for each set, so that no set's numbers depend on how many there are, to the bit.
         by_set = preactivations.unflatten(-2, (len(numbers), places.width)).movedim(-3, 0)
         a0 = take(by_set.mT.shape, accumulation_dtype(problem.weight.dtype), x.device).copy_(by_set.mT)
+        if places.joined is not None:
+            give_back(preactivations)
         whole, f = rounded(x, self.operands), self._f_(copy_of(a0))
         self.memory = [x, a0, f]
-        xs = (Operand(part, whole.exponent) for part in whole.tensor.split(places.width, -2))
-        parts = zip(places.counts, xs, a0.unbind(), f.unbind(), strict=True)
+        xs = [Operand(part, whole.exponent) for part in whole.tensor.split(places.width, -2)]
+        parts = zip(places.counts, xs, (part.t() for part in xs), a0.unbind(), f.unbind(), strict=True)
         return {number: _RowSet(*part) for number, part in zip(numbers, parts, strict=True)}
 
     def outputs(self, some: slice) -> FewRowsForm:
@@ -105,12 +114,15 @@ class FewRowsForm(Form):
         return part
 
     def _f_(self, a: Tensor) -> Tensor:
-        return self.transfer.apply_(a.mT, fast=self.operands.itemsize == 2).mT
+        """``f`` of transposed pre-activations ``[.., N, r]``, which it may overwrite."""
+        if self.elementwise:
+            return self.transfer.apply_(a, self.fast)
+        return self.transfer.apply_(a.mT, self.fast).mT
 
     def _preactivation(self, delta: dict[str, Tensor], rows: _RowSet) -> Tensor:
         if "weight" not in delta:
             return rows.preactivation + delta["bias"].unsqueeze(-1)
-        a = added_product(rows.preactivation, rounded(delta["weight"], self.operands), rows.x.t())
+        a = added_product(rows.preactivation, rounded(delta["weight"], self.operands), rows.xt)
         return a.add_(delta["bias"].unsqueeze(-1)) if "bias" in delta else a
 
     def _difference(self, delta: dict[str, Tensor], rows: _RowSet) -> Tensor:
@@ -152,47 +164,44 @@ class _Places(NamedTuple):
     Attributes:
         width: rows of a set; CPUs take up to twice as long for 31 as for 32.
         counts: how many of them count.
-        whole: for each row, its place in the batch.
-        joined: its place in the sets one after another, as they are.
+        joined: for each row, its place in the sets one after another, as they are; ``None`` where that is its own.
         filled: the rows that do not count; ``None`` where all do.
     """
 
     width: int
     counts: tuple[int, ...]
-    whole: Tensor
-    joined: Tensor
+    joined: Tensor | None
     filled: Tensor | None
 
 
 # All layers of a step with a batch of one size ask for the same.
 @lru_cache(maxsize=8)
 def _places(batch: int, sets: int, numbers: tuple[int, ...]) -> _Places:
-    counts = np.array([set_size(batch, sets, number) for number in numbers])
-    most = int(counts.max())
+    sizes = tuple(set_size(batch, sets, number) for number in numbers)
+    most = max(sizes)
     width = most if most <= 8 else -(-most // 16) * 16
-    row = np.arange(width)
+    if min(sizes) == width:
+        return _Places(width, sizes, None, None)
+    counts, row = np.array(sizes), np.arange(width)
     counted = row < counts[:, None]
-    whole = np.array(numbers)[:, None] + sets * np.where(counted, row, 0)
     joined = (np.cumsum(counts) - counts)[:, None] + np.where(counted, row, 0)
     filled = np.flatnonzero(~counted)
-    return _Places(
-        width,
-        tuple(counts.tolist()),
-        torch.from_numpy(whole.ravel()),
-        torch.from_numpy(joined.ravel()),
-        torch.from_numpy(filled) if len(filled) else None,
-    )
+    return _Places(width, sizes, torch.from_numpy(joined.ravel()), torch.from_numpy(filled))
 
 
-def _chosen(rows: Tensor | Rows, sets: int, numbers: tuple[int, ...], places: _Places) -> Tensor:
-    """Sets of rows, one after the other, ``[.., len(numbers) * width, K]``."""
+def _chosen(rows: Tensor | Rows, sets: int, numbers: tuple[int, ...]) -> Tensor:
+    """Sets of rows as they are, one after the other, ``[.., b, K]``."""
     if isinstance(rows, Tensor):
-        return rows.index_select(-2, places.whole.to(rows.device))
+        return several(rows, numbers, sets)
     parts = [rows.every(number, sets) for number in numbers]
-    joined = _side_by_side(parts)
-    if joined is None:
-        joined = torch.cat(parts, -2)
-    return joined if places.filled is None else joined.index_select(-2, places.joined.to(joined.device))
+    found = _side_by_side(parts)
+    return torch.cat(parts, -2) if found is None else found
+
+
+def _gathered(rows: Tensor, places: Tensor) -> Tensor:
+    """Some of ``rows`` ``[.., b, K]``, in memory that can be given back."""
+    found = take([*rows.shape[:-2], len(places), rows.shape[-1]], rows.dtype, rows.device)
+    return torch.index_select(rows, -2, places.to(rows.device), out=found)
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
@@ -219,5 +228,5 @@ def blocks_of_outputs(problem: LocalProblem, settings: Settings) -> list[slice]:
     independent = problem.transfer.elementwise and settings.regulariser is None and rules.is_elementwise(settings.rule)
     if problem.weight.device.type != "cpu" or problem.groups is not None or not independent:
         return [slice(None)]
-    size = math.ceil(outputs / math.ceil(inputs * outputs / _BLOCK))
+    size = math.ceil(outputs / math.ceil(inputs * outputs / BLOCK))
     return [slice(start, start + size) for start in range(0, outputs, size)]

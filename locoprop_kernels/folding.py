@@ -5,16 +5,17 @@ The paper writes layers like this throughout. ``[Δ δ]`` is one matrix ``[N, K 
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import Tensor
 
 from locoprop_kernels import rules
-from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
+from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype, of_outputs
 from locoprop_kernels.scratch import take
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Increment
 
-__all__ = ["can_fold", "folded", "unfolded"]
+__all__ = ["allocated", "begin", "can_fold", "unfolded"]
 
 
 def can_fold(problem: LocalProblem, old: State, settings: Settings) -> bool:
@@ -32,37 +33,59 @@ def can_fold(problem: LocalProblem, old: State, settings: Settings) -> bool:
     return not settings.rule.counts_steps or bool(old["weight"]["step"] == old["bias"]["step"])
 
 
-def folded(problem: LocalProblem, old: State, scale: float) -> tuple[dict[str, Tensor], Increment]:
-    """The scaled gradients at the start, and an increment of zeros with the state: matrices, all by ``"weight"``."""
-    assert problem.grad_weight is not None
-    assert problem.grad_bias is not None
-    dtype, biases = accumulation_dtype(problem.weight.dtype), old["bias"]
-    start = _joined(problem.grad_weight, problem.grad_bias, dtype).mul_(scale)
-    delta = take(start.shape, dtype, start.device).zero_()
+def allocated(problem: LocalProblem, old: State) -> Increment:
+    """Memory for increment and state as matrices, all by ``"weight"``; :func:`begin` writes to it."""
+    weight = problem.weight
+    shape = [*weight.shape[:-1], weight.shape[-1] + 1]
+    dtype = accumulation_dtype(weight.dtype)
+    delta = take(shape, dtype, weight.device)
     state = {
-        slot: _joined(value, biases[slot], dtype) if value.dim() else value.clone()
+        slot: take(shape, dtype, weight.device) if value.dim() else value.clone()
         for slot, value in old["weight"].items()
     }
     memory = [delta, *(value for value in state.values() if value.dim())]
-    return {"weight": start}, Increment({"weight": delta}, {"weight": state}, memory)
+    return Increment({"weight": delta}, {"weight": state}, memory)
+
+
+def begin(problem: LocalProblem, old: State, scale: float, some: slice, part: Increment) -> dict[str, Tensor]:
+    """Set an increment to zero and its state to the old one.
+
+    Args:
+        problem: the problem.
+        old: the rule's state before the loop.
+        scale: of the gradients.
+        some: which outputs.
+        part: what :func:`allocated` has of them.
+
+    Returns:
+        the scaled gradients at the start, likewise a matrix.
+    """
+    assert problem.grad_weight is not None
+    assert problem.grad_bias is not None
+    delta = part.delta["weight"].zero_()
+    start = take(delta.shape, delta.dtype, delta.device)
+    _join(start, problem.grad_weight, problem.grad_bias, some)
+    if scale != 1:
+        start.mul_(scale)
+    for slot, value in part.state["weight"].items():
+        if value.dim():
+            _join(value, old["weight"][slot], old["bias"][slot], some)
+    return {"weight": start}
 
 
 def unfolded(increment: Increment) -> Increment:
     """A folded increment, as weight and bias: views of it."""
     delta, state = increment.delta["weight"], increment.state["weight"]
-    return Increment(
-        {"weight": delta[..., :-1], "bias": delta[..., -1]},
-        {
+    return replace(
+        increment,
+        delta={"weight": delta[..., :-1], "bias": delta[..., -1]},
+        state={
             "weight": {slot: value[..., :-1] if value.dim() else value for slot, value in state.items()},
             "bias": {slot: value[..., -1] if value.dim() else value for slot, value in state.items()},
         },
-        increment.memory,
     )
 
 
-def _joined(matrix: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
-    *lead, rows, columns = matrix.shape
-    joined = take([*lead, rows, columns + 1], dtype, matrix.device)
-    joined[..., :-1] = matrix
-    joined[..., -1] = column
-    return joined
+def _join(to: Tensor, matrix: Tensor, column: Tensor, some: slice) -> None:
+    to[..., :-1] = of_outputs("weight", matrix, some)
+    to[..., -1] = of_outputs("bias", column, some)

@@ -24,26 +24,23 @@ _AVAILABLE = hasattr(torch, "_fused_adam_") and hasattr(torch, "_fused_adamw_")
 _MANY = 2.0**100
 
 
-def usable(*tensors: Tensor) -> bool:
+def usable(tensors: list[Tensor]) -> bool:
     """Whether the fused kernels can work on these: on a CPU, contiguous, all float32 or all float64."""
     dtype = tensors[0].dtype
     if not _AVAILABLE or dtype not in (torch.float32, torch.float64):
         return False
-    # A loop, as this is asked in every local step of every layer.
-    for tensor in tensors:
-        if tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
-            return False
-    return True
+    return all(tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
 
 
-def adam_(delta: Tensor, grad: Tensor, mean: Tensor, mean_square: Tensor, lr: float, step: int, rule: Adam) -> None:
-    """One step of :class:`locoprop_kernels.rules.Adam`, in place on ``delta`` and its two moments.
+def adam_(
+    deltas: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], lr: float, step: int, rule: Adam
+) -> None:
+    """One step of :class:`locoprop_kernels.rules.Adam`, in place on increments and their moments.
 
     Args:
-        delta: increment, any shape; likewise the following.
-        grad: gradient; left as it is.
-        mean: the mean of gradients.
-        mean_square: the mean of their squares.
+        deltas: increments, of any shape.
+        grads: their gradients; left as they are.
+        states: the rule's state of each.
         lr: learning rate.
         step: number of steps so far, this one included.
         rule: the hyper-parameters.
@@ -54,11 +51,12 @@ def adam_(delta: Tensor, grad: Tensor, mean: Tensor, mean_square: Tensor, lr: fl
         lr, count = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step), _MANY
     else:
         count = float(step)
-    _adam((delta, grad, mean, mean_square), lr, (beta1, beta2), rule.eps, count)
+    means, mean_squares = ([state[slot] for state in states] for slot in ("exp_avg", "exp_avg_sq"))
+    _adam((deltas, grads, means, mean_squares), lr, (beta1, beta2), rule.eps, count)
 
 
 def rmsprop_(
-    delta: Tensor, grad: Tensor, mean_square: Tensor, momentum: Tensor | None, lr: float, rule: RMSprop
+    deltas: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], lr: float, rule: RMSprop
 ) -> None:
     """One step of :class:`locoprop_kernels.rules.RMSprop` in torch's arithmetic, not centered; in place.
 
@@ -67,38 +65,40 @@ def rmsprop_(
     weight decay.
 
     Args:
-        delta: increment, any shape; likewise the following.
-        grad: gradient; left as it is.
-        mean_square: the mean of its squares.
-        momentum: the momentum buffer; ``None`` without momentum.
+        deltas: increments, of any shape.
+        grads: their gradients; left as they are.
+        states: the rule's state of each.
         lr: learning rate.
         rule: the hyper-parameters.
     """
     betas = (0.0, rule.alpha)
-    if momentum is None:
-        _adam((delta, grad, grad, mean_square), lr, betas, rule.eps, _MANY)
+    mean_squares = [state["square_avg"] for state in states]
+    if not rule.momentum:
+        _adam((deltas, grads, grads, mean_squares), lr, betas, rule.eps, _MANY)
         return
-    _adam((momentum, grad, grad, mean_square), -1.0, betas, rule.eps, _MANY, weight_decay=rule.momentum - 1)
-    delta.add_(momentum, alpha=-lr)
+    buffers = [state["momentum_buffer"] for state in states]
+    _adam((buffers, grads, grads, mean_squares), -1.0, betas, rule.eps, _MANY, weight_decay=rule.momentum - 1)
+    for delta, buffer in zip(deltas, buffers, strict=True):
+        delta.add_(buffer, alpha=-lr)
 
 
 def _adam(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    tensors: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]],
     lr: float,
     betas: tuple[float, float],
     eps: float,
     step: float,
     weight_decay: float = 0.0,
 ) -> None:
-    """AdamW on ``(parameter, gradient, mean, mean square)``."""
-    parameter, grad, mean, mean_square = tensors
+    """AdamW on ``(parameters, gradients, means, mean squares)``."""
+    parameters, grads, means, mean_squares = tensors
     torch._fused_adamw_(
-        [parameter],
-        [grad],
-        [mean],
-        [mean_square],
+        parameters,
+        grads,
+        means,
+        mean_squares,
         [],
-        [_count(step)],
+        [_count(step)] * len(parameters),
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from locoprop_kernels.scratch import take
+
 __all__ = ["CHUNK_BYTES", "KEPT_BYTES", "Patches", "Rows", "Stacked", "described", "every", "row_chunks", "several"]
 
 CHUNK_BYTES = 16 * 2**20
@@ -106,9 +108,11 @@ def every(x: Tensor | Rows, start: int, step: int) -> Tensor:
 
 
 def several(x: Tensor | Rows, starts: Sequence[int], step: int) -> Tensor:
-    """:func:`every` for each of ``starts``, one after another: a copy."""
+    """:func:`every` for each of ``starts``, one after another: a copy, in memory that can be kept."""
     if isinstance(x, Tensor):
-        return x.index_select(-2, _places(x.shape[-2], tuple(starts), step).to(x.device))
+        places = _places(x.shape[-2], tuple(starts), step).to(x.device)
+        copy = take([*x.shape[:-2], len(places), x.shape[-1]], x.dtype, x.device)
+        return torch.index_select(x, -2, places, out=copy)
     return x.several(starts, step)
 
 

@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from locoprop_kernels.few_rows import FewRowsForm, blocks_of_outputs
-from locoprop_kernels.folding import can_fold, folded, unfolded
+from locoprop_kernels.few_rows_loop import few_rows_loops, is_small, together
 from locoprop_kernels.form import ChangeForm, Form
 from locoprop_kernels.gram import GramForm, gram_is_cheaper
+from locoprop_kernels.loop import Loop, beginning, run
 from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Rows, Stacked, row_chunks
-from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype, of_outputs
+from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
 from locoprop_kernels.products import Operand, held, product, rounded
-from locoprop_kernels.scratch import copy_of, give_back, take
+from locoprop_kernels.scratch import give_back
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision, Increment
 from locoprop_kernels.transfers import Transfer
@@ -138,75 +138,6 @@ def decide(problem: LocalProblem, settings: Settings) -> Decision:
     return Decision(form, form)
 
 
-class _Loop:
-    """The local loop of one problem, or of some of its outputs.
-
-    Args:
-        problem: a validated problem; it is read, and nothing that belongs to it is written.
-        settings: the settings of the call.
-        form: of the local gradient; ``None`` where a single local step needs none.
-        start: ``G_0`` and ``g_0``, scaled.
-        increment: zeros and the rule's state before the loop; written to.
-    """
-
-    def __init__(
-        self,
-        problem: LocalProblem,
-        settings: Settings,
-        form: Form | None,
-        start: dict[str, Tensor],
-        increment: Increment,
-    ) -> None:
-        self.problem, self.settings, self.form = problem, settings, form
-        self.scale = problem.scale(settings.reduction)
-        self.delta, self.state = increment.delta, increment.state
-        self.frozen = {name: ~mask for name in self.delta if (mask := problem.mask(name)) is not None}
-        self.start = _masked(start, self.frozen)
-        counts = settings.rule.counts_steps
-        self.steps = {name: int(self.state[name]["step"]) if counts else 0 for name in self.delta}
-
-    def run(self) -> Tensor | None:
-        """All local iterations; the trace, if it is asked for."""
-        rule, problem, delta = self.settings.rule, self.problem, self.delta
-        values: list[Tensor] = []
-        for t, lr in enumerate(self.settings.rates):
-            if self.settings.trace:
-                values.append(self._objective(t))
-            for name, grad in _masked(self._gradient(t), self.frozen).items():
-                rule.update_(delta[name], grad, self.state[name], lr * problem.rate(name), self.steps[name] + t + 1)
-            _masked(delta, self.frozen)  # momentum of earlier steps may move what has no gradient
-        if self.settings.trace:
-            values.append(self._objective(self.settings.iterations))
-        return torch.stack(values) if values else None
-
-    def _gradient(self, t: int) -> dict[str, Tensor]:
-        """The gradient of the local objective in local step ``t``."""
-        grads, prox, regulariser = self.start, self.settings.prox, self.settings.regulariser
-        if t > 0:
-            assert self.form is not None
-            grads = self.form.gradient(self.delta, t, self.start, self.scale)
-            if prox:
-                for name, grad in grads.items():
-                    grad.add_(self.delta[name], alpha=prox)
-        if regulariser is None:
-            return grads
-        return {
-            name: grad + regulariser.gradient(getattr(self.problem, name), self.delta[name])
-            for name, grad in grads.items()
-        }
-
-    def _objective(self, t: int) -> Tensor:
-        """The local objective before local step ``t``, relative to its value at the start."""
-        assert self.form is not None
-        value = self.form.divergence(self.delta, t) * self.scale
-        for name, d in self.delta.items():
-            half_prox = self.settings.prox / 2
-            value = value + (d.double() * self.start[name]).sum() + d.double().square().sum() * half_prox
-            if self.settings.regulariser is not None:
-                value = value + self.settings.regulariser.increase(getattr(self.problem, name), d)
-        return value
-
-
 def local_loop(
     problem: LocalProblem, old: State, settings: Settings, decision: Decision
 ) -> tuple[Increment, Tensor | None]:
@@ -223,63 +154,18 @@ def local_loop(
     """
     if problem.groups is not None and problem.weight.device.type == "cpu" and math.prod(problem.shape) >= _LARGE_GROUP:
         return _group_by_group(problem, old, settings, decision)
-    few = decision.rows is not None and settings.iterations + settings.trace > 1
-    fold = few and can_fold(problem, old, settings)
-    begin = folded if fold else _beginning
-    start, increment = begin(problem, old, problem.scale(settings.reduction) * problem.grad_scale)
-    if few:
-        trace = _in_blocks(problem, settings, FewRowsForm(problem, settings, fold), start, increment)
-        give_back(*start.values())
-    else:
-        form: Form | None = None
-        if settings.iterations > 1 or settings.trace:
-            kind = GramForm if decision.form == "gram" else _ProductForm
-            form = kind(problem, settings.operands(problem))
-        trace = _Loop(problem, settings, form, start, increment).run()
+    if decision.rows is not None and settings.iterations + settings.trace > 1:
+        return few_rows_loops([problem], [old], settings)[0]
+    start, increment = beginning(problem, old, problem.scale(settings.reduction) * problem.grad_scale)
+    form: Form | None = None
+    if settings.iterations > 1 or settings.trace:
+        kind = GramForm if decision.form == "gram" else _ProductForm
+        form = kind(problem, settings.operands(problem))
+    (trace,) = run([Loop(problem, settings, form, start, increment)], settings)
     if settings.rule.counts_steps:
         for slots in increment.state.values():
             slots["step"] += settings.iterations
-    return unfolded(increment) if fold else increment, trace
-
-
-def _beginning(problem: LocalProblem, old: State, scale: float) -> tuple[dict[str, Tensor], Increment]:
-    """The scaled gradients at the start, and an increment of zeros with a copy of the state."""
-    accumulate = accumulation_dtype(problem.weight.dtype)
-    start, delta = {}, {}
-    for name, (_, grad) in problem.trained().items():
-        start[name] = take(grad.shape, accumulate, grad.device).copy_(grad).mul_(scale)
-        delta[name] = take(grad.shape, accumulate, grad.device).zero_()
-    state = {name: {slot: copy_of(value) for slot, value in slots.items()} for name, slots in old.items()}
-    memory = [*delta.values(), *(value for slots in state.values() for value in slots.values() if value.dim())]
-    return start, Increment(delta, state, memory)
-
-
-def _in_blocks(
-    problem: LocalProblem, settings: Settings, form: FewRowsForm, start: dict[str, Tensor], increment: Increment
-) -> Tensor | None:
-    """The local loop on few rows, a block of outputs after the other where that can be; the trace, if asked for."""
-    blocks = blocks_of_outputs(problem, settings)
-    if len(blocks) == 1:
-        trace = _Loop(problem, settings, form, start, increment).run()
-        form.release()
-        return trace
-    traces = []
-    for some in blocks:
-        part = form.outputs(some)
-        traces.append(_Loop(problem.outputs(some), settings, part, *_part(start, increment, some)).run())
-        part.release()
-    form.release()
-    return torch.stack([trace for trace in traces if trace is not None]).sum(0) if settings.trace else None
-
-
-def _part(start: dict[str, Tensor], increment: Increment, some: slice) -> tuple[dict[str, Tensor], Increment]:
-    """What belongs to some outputs, as views."""
-    state = {
-        kind: {slot: of_outputs(kind, value, some) for slot, value in slots.items()}
-        for kind, slots in increment.state.items()
-    }
-    delta = {kind: of_outputs(kind, value, some) for kind, value in increment.delta.items()}
-    return {kind: of_outputs(kind, value, some) for kind, value in start.items()}, Increment(delta, state)
+    return increment, trace
 
 
 def _group_by_group(
@@ -329,7 +215,7 @@ class Solved:
     def finite(self) -> Tensor:
         """Whether a commit would write finite numbers only; on the device, without waiting for it."""
         pairs = list(zip(self.problems, self.increments, strict=True))
-        if all(_is_small(problem, increment) for problem, increment in pairs):
+        if all(is_small(problem, increment) for problem, increment in pairs):
             return torch.tensor(True)
         extremes: list[Tensor] = []
         for problem, increment in pairs:
@@ -345,21 +231,29 @@ class Solved:
     def commit(self, ok: Tensor) -> None:
         """Apply increments and new state where ``ok`` is true; on a GPU the decision stays on the device."""
         on_host = ok.device.type == "cpu"
-        for index, (problem, before) in enumerate(zip(self.problems, self.states, strict=True)):
-            increment = self.increments[index]
+        # Pairs of what is written and what is added to it, or copied.
+        added: tuple[list[Tensor], list[Tensor]] = ([], [])
+        copied: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for problem, before, increment in zip(self.problems, self.states, self.increments, strict=True):
             for name, delta in increment.delta.items():
                 parameter = getattr(problem, name)
-                if on_host:
-                    parameter.add_(delta)
-                else:
-                    parameter.copy_(torch.where(ok, parameter + delta, parameter))
+                to, value = (added, delta) if on_host else (copied, torch.where(ok, parameter + delta, parameter))
+                to[0].append(parameter)
+                to[1].append(value)
                 stored, old = problem.state.setdefault(name, {}), before[name]
                 for slot, new in increment.state[name].items():
                     value = new if on_host else torch.where(ok, new, old[slot])
                     if old[slot] is stored.get(slot):
-                        old[slot].copy_(value)
+                        copied[0].append(old[slot])
+                        copied[1].append(value)
                     else:
                         stored[slot] = value.clone(memory_format=torch.contiguous_format)
+        # One call for all layers.
+        if added[0]:
+            torch._foreach_add_(*added)
+        if copied[0]:
+            torch._foreach_copy_(*copied)
+        for index, increment in enumerate(self.increments):
             if index not in self._lent and self.decisions[index].rows is not None:
                 give_back(*increment.memory)
 
@@ -367,7 +261,9 @@ class Solved:
 def solve(
     problems: list[LocalProblem], states: list[State], settings: Settings, done: Callable[[int], None] | None = None
 ) -> Solved:
-    """Run all local iterations of all problems, one after the other; writes nothing that belongs to them.
+    """Run all local iterations of all problems; writes nothing that belongs to them.
+
+    They are solved one after the other, and small ones on few rows together.
 
     Args:
         problems: validated problems.
@@ -376,34 +272,15 @@ def solve(
         done: called with the index of each problem that is solved.
     """
     solved = Solved(problems, states)
-    for i, (problem, state) in enumerate(zip(problems, states, strict=True)):
-        decision = decide(problem, settings)
-        increment, trace = local_loop(problem, state, settings, decision)
-        solved.decisions.append(decision)
-        solved.traces.append(trace)
-        solved.increments.append(increment)
-        if done is not None:
-            done(i)
+    solved.decisions = [decide(problem, settings) for problem in problems]
+    for some in together(problems, states, settings):
+        if len(some) == 1:
+            found = [local_loop(problems[some[0]], states[some[0]], settings, solved.decisions[some[0]])]
+        else:
+            found = few_rows_loops([problems[i] for i in some], [states[i] for i in some], settings)
+        for i, (increment, trace) in zip(some, found, strict=True):
+            solved.increments.append(increment)
+            solved.traces.append(trace)
+            if done is not None:
+                done(i)
     return solved
-
-
-def _is_small(problem: LocalProblem, increment: Increment) -> bool:
-    """Whether the largest numbers alone say that all that a commit writes is finite; asked on CPUs only."""
-    if problem.weight.device.type != "cpu" or not increment.memory:
-        return False
-    total = sum(_largest(getattr(problem, name)) for name in increment.delta) + sum(map(_largest, increment.memory))
-    # A NaN, which a sum keeps, makes this false.
-    return total < torch.finfo(problem.weight.dtype).max
-
-
-def _largest(tensor: Tensor) -> float:
-    """The greatest absolute value; NaN if there is one."""
-    least, most = torch.aminmax(tensor)
-    return abs(float(least)) + abs(float(most))
-
-
-def _masked(values: dict[str, Tensor], frozen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``values``, set to zero where ``frozen`` is true; in place."""
-    for name, where in frozen.items():
-        values[name].masked_fill_(where, 0)
-    return values

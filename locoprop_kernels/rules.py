@@ -70,6 +70,21 @@ class Rule(ABC):
             step: number of steps of this rule so far, this one included (1 at the first).
         """
 
+    def update_all_(
+        self, deltas: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], lr: float, step: int
+    ) -> None:
+        """:meth:`update_` of several tensors, as it would update each by itself.
+
+        Args:
+            deltas: the increments.
+            grads: the gradients.
+            states: the rule's state of each.
+            lr: learning rate.
+            step: number of steps, as there.
+        """
+        for delta, grad, state in zip(deltas, grads, states, strict=True):
+            self.update_(delta, grad, state, lr, step)
+
 
 @dataclass(frozen=True)
 class SGD(Rule):
@@ -132,8 +147,8 @@ class RMSprop(Rule):
         return slots
 
     def update_(self, delta: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
-        if not self.centered and self.flavor == "torch" and fused.usable(delta, grad, *state.values()):
-            fused.rmsprop_(delta, grad, state["square_avg"], state.get("momentum_buffer"), lr, self)
+        if not self.centered and self.flavor == "torch" and fused.usable([delta, grad, *state.values()]):
+            fused.rmsprop_([delta], [grad], [state], lr, self)
             return
         mean_square = state["square_avg"].mul_(self.alpha).addcmul_(grad, grad, value=1 - self.alpha)
         if self.centered:
@@ -153,6 +168,15 @@ class RMSprop(Rule):
             delta.add_(state["momentum_buffer"].mul_(self.momentum).addcdiv_(grad, denominator), alpha=-lr)
         else:
             delta.addcdiv_(grad, denominator, value=-lr)
+
+    def update_all_(
+        self, deltas: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], lr: float, step: int
+    ) -> None:
+        written = (value for state in states for value in state.values())
+        if not self.centered and self.flavor == "torch" and fused.usable([*deltas, *grads, *written]):
+            fused.rmsprop_(deltas, grads, states, lr, self)
+        else:
+            super().update_all_(deltas, grads, states, lr, step)
 
 
 @dataclass(frozen=True)
@@ -188,9 +212,8 @@ class Adam(Rule):
 
     def update_(self, delta: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
         beta1, beta2 = self.betas
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        if fused.usable(delta, grad, *moments):
-            fused.adam_(delta, grad, *moments, lr, step, self)
+        if fused.usable([delta, grad, *map(state.__getitem__, self.slots)]):
+            fused.adam_([delta], [grad], [state], lr, step, self)
             return
         mean = state["exp_avg"].lerp_(grad, 1 - beta1)
         mean_square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -199,6 +222,15 @@ class Adam(Rule):
             delta.addcdiv_(mean, mean_square.sqrt().add_(self.eps), value=-lr * root_correction2 / correction1)
         else:
             delta.addcdiv_(mean, mean_square.sqrt().div_(root_correction2).add_(self.eps), value=-lr / correction1)
+
+    def update_all_(
+        self, deltas: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], lr: float, step: int
+    ) -> None:
+        moments = (state[slot] for state in states for slot in self.slots)
+        if fused.usable([*deltas, *grads, *moments]):
+            fused.adam_(deltas, grads, states, lr, step, self)
+        else:
+            super().update_all_(deltas, grads, states, lr, step)
 
 
 @dataclass(frozen=True)

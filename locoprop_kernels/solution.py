@@ -61,11 +61,13 @@ class Increment:
         delta: ``{"weight": Δ, "bias": δ}``, without what is frozen; float32 (float64 for float64 parameters).
         state: the rule's state after the loop, in the form of ``LocalProblem.state``.
         memory: what the tensors are views of, where it came from :mod:`locoprop_kernels.scratch`.
+        largest: no number in them is larger than this; ``None`` where that is not known, NaN where one is.
     """
 
     delta: dict[str, Tensor]
     state: dict[str, dict[str, Tensor]]
     memory: list[Tensor] = field(default_factory=list)
+    largest: float | None = None
 
 
 class Solution(Protocol):

@@ -4,9 +4,9 @@
     python -m bench.equal_time train --data mnist.npz      # as many steps as the times hold; as slow as you like
     python -m bench.equal_time report
 
-A step takes as long as it takes on the idle machine, and every contestant trains for as many steps as 2, 5 and 10
-minutes hold. Each has the values of its grid that are best after the first of these, and goes on with them. Training
-can be stopped at any time; the next call goes on from the last evaluation, to the same numbers.
+Contestants take turns while steps are timed, and the least time of each counts, as other work disturbs it least. Each
+then trains for as many steps as 2, 5 and 10 minutes hold: after two minutes the best values of its grid are chosen, and
+go on. Training can be stopped at any time; the next call goes on from the last evaluation, to the same numbers.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ def _best(runs: Sequence[Run], steps: float) -> Run:
 
 def _train(given: argparse.Namespace) -> int:
     problem, folder, deadline = _problem(given), given.out / "runs", Deadline(given.minutes)
-    first, *later = problem.setting.seconds
-    step = {name: times["p50"] for name, times in _step_times(given)["seconds"].items()}
+    judged = problem.setting.judged
+    later = [seconds for seconds in problem.setting.seconds if seconds > judged]
+    step = {name: times["min"] for name, times in _step_times(given)["seconds"].items()}
     write(given.out / "data.json", json.dumps(_data(problem)) + "\n")
     grids = {name: _grid(name, folder) for name in given.contestants}
     try:
@@ -106,10 +107,10 @@ def _train(given: argparse.Namespace) -> int:
         for number in range(max(len(grid) for grid in grids.values())):
             for name, grid in grids.items():
                 for run in grid[number : number + 1]:
-                    _advance(problem, run, first / step[name], folder, deadline)
+                    _advance(problem, run, judged / step[name], folder, deadline)
         for seconds in later:
             for name, grid in grids.items():
-                _advance(problem, _best(grid, first / step[name]), seconds / step[name], folder, deadline)
+                _advance(problem, _best(grid, judged / step[name]), seconds / step[name], folder, deadline)
     except OutOfTime:
         print("Time is up: call again to go on", file=sys.stderr)
         return UNFINISHED
@@ -135,8 +136,8 @@ def _report(given: argparse.Namespace) -> int:
     for name, step in times["seconds"].items():
         runs = [run for run in _grid(name, given.out / "runs") if run.steps]
         if runs:
-            best = _best(runs, setting.seconds[0] / step["p50"])
-            found[name] = report.entry(runs, best, step["p50"], setting)
+            best = _best(runs, setting.judged / step["min"])
+            found[name] = report.entry(runs, best, step["min"], setting)
     about = json.loads((given.out / "data.json").read_text(encoding="utf-8"))
     results = {"setting": asdict(setting), "data": about, "step": times, "contestants": found}
     write(given.out / "results.json", json.dumps(results, indent=1) + "\n")

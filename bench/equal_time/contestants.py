@@ -26,7 +26,8 @@ class Setting:
     Attributes:
         encoder: widths from the image to the code; the decoder mirrors them.
         batch_size: images a step.
-        seconds: after how many the losses are compared, in rising order; after the first, values are chosen.
+        seconds: after how many the losses are compared, in rising order.
+        judged: of these, the time after which the values of each contestant are chosen.
         every: steps between two evaluations; losses in between are interpolated.
         evaluated: how many of the train images, and of the test images, losses are taken on.
         rounds: steps of each contestant that are timed.
@@ -35,14 +36,15 @@ class Setting:
     encoder: tuple[int, ...]
     batch_size: int
     seconds: tuple[float, ...]
+    judged: float
     every: int
     evaluated: int
     rounds: int
 
 
-PAPER = Setting(FILES.encoder, FILES.batch_size, (120.0, 300.0, 600.0), 200, 10_000, 31)
+PAPER = Setting(FILES.encoder, FILES.batch_size, (60.0, 120.0, 300.0, 600.0), 120.0, 200, 10_000, 21)
 #: Seconds: what the tests run.
-QUICK = Setting((784, 16, 8), 50, (0.02, 0.05), 2, 100, 3)
+QUICK = Setting((784, 16, 8), 50, (0.02, 0.05), 0.02, 2, 100, 3)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from locoprop_kernels.chosen import ChosenRows, fitted
 from locoprop_kernels.patches import Rows, several
 from locoprop_kernels.sampling import Sampling, set_order
+from locoprop_kernels.scratch import give_back
 
 __all__ = ["KeptRows", "joined", "starts_of"]
 
@@ -28,6 +29,7 @@ class KeptRows:
         offset: how many rows the passes before it have.
         x: rows of the input for each local step that takes a set, ``[b, K]`` or ``[G, b, K]``.
         preactivation: those of the pre-activation, ``[b, N]`` or ``[G, b, N]``.
+        memory: what ``x`` and ``preactivation`` are views of, where it can be kept for the next step.
     """
 
     size: int
@@ -36,6 +38,7 @@ class KeptRows:
     offset: int
     x: list[Tensor]
     preactivation: list[Tensor]
+    memory: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, x: Tensor | Rows, preactivation: Tensor | Rows, sampling: Sampling, sets: int, offset: int) -> KeptRows:
@@ -51,10 +54,14 @@ class KeptRows:
         size = x.shape[-2]
         starts = starts_of(sampling, sets, offset)
         sizes = [len(range(start, size, sets)) for start in starts]
-        return cls(
-            size, sampling, sets, offset,
-            *(list(several(rows, starts, sets).split(sizes, -2)) for rows in (x, preactivation)),
-        )  # fmt: skip
+        copies = several(x, starts, sets), several(preactivation, starts, sets)
+        inputs, outputs = (list(rows.split(sizes, -2)) for rows in copies)
+        return cls(size, sampling, sets, offset, inputs, outputs, copies)
+
+    def release(self) -> None:
+        """Let go of the rows: their memory is that of the next ones."""
+        give_back(*self.memory)
+        self.x, self.preactivation, self.memory = [], [], ()
 
     @property
     def filled(self) -> bool:
@@ -82,7 +89,7 @@ class KeptRows:
             _copied([left(rows, start) for rows, start in zip(parts, starts, strict=True)])
             for parts in (self.x, self.preactivation)
         )
-        self.sets = sets
+        self.sets, self.memory = sets, ()
 
     def to(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """``x`` and ``preactivation`` in dtypes that a local problem takes, if the weight has ``dtype``."""

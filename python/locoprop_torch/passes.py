@@ -97,6 +97,8 @@ class Pass:
 
     def release(self) -> None:
         """Let go of the tensors, which the graph behind the loss would keep until the next forward pass."""
+        if self.kept is not None:
+            self.kept.release()
         self.x = self.preactivation = self.kept = self.gradients = self.arriving = None
 
     def uncount(self) -> None:

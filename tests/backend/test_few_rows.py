@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import locoprop_kernels as lk
-from locoprop_kernels import few_rows, folding, fused, reference, rules, scratch
+from locoprop_kernels import few_rows, few_rows_loop, folding, fused, rules, scratch
+from locoprop_kernels.problem import rule_states
 from tests.problems import RULES, copied, problem_for, random_layer, relative_error
 
 OPTIONS: dict[str, Any] = {"lr": [0.02, 0.01, 0.005, 0.005], "rows": 5, "rows_seed": 3, "backend": "reference"}
@@ -44,7 +45,7 @@ def test_gradients_are_left_as_they_are_by_fused_updates(rule, dtype):
     torch.manual_seed(0)
     delta, grad = torch.zeros(3, 4, dtype=dtype), torch.randn(3, 4, dtype=dtype)
     state = {slot: torch.full_like(delta, value) for slot, value in rule.slots.items()}
-    assert fused.usable(delta, grad, *state.values())
+    assert fused.usable([delta, grad, *state.values()])
     before = grad.clone()
     rule.update_(delta, grad, state, 0.1, 1)
     assert torch.equal(grad, before)
@@ -53,10 +54,10 @@ def test_gradients_are_left_as_they_are_by_fused_updates(rule, dtype):
 
 def test_fused_updates_want_contiguous_tensors_of_one_dtype():
     matrix = torch.zeros(4, 4)
-    assert fused.usable(matrix, matrix)
-    assert not fused.usable(matrix, matrix.t()[:2])
-    assert not fused.usable(matrix, matrix.double())
-    assert not fused.usable(matrix.bfloat16(), matrix.bfloat16())
+    assert fused.usable([matrix, matrix])
+    assert not fused.usable([matrix, matrix.t()[:2]])
+    assert not fused.usable([matrix, matrix.double()])
+    assert not fused.usable([matrix.bfloat16(), matrix.bfloat16()])
 
 
 @pytest.mark.parametrize("transfer", ["tanh", "softmax", "identity", "gelu"])
@@ -64,7 +65,7 @@ def test_fused_updates_want_contiguous_tensors_of_one_dtype():
 def test_a_folded_bias_is_a_bias(rule, transfer, monkeypatch):
     one, other = problem(transfer), problem(transfer)
     found = steps(one, rule, prox=0.1)
-    monkeypatch.setattr(reference, "can_fold", lambda *arguments: False)
+    monkeypatch.setattr(few_rows_loop, "can_fold", lambda *arguments: False)
     assert_alike(found, steps(other, rule, prox=0.1))
 
 
@@ -80,8 +81,6 @@ def test_what_tells_weight_and_bias_apart_is_not_folded():
         """A rule of the user's, which may look at the whole weight."""
 
     def folds(one, settings):
-        from locoprop_kernels.problem import rule_states
-
         return folding.can_fold(one, rule_states(one, settings.rule, "it"), settings)
 
     mask = torch.ones(7, dtype=torch.bool)
@@ -105,13 +104,49 @@ def test_what_tells_weight_and_bias_apart_is_not_folded():
 @pytest.mark.parametrize("rule", [rules.Adam(), rules.RMSprop()], ids=str)
 def test_blocks_of_outputs_are_the_whole(rule, trace, folded, monkeypatch):
     if not folded:
-        monkeypatch.setattr(reference, "can_fold", lambda *arguments: False)
+        monkeypatch.setattr(few_rows_loop, "can_fold", lambda *arguments: False)
     one, other = problem(), problem()
     found = steps(one, rule, prox=0.1, trace=trace)
     assert len(few_rows.blocks_of_outputs(one, settings_of(rule))) == 1
-    monkeypatch.setattr(few_rows, "_BLOCK", 20)
+    monkeypatch.setattr(few_rows, "BLOCK", 20)
     assert len(few_rows.blocks_of_outputs(one, settings_of(rule))) > 1
     assert_alike(found, steps(other, rule, prox=0.1, trace=trace))
+
+
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("rule", [rules.Adam(), rules.RMSprop(), rules.SGD(momentum=0.5)], ids=str)
+def test_small_layers_side_by_side_are_as_they_are_alone(rule, trace, monkeypatch):
+    def layers():
+        shapes = [(23, 9, 7), (31, 7, 11), (23, 11, 5), (23, 30, 20), (23, 5, 3)]
+        found = [
+            problem_for(*random_layer(seed, *shape, dtype=torch.float32), transfer)
+            for seed, (shape, transfer) in enumerate(
+                zip(shapes, ["tanh", "relu", "softmax", "gelu", "identity"], strict=True)
+            )
+        ]
+        found[4].rate_bias = 0.5  # its bias is not a column of the weight
+        return found
+
+    alone, side_by_side = layers(), layers()
+    # The fourth falls into blocks, and the last is alone.
+    monkeypatch.setattr(few_rows, "BLOCK", 250)
+    monkeypatch.setattr(few_rows_loop, "BLOCK", 250)
+    settings = settings_of(rule)
+    states = [rule_states(one, rule, "it") for one in side_by_side]
+    assert list(few_rows_loop.together(side_by_side, states, settings)) == [[0, 1, 2], [3], [4]]
+    for seed in range(2):
+        options = {**OPTIONS, "rows_seed": seed, "prox": 0.1, "trace": trace}
+        together = lk.local_steps_(side_by_side, rule, **options)
+        for i, one in enumerate(alone):
+            report = lk.local_steps_([one], rule, **options)
+            mine, theirs = report.trace[0], together.trace[i]
+            assert (mine is not None) == (theirs is not None) == trace
+            assert mine is None or theirs is None or torch.equal(mine, theirs)
+    for one, other in zip(alone, side_by_side, strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert torch.equal(one.bias, other.bias)
+        for kind, slots in one.state.items():
+            assert all(torch.equal(value, other.state[kind][slot]) for slot, value in slots.items())
 
 
 def test_blocks_have_the_objective_of_the_whole(monkeypatch):
@@ -119,7 +154,7 @@ def test_blocks_have_the_objective_of_the_whole(monkeypatch):
         return lk.local_steps_([problem()], "adam", trace=True, prox=0.1, **OPTIONS).trace[0]
 
     whole = trace()
-    monkeypatch.setattr(few_rows, "_BLOCK", 20)
+    monkeypatch.setattr(few_rows, "BLOCK", 20)
     assert relative_error(trace(), whole) < 1e-12
 
 
@@ -127,7 +162,7 @@ def test_what_may_look_at_the_whole_weight_gets_it(monkeypatch):
     class Own(rules.SGD):
         """A rule of the user's."""
 
-    monkeypatch.setattr(few_rows, "_BLOCK", 20)
+    monkeypatch.setattr(few_rows, "BLOCK", 20)
     assert few_rows.blocks_of_outputs(problem("softmax"), settings_of()) == [slice(None)]
     assert few_rows.blocks_of_outputs(problem(), settings_of(Own())) == [slice(None)]
     assert few_rows.blocks_of_outputs(problem(), settings_of(regulariser=lambda now, start: now)) == [slice(None)]
@@ -137,7 +172,7 @@ def test_what_may_look_at_the_whole_weight_gets_it(monkeypatch):
 @pytest.mark.parametrize("transfer", ["tanh", "softmax"])
 def test_filled_up_sets_count_what_they_have(rows, transfer, monkeypatch):
     """The formula of the module's docstring, set by set; nine rows and more are filled up to sixteen."""
-    monkeypatch.setattr(reference, "can_fold", lambda *arguments: False)
+    monkeypatch.setattr(few_rows_loop, "can_fold", lambda *arguments: False)
     from locoprop_kernels.patches import every
     from locoprop_kernels.sampling import count_sets, set_order
 

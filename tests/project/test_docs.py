@@ -162,6 +162,37 @@ def test_table_of_the_defaults_is_the_measured_one():
     assert good >= 0.9 * len(ratios)
 
 
+def test_progress_with_few_rows_is_the_measured_one():
+    """The table of bench/results/progress, and the ratios in hyperparameters.md; none is above 1.05."""
+    folder = ROOT / "bench/results/progress"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    runs = json.loads((folder / "results.json").read_text(encoding="utf-8"))["runs"]
+    last = {(run["seed"], run["rows"]): run["train_loss"][-1] for run in runs}
+    ratios = []
+    for seed in range(3):
+        whole, few = last[seed, "all rows"], last[seed, "32 rows"]
+        ratios.append(few / whole)
+        assert f"| {seed} | {whole:.2f} | {few:.2f} | {few / whole:.3f} |" in page
+    assert max(ratios) <= 1.05
+    guide = " ".join((ROOT / "docs/hyperparameters.md").read_text(encoding="utf-8").split())
+    assert "with 32 of 200 rows is {:.3f}, {:.3f} and {:.3f} times".format(*ratios) in guide
+
+
+def test_table_at_equal_time_is_the_measured_one():
+    """The table of bench/results/equal_time_mnist, and the bound below it."""
+    folder = ROOT / "bench/results/equal_time_mnist"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    ours, theirs = (
+        [results["contestants"][name]["at"][seconds]["train_loss"] for seconds in ("60", "120")]
+        for name in ("locoprop", "rmsprop")
+    )
+    for losses in (ours, theirs):
+        assert f"| {losses[0]:.2f} | {losses[1]:.2f} |" in page
+    assert "| ratio | {:.2f} | {:.2f} |".format(*(a / b for a, b in zip(ours, theirs, strict=True))) in page
+    assert f"below {results['data']['lower_bound']:.2f}," in page
+
+
 def test_readme_quotes_its_results():
     """Final train losses of the demo and of MNIST, and the ratios to the PyPI package."""
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
