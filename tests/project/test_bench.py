@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from bench import cases, compare, gpu, measure, model, products, report, scaling  # noqa: E402
+from bench import cases, compare, measure, model, products, report, scaling  # noqa: E402
 from bench.contestants import all_contestants  # noqa: E402
 from bench.work import Work  # noqa: E402
 
@@ -69,7 +69,6 @@ def test_the_floor_multiplies_what_the_case_counts(monkeypatch, case):
 def test_every_case_is_named_once_and_predicted():
     found = cases.all_cases()
     assert len({case.name for case in found}) == len(found)
-    assert set(gpu.CASES) <= {case.name for case in found}
     for case in found:
         if case.loss == "matching" and case.iterations > 1:
             prediction = model.predict(case)
