@@ -18,6 +18,7 @@ from locoprop_kernels import compile_report
 from locoprop_kernels.compile_report import flow
 from locoprop_kernels.compile_report.inspection import Counts, Record, gpu_target
 from locoprop_kernels.compile_report.variants import variants
+from locoprop_kernels.epilogues import EPILOGUES
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 GOOD = Record(
@@ -35,6 +36,12 @@ GOOD = Record(
     scalar_products=0,
     seconds=1.0,
 )
+
+COUNT_EPILOGUES = """
+import json
+from bench import epilogues
+print(json.dumps(epilogues.count("sm_90")))
+"""
 
 COMPILE_TOYS = """
 import json, sys
@@ -173,6 +180,24 @@ def test_epilogues_are_counted():
     assert counts["much_on_amd"]["special"] == 8 * 16
     # A kernel's own choice among ways: the one on which elements are worked on, and of two such the shorter.
     assert counts["paths"]["special"] == 4 * 32
+
+
+def test_predictions_count_what_the_compiler_made():
+    """To a tenth, as other compilers need not issue the same; after a change, ``python -m bench.epilogues --write``."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_EPILOGUES],
+        env=ENVIRONMENT,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for phase, (instructions, special) in json.loads(done.stdout).items():
+        known = EPILOGUES["sm_90"][phase]
+        assert instructions == pytest.approx(known.instructions, rel=0.1), phase
+        assert special == pytest.approx(known.special, abs=0.2), phase
 
 
 SASS = """
