@@ -9,6 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +25,22 @@ from locoprop_kernels.schedule import row_blocks, rows_bytes
 from locoprop_kernels.schedule.costs import ACTIVATION_BYTES, OPERAND_BYTES, UPDATE_BYTES
 from locoprop_kernels.schedule.row_blocks import PASS_BYTES
 from locoprop_kernels.schedule.tiling import Layer, all_tiles
+
+_PAGE = Path(__file__).with_name("MODEL.md")
+_COLUMNS = (
+    "case",
+    "GFLOP",
+    "tiles n × b × k",
+    "driver",
+    "balance",
+    "a local step",
+    "of it, HBM could take",
+    "floor",
+    "loop",
+    "of floor",
+    "loop with least L2",
+)
+_DESIGN_COLUMNS = ("case", "design", "issued for an element", "tiles", "driver", "loops", "with least L2")
 
 __all__ = ["BEFORE", "DESIGNS", "WANTED", "Prediction", "main", "predict", "predict_with"]
 
@@ -167,47 +185,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("case", nargs="*", help="names, families or prefixes of cases, as of the benchmark")
     parser.add_argument("--device", choices=[*devices], default=H100.name, help="default: %(default)s")
     parser.add_argument("--designs", action="store_true", help="the design before beside the present one, instead")
+    parser.add_argument("--write", action="store_true", help="put both tables into bench/MODEL.md, by an H100")
     options = parser.parse_args(arguments)
+    if options.write:
+        _write(_PAGE)
+        return 0
     device = devices[options.device]
     if options.designs:
-        _print_designs(device)
-        return 0
-    columns = (
-        "tiles",
-        "driver",
-        "balance",
-        "a step",
-        "computed",
-        "from HBM",
-        "floor",
-        "loop",
-        "share",
-        "with least L2",
-    )
-    table = Table("case", "GFLOP", *columns)
-    for case in select(options.case, quick=False):
-        if case.loss == "squared":
-            continue
-        found = predict(case, device=device)
-        config = found.config
-        table.add_row(
-            case.name,
-            f"{4 * (case.iterations - 1) * sum(b * k * n for b, k, n in _sizes(case)) / 1e9:,.0f}",
-            f"{config.n}x{config.b}x{config.k}",
-            found.driver,
-            f"{found.balance:.2f}",
-            *(f"{1e6 * seconds:,.0f} µs" for seconds in (found.step, found.queue, found.memory)),
-            *(f"{1e3 * seconds:.3g} ms" for seconds in (found.floor, found.seconds)),
-            f"{found.floor / found.seconds:.0%}",
-            f"{1e3 * predict(case, device=device.pessimistic).seconds:.3g} ms",
-        )
+        rows, columns = _designs(device), _DESIGN_COLUMNS
+    else:
+        rows = [_row(case, device) for case in select(options.case, quick=False) if case.loss != "squared"]
+        columns = _COLUMNS
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
     Console(width=150).print(table)
     return 0
 
 
-def _print_designs(device: DeviceModel) -> None:
+def _row(case: Case, device: DeviceModel) -> list[str]:
+    """A line of the table of predictions."""
+    found = predict(case, device=device)
+    config = found.config
+    return [
+        case.name,
+        f"{4 * (case.iterations - 1) * sum(b * k * n for b, k, n in _sizes(case)) / 1e9:,.0f}",
+        f"{config.n} × {config.b} × {config.k}",
+        found.driver,
+        f"{found.balance:.2f}",
+        *(f"{1e6 * seconds:,.0f} µs" for seconds in (found.step, found.memory)),
+        *(f"{1e3 * seconds:.3g} ms" for seconds in (found.floor, found.seconds)),
+        f"{found.floor / found.seconds:.0%}",
+        f"{1e3 * predict(case, device=device.pessimistic).seconds:.3g} ms",
+    ]
+
+
+def _designs(device: DeviceModel) -> list[list[str]]:
     """The local loops of a few cases in a CUDA graph: by the epilogues and tiles of before, and by those of now."""
-    table = Table("case", "design", "issued for an element", "tiles", "driver", "loops", "with the least L2")
+    rows = []
     for name, (config, driver) in DESIGNS.items():
         (case,) = select([name], quick=False)[:1]
         old, wanted = (replace(device, other_epilogues=found) for found in (BEFORE, WANTED))
@@ -220,9 +235,27 @@ def _print_designs(device: DeviceModel) -> None:
         ):
             loops = [predict_with(case, tiles, by, one).seconds - one.start for one in (model, model.pessimistic)]
             issued = " and ".join(f"{model.epilogues[phase].instructions:g}" for phase in ("activation", "update"))
-            shape = f"{tiles.n} x {tiles.b} x {tiles.k}" + f", {tiles.occupancy} programs" * (tiles.occupancy > 1)
-            table.add_row(name, design, issued, shape, by, *(f"{1e3 * seconds:.3g} ms" for seconds in loops))
-    Console(width=150).print(table)
+            shape = f"{tiles.n} × {tiles.b} × {tiles.k}" + f", {tiles.occupancy} programs" * (tiles.occupancy > 1)
+            rows.append([name, design, issued, shape, by, *(f"{1e3 * seconds:.3g} ms" for seconds in loops)])
+    return rows
+
+
+def _write(page: Path) -> None:
+    """Replace the tables of the page, whose table of predictions keeps its cases."""
+    text = page.read_text()
+    for columns in (_DESIGN_COLUMNS, _COLUMNS):
+        head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+        before, found, after = text.partition(head)
+        if not found:
+            raise ValueError(f"{page.name} must have a table with the columns {', '.join(columns)}")
+        old = list(takewhile(lambda line: line.startswith("|"), after.splitlines(keepends=True)))
+        rows = _designs(H100)
+        if columns is _COLUMNS:
+            cases = {case.name: case for case in select([], quick=False)}
+            rows = [_row(cases[line.split("|")[1].strip()], H100) for line in old]
+        new = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        text = before + head + new + after[len("".join(old)) :]
+    page.write_text(text)
 
 
 if __name__ == "__main__":

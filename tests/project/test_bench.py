@@ -96,6 +96,19 @@ def test_predictions_follow_what_they_count():
     assert 9 * model.predict_with(case, config, driver, before).step == pytest.approx(0.70e-3, rel=0.02)
 
 
+def test_the_page_has_the_predictions_of_now(tmp_path, monkeypatch):
+    """``python -m bench.model --write`` puts them there."""
+    page = tmp_path / "MODEL.md"
+    written = model._PAGE.read_text()
+    page.write_text(written)
+    monkeypatch.setattr(model, "_PAGE", page)
+    assert model.main(["--write"]) == 0
+    assert page.read_text() == written
+    page.write_text(written.replace("| balance |", "| other |"))
+    with pytest.raises(ValueError, match="must have a table"):
+        model.main(["--write"])
+
+
 def test_the_table_of_epilogues_is_written_as_it_stands(monkeypatch, tmp_path, capsys):
     file = tmp_path / "epilogues.py"
     source = Path(epilogues.epilogues.__file__).read_text()
