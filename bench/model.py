@@ -27,7 +27,7 @@ from locoprop_kernels.schedule.row_blocks import PASS_BYTES
 from locoprop_kernels.schedule.tiling import Layer, all_tiles
 
 _PAGE = Path(__file__).with_name("MODEL.md")
-_COLUMNS = (
+_COLUMNS: tuple[str, ...] = (
     "case",
     "GFLOP",
     "tiles n × b × k",
@@ -40,7 +40,15 @@ _COLUMNS = (
     "of floor",
     "loop with least L2",
 )
-_DESIGN_COLUMNS = ("case", "design", "issued for an element", "tiles", "driver", "loops", "with least L2")
+_DESIGN_COLUMNS: tuple[str, ...] = (
+    "case",
+    "design",
+    "issued for an element",
+    "tiles",
+    "driver",
+    "loops",
+    "with least L2",
+)
 
 __all__ = ["BEFORE", "DESIGNS", "WANTED", "Prediction", "main", "predict", "predict_with"]
 
