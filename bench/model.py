@@ -26,6 +26,8 @@ from locoprop_kernels.schedule.costs import ACTIVATION_BYTES, OPERAND_BYTES, UPD
 from locoprop_kernels.schedule.row_blocks import PASS_BYTES
 from locoprop_kernels.schedule.tiling import Layer, all_tiles
 
+__all__ = ["BEFORE", "DESIGNS", "WANTED", "Prediction", "main", "predict", "predict_with"]
+
 _PAGE = Path(__file__).with_name("MODEL.md")
 _COLUMNS: tuple[str, ...] = (
     "case",
@@ -49,8 +51,6 @@ _DESIGN_COLUMNS: tuple[str, ...] = (
     "loops",
     "with least L2",
 )
-
-__all__ = ["BEFORE", "DESIGNS", "WANTED", "Prediction", "main", "predict", "predict_with"]
 
 #: The epilogues of sm_90 as they were when their instructions were first counted.
 BEFORE = (("activation", Issued(62.0, 4.0)), ("update", Issued(45.2, 2.0)))
