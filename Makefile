@@ -60,8 +60,8 @@ hooks: $(READY)  ## let git run the linters before each commit, with pre-commit
 docs: $(DOCS_READY)  ## build the guide; writes site/
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-gpu:  ## numerics, then timings, on this machine's GPU; uses $(PYTHON) as it is, installs nothing
-	PYTHONPATH=.:python $(PYTHON) -m bench.gpu
+gpu:  ## tests, rates, predictions beside measurements on this GPU, in eight minutes; $(PYTHON) as it is, installs nothing
+	PYTHONPATH=.:python $(PYTHON) -m bench.gpu $(ARGS)
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info demo_out bench_out site .pytest_cache .mypy_cache .ruff_cache

@@ -15,7 +15,15 @@ from bench import report
 __all__ = ["differences", "figures", "main", "strip"]
 
 
-_COMPILED = ("registers", "spill_bytes", "shared_bytes", "scalar_products")
+_COMPILED = (
+    "registers",
+    "spill_bytes",
+    "shared_bytes",
+    "scalar_products",
+    "instructions",
+    "serial_loops",
+    "epilogue_instructions",
+)
 
 
 def figures(results: dict[str, Any]) -> dict[str, float]:
@@ -32,8 +40,16 @@ def figures(results: dict[str, Any]) -> dict[str, float]:
                     found[f"{case} / {name} / {key}"] = fact[key]
     # A compile report has records, and so has a baseline that was made from one.
     for record in results.get("records", []):
-        for key in _COMPILED:
-            found[f"{record['kernel']} [{record['configuration']}] {record['target']} / {key}"] = record[key]
+        for key, value in _compiled(record).items():
+            found[f"{record['kernel']} [{record['configuration']}] {record['target']} / {key}"] = value
+    return found
+
+
+def _compiled(record: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a compiled kernel, of a report or of a baseline."""
+    found = {key: record[key] for key in _COMPILED if key in record}
+    if counts := record.get("epilogue"):
+        found["epilogue_instructions"] = counts["instructions"]
     return found
 
 
@@ -52,7 +68,7 @@ def strip(results: dict[str, Any]) -> dict[str, Any]:
         if facts:
             cases[case] = {"contestants": facts}
     records = [
-        {key: record[key] for key in ("kernel", "configuration", "target", *_COMPILED)}
+        {key: record[key] for key in ("kernel", "configuration", "target")} | _compiled(record)
         for record in results.get("records", [])
     ]
     return {**kept, **({"cases": cases} if cases else {}), **({"records": records} if records else {})}
@@ -73,7 +89,7 @@ def differences(
         elif "speedup" in key or "fraction" in key:
             change = after / before - 1
             verdict = f"slower {change:+.0%}" if change < -tolerance else f"faster {change:+.0%}" * (change > tolerance)
-        elif after > before:
+        elif after > before * (1 + tolerance if "instructions" in key else 1):
             verdict = "more"
         rows.append((key, before, after, verdict))
     return rows

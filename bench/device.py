@@ -113,13 +113,17 @@ def clock(run: Callable[[], object], device: torch.device, repeats: int = 1, by:
     return (now() - begin) / repeats
 
 
-def rates(device: torch.device, by: str = "wall") -> dict[str, float]:
-    """Best measured rates: ``copy`` in bytes/s (read plus written), products in FLOP/s by precision."""
+def rates(device: torch.device, by: str = "wall", size: int | None = None) -> dict[str, float]:
+    """Best measured rates: ``copy`` in bytes/s (read plus written), products in FLOP/s by precision.
+
+    ``size`` is that of the products' matrices; the copied tensor is a hundred times larger than one of them.
+    """
     gpu = device.type == "cuda"
-    source = torch.empty(2**28 if gpu else 2**25, device=device).fill_(1.0)
+    numbers = 2**28 if gpu else 2**25
+    source = torch.empty(100 * size**2 if size else numbers, device=device).fill_(1.0)
     target = torch.empty_like(source)
     found = {"copy": 2 * source.nbytes / _best(lambda: target.copy_(source), device, by)}
-    size = 8192 if gpu else 1536
+    size = size or (8192 if gpu else 1536)
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16, **({"tf32": torch.float32} if gpu else {})}
     for name, dtype in precisions.items():
         if gpu:

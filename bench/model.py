@@ -8,20 +8,59 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.cases import Case, select
+from locoprop_kernels import schedule
 from locoprop_kernels.devices import DEVICES, H100, DeviceModel
+from locoprop_kernels.epilogues import Issued
 from locoprop_kernels.kernels import configs
 from locoprop_kernels.kernels.choose import choose, predicted
 from locoprop_kernels.schedule import row_blocks, rows_bytes
 from locoprop_kernels.schedule.costs import ACTIVATION_BYTES, OPERAND_BYTES, UPDATE_BYTES
 from locoprop_kernels.schedule.row_blocks import PASS_BYTES
+from locoprop_kernels.schedule.tiling import Layer, all_tiles
 
-__all__ = ["Prediction", "main", "predict", "predict_with"]
+__all__ = ["BEFORE", "DESIGNS", "WANTED", "Prediction", "main", "predict", "predict_with"]
+
+_PAGE = Path(__file__).with_name("MODEL.md")
+_COLUMNS: tuple[str, ...] = (
+    "case",
+    "GFLOP",
+    "tiles n × b × k",
+    "driver",
+    "balance",
+    "a local step",
+    "of it, HBM could take",
+    "floor",
+    "loop",
+    "of floor",
+    "loop with least L2",
+)
+_DESIGN_COLUMNS: tuple[str, ...] = (
+    "case",
+    "design",
+    "issued for an element",
+    "tiles",
+    "driver",
+    "loops",
+    "with least L2",
+)
+
+#: The epilogues of sm_90 as they were when their instructions were first counted.
+BEFORE = (("activation", Issued(62.0, 4.0)), ("update", Issued(45.2, 2.0)))
+#: What is wanted of them.
+WANTED = (("activation", Issued(15.0, 2.0)), ("update", Issued(25.0, 2.0)))
+#: Cases whose predictions are compared with those of the design before, with the configuration and driver it took.
+DESIGNS = {
+    "paper-local": (configs.Config(128, 128, 64, 64, stages=4, slices=2), "single"),
+    "square-4096-B8192": (configs.Config(128, 256, 256, 64, stages=4, slices=8, general=False), "grouped"),
+}
 
 # Of a weight's UPDATE_BYTES, what the epilogues write: Δ, its 16-bit copy and two slots.
 _WRITTEN_BYTES = 14
@@ -39,7 +78,7 @@ class Prediction:
         driver: ``"single"``, ``"grouped"`` or ``"rows"``.
         seconds: the whole: start, local steps, and the traffic that fills the caches.
         step: a local step; the longer of the next two.
-        queue: what the schedule predicts for it: products or loads from L2, epilogues, waits.
+        queue: what the schedule predicts for it: products or their loads, epilogues, latencies, waits.
         memory: traffic of a local step with HBM, as far as its tensors exceed L2.
         floor: the products of the whole loop at the full rate.
         balance: an even share of the work over the longest queue; 1 is perfect.
@@ -71,7 +110,7 @@ def predict_with(case: Case, config: configs.Config, driver: str, device: Device
         return _predict_rows(case, config, device)
     sizes = _sizes(case)
     steps = case.iterations - 1
-    even = predicted(config, "grouped", sizes, "product", device.with_multiprocessors(1)) / device.multiprocessors
+    even = _even(sizes, config, driver, device)
     queue = predicted(config, driver, sizes, "product", device)
     weights = sum(layer.inputs * layer.outputs for layer in case.layers)
     activations = sum(batch * outputs for batch, _, outputs in sizes)
@@ -82,7 +121,7 @@ def predict_with(case: Case, config: configs.Config, driver: str, device: Device
     written = OPERAND_BYTES * activations + _WRITTEN_BYTES * weights
     missed = max(0.0, 1 - device.cache_bytes / read)
     memory = missed * (read + written) / device.memory_bandwidth
-    queued = queue / device.macs_per_second
+    queued = queue / 1e12
     step = max(queued, memory)
     # The first step has no product.
     first = UPDATE_BYTES * weights / device.cache_bandwidth
@@ -98,11 +137,20 @@ def predict_with(case: Case, config: configs.Config, driver: str, device: Device
     )
 
 
+def _even(sizes: Sequence[Layer], config: configs.Config, driver: str, device: DeviceModel) -> float:
+    """Picoseconds of a local step if every program had the same share of the work, and waited for nothing."""
+    programs = device.multiprocessors * (config.occupancy if driver == "single" else 1)
+    total = 0
+    for phase, tiles in zip(("activation", "update"), all_tiles(sizes, config.tiles), strict=True):
+        total += int(schedule.tile_costs(tiles, sizes, config.tiles, phase, device, programs).sum())
+    return total / programs
+
+
 def _predict_rows(case: Case, config: configs.Config, device: DeviceModel) -> Prediction:
     """The same for the rows driver: a pass over the weights for each local step, and one to check the result."""
     sizes = _sizes(case)
     weights = sum(inputs * outputs for _, inputs, outputs in sizes)
-    queued = predicted(config, "rows", sizes, "product", device) / device.macs_per_second
+    queued = predicted(config, "rows", sizes, "product", device) / 1e12
     # Only n-blocks whose programs run take part in the traffic; their programs run all local steps.
     programs = len(row_blocks(sizes, config.tiles))
     resident = min(1.0, device.multiprocessors * config.occupancy / programs)
@@ -144,27 +192,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
     parser.add_argument("case", nargs="*", help="names, families or prefixes of cases, as of the benchmark")
     parser.add_argument("--device", choices=[*devices], default=H100.name, help="default: %(default)s")
+    parser.add_argument("--designs", action="store_true", help="the design before beside the present one, instead")
+    parser.add_argument("--write", action="store_true", help="put both tables into bench/MODEL.md, by an H100")
     options = parser.parse_args(arguments)
-    table = Table(
-        "case", "GFLOP", "tiles", "driver", "balance", "a step", "from L2", "from HBM", "floor", "loop", "share"
-    )
-    for case in select(options.case, quick=False):
-        if case.loss == "squared":
-            continue
-        found = predict(case, device=devices[options.device])
-        config = found.config
-        table.add_row(
-            case.name,
-            f"{4 * (case.iterations - 1) * sum(b * k * n for b, k, n in _sizes(case)) / 1e9:,.0f}",
-            f"{config.n}x{config.b}x{config.k}",
-            found.driver,
-            f"{found.balance:.2f}",
-            *(f"{1e6 * seconds:,.0f} µs" for seconds in (found.step, found.queue, found.memory)),
-            *(f"{1e3 * seconds:.3g} ms" for seconds in (found.floor, found.seconds)),
-            f"{found.floor / found.seconds:.0%}",
-        )
-    Console(width=140).print(table)
+    if options.write:
+        _write(_PAGE)
+        return 0
+    device = devices[options.device]
+    if options.designs:
+        rows, columns = _designs(device), _DESIGN_COLUMNS
+    else:
+        rows = [_row(case, device) for case in select(options.case, quick=False) if case.loss != "squared"]
+        columns = _COLUMNS
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=150).print(table)
     return 0
+
+
+def _row(case: Case, device: DeviceModel) -> list[str]:
+    """A line of the table of predictions."""
+    found = predict(case, device=device)
+    config = found.config
+    return [
+        case.name,
+        f"{4 * (case.iterations - 1) * sum(b * k * n for b, k, n in _sizes(case)) / 1e9:,.0f}",
+        f"{config.n} × {config.b} × {config.k}",
+        found.driver,
+        f"{found.balance:.2f}",
+        *(f"{1e6 * seconds:,.0f} µs" for seconds in (found.step, found.memory)),
+        *(f"{1e3 * seconds:.3g} ms" for seconds in (found.floor, found.seconds)),
+        f"{found.floor / found.seconds:.0%}",
+        f"{1e3 * predict(case, device=device.pessimistic).seconds:.3g} ms",
+    ]
+
+
+def _designs(device: DeviceModel) -> list[list[str]]:
+    """The local loops of a few cases in a CUDA graph: by the epilogues and tiles of before, and by those of now."""
+    rows = []
+    for name, (config, driver) in DESIGNS.items():
+        (case,) = select([name], quick=False)[:1]
+        old, wanted = (replace(device, other_epilogues=found) for found in (BEFORE, WANTED))
+        present = predict(case, device=device)
+        for design, model, tiles, by in (
+            ("before", old, config, driver),
+            ("its tiles, epilogues of now", device, config, driver),
+            ("now", device, present.config, present.driver),
+            ("with the epilogues that are wanted", wanted, present.config, present.driver),
+        ):
+            loops = [predict_with(case, tiles, by, one).seconds - one.start for one in (model, model.pessimistic)]
+            issued = " and ".join(f"{model.epilogues[phase].instructions:g}" for phase in ("activation", "update"))
+            shape = f"{tiles.n} × {tiles.b} × {tiles.k}" + f", {tiles.occupancy} programs" * (tiles.occupancy > 1)
+            rows.append([name, design, issued, shape, by, *(f"{1e3 * seconds:.3g} ms" for seconds in loops)])
+    return rows
+
+
+def _write(page: Path) -> None:
+    """Replace the tables of the page, whose table of predictions keeps its cases."""
+    text = page.read_text()
+    for columns in (_DESIGN_COLUMNS, _COLUMNS):
+        head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+        before, found, after = text.partition(head)
+        if not found:
+            raise ValueError(f"{page.name} must have a table with the columns {', '.join(columns)}")
+        old = list(takewhile(lambda line: line.startswith("|"), after.splitlines(keepends=True)))
+        rows = _designs(H100)
+        if columns is _COLUMNS:
+            cases = {case.name: case for case in select([], quick=False)}
+            rows = [_row(cases[line.split("|")[1].strip()], H100) for line in old]
+        new = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        text = before + head + new + after[len("".join(old)) :]
+    page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from locoprop_kernels.epilogues import EPILOGUES, Issued
+
 __all__ = ["DEVICES", "H100", "INTERPRETER", "UNKNOWN", "DeviceModel", "lookup"]
 
 
@@ -29,7 +31,14 @@ class DeviceModel:
         cache_bandwidth: bytes out of the last cache that all multiprocessors share.
         cache_bytes: size of that cache.
         shared_bytes: the most shared memory that one program gets.
-        tile_efficiency: share of ``flops_bf16`` that a kernel reaches inside its tiles.
+        least_cache_bandwidth: the same, if the device is slower than is hoped; ``None`` where there is one estimate.
+        clock: cycles of a multiprocessor.
+        tile_efficiency: share of ``flops_bf16`` that a kernel reaches inside its tiles, if their operands come in time.
+        matrix_rows: rows of a tile that one matrix instruction multiplies, for which it reads the other operand once.
+        shared_bytes_per_cycle: of a multiprocessor's shared memory.
+        issued_per_cycle: instructions for a lane that a multiprocessor issues.
+        special_per_cycle: special functions (exponentials, reciprocals, square roots) that it computes.
+        tile_latency: seconds of a tile in which nothing is computed: reads that wait for each other.
         multiprocessor_bandwidth: bytes out of the cache that one multiprocessor can take, if others leave them to it.
         wait: seconds from the last signal of the single launch to the first load of who waits for it.
         launch: seconds from the end of a launch to the first product of the next.
@@ -37,6 +46,7 @@ class DeviceModel:
         start: seconds of a step before and after the loop: tables, copies, launches from Python.
         most_tiles_per_multiprocessor: the single launch takes no more. Beyond it a local step takes so long that two
             launches cost nothing, and the hardware's own queue balances better.
+        other_epilogues: phases and what their epilogues issue, in place of what is known of the target.
     """
 
     name: str
@@ -49,20 +59,33 @@ class DeviceModel:
     cache_bandwidth: float
     cache_bytes: float
     shared_bytes: int
-    # Guess: between Triton's products of matrices (0.75) and its fused kernels.
-    tile_efficiency: float = 0.65
+    least_cache_bandwidth: float | None = None
+    # Published: an H100's under load.
+    clock: float = 1.755e9
+    # Guess: filling and draining the pipeline.
+    tile_efficiency: float = 0.9
+    # Guess, for matrix instructions whose operands are loaded into registers first.
+    matrix_rows: int = 32
+    # Vendor's programming guide, as the next two.
+    shared_bytes_per_cycle: int = 128
+    issued_per_cycle: int = 128
+    special_per_cycle: int = 16
+    # Counted: ten reads that wait for each other (list, row, counter, table, first operands, table again). Guess: each
+    # takes 0.3 µs under load.
+    tile_latency: float = 3e-6
     # Guess: 64 bytes a clock, at 1.7 GHz.
     multiprocessor_bandwidth: float = 1.1e11
-    # Guess: two round trips to the cache, about 1.5 µs; on an H100 3.0 million multiply-accumulates.
+    # Guess: two round trips to the cache, with an atomic operation each.
     wait: float = 1.53e-6
     # Published for an H100: 1.3 µs from launch to launch. Guess: 1.5 µs to the first product.
     launch: float = 2.8e-6
-    # Guess: Triton's launcher, called from Python, about 20 µs; on an H100 40 million multiply-accumulates.
+    # Guess: Triton's launcher, called from Python.
     host_launch: float = 20.4e-6
     # Guess.
     start: float = 60e-6
     # Guess.
     most_tiles_per_multiprocessor: int = 64
+    other_epilogues: tuple[tuple[str, Issued], ...] = ()
 
     def with_multiprocessors(self, count: int) -> DeviceModel:
         """The same architecture with ``count`` multiprocessors, each as fast and as near to the cache as here."""
@@ -76,22 +99,38 @@ class DeviceModel:
             flops_tf32=share * self.flops_tf32,
             flops_ieee=share * self.flops_ieee,
             cache_bandwidth=share * self.cache_bandwidth,
+            least_cache_bandwidth=self.least_cache_bandwidth and share * self.least_cache_bandwidth,
         )
 
     @property
+    def pessimistic(self) -> DeviceModel:
+        """The same device with the least of the bandwidths that its cache may have."""
+        return replace(self, cache_bandwidth=self.least_cache_bandwidth or self.cache_bandwidth)
+
+    @property
+    def epilogues(self) -> dict[str, Issued]:
+        """What the epilogues of each phase issue for an element; where nothing is known of the target, as on sm_90."""
+        return dict(self.other_epilogues) or EPILOGUES.get(self.target, EPILOGUES["sm_90"])
+
+    @property
     def macs_per_second(self) -> float:
-        """Multiply-accumulates of one multiprocessor inside its tiles; the unit of all costs is one of them."""
-        return self.flops_bf16 * self.tile_efficiency / self.multiprocessors / 2
+        """Multiply-accumulates of one multiprocessor inside its tiles."""
+        return _rounded(self.flops_bf16 * self.tile_efficiency / self.multiprocessors / 2)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes out of the cache for one multiprocessor, if all take their share."""
+        return _rounded(self.cache_bandwidth / self.multiprocessors)
 
     @property
     def bytes_per_mac(self) -> float:
         """Bytes out of the cache in the time of a multiply-accumulate."""
-        return _two_digits(self.cache_bandwidth / self.multiprocessors / self.macs_per_second)
+        return self.bytes_per_second / self.macs_per_second
 
     @property
     def wait_cost(self) -> int:
-        """``wait`` in multiply-accumulates."""
-        return int(_two_digits(self.wait * self.macs_per_second))
+        """``wait`` in picoseconds, the unit of all costs."""
+        return round(self.wait * 1e12)
 
     @property
     def round_trip(self) -> float:
@@ -100,18 +139,18 @@ class DeviceModel:
 
     @property
     def launch_cost(self) -> int:
-        """``launch`` in multiply-accumulates."""
-        return int(_two_digits(self.launch * self.macs_per_second))
+        """``launch`` in picoseconds."""
+        return round(self.launch * 1e12)
 
     @property
     def host_launch_cost(self) -> int:
-        """``host_launch`` in multiply-accumulates."""
-        return int(_two_digits(self.host_launch * self.macs_per_second))
+        """``host_launch`` in picoseconds."""
+        return round(self.host_launch * 1e12)
 
 
-def _two_digits(value: float) -> float:
-    """Estimates are no better than that, and rounded costs do not hang on the last bit of a quotient."""
-    return float(f"{value:.1e}")
+def _rounded(value: float) -> float:
+    """To four digits, so that a part of a device has the rates of the whole to the last bit."""
+    return float(f"{value:.3e}")
 
 
 H100 = DeviceModel(
@@ -125,10 +164,14 @@ H100 = DeviceModel(
     # Measured on such machines: products with cuBLAS, and copies.
     flops_bf16=798e12,
     memory_bandwidth=3.0e12,
-    # Published microbenchmarks.
-    cache_bandwidth=5.5e12,
+    # Published: kernels with tiles of 128 x 256 and no multicast multiply 650 to 670 TFLOP/s, which needs as much; and
+    # what microbenchmarks have measured.
+    cache_bandwidth=7.9e12,
+    least_cache_bandwidth=5.5e12,
     # Vendor's programming guide, as for all of the vendor's devices below.
     shared_bytes=227 * 1024,
+    # Instructions of a warp group have 64 rows.
+    matrix_rows=64,
 )
 
 #: Every GPU that there are numbers for. Where several have one target, the first stands for it.
@@ -143,9 +186,11 @@ DEVICES = (
         flops_ieee=19.5e12,
         memory_bandwidth=2.04e12,
         cache_bytes=40e6,
-        # Guess: as much for each multiprocessor as on an H100.
+        # Guess: as much for each multiprocessor as microbenchmarks found on an H100.
         cache_bandwidth=4.5e12,
         shared_bytes=163 * 1024,
+        # Vendor's datasheet: the highest.
+        clock=1.41e9,
     ),
     DeviceModel(
         name="A40",
@@ -157,9 +202,11 @@ DEVICES = (
         flops_ieee=37.4e12,
         memory_bandwidth=0.696e12,
         cache_bytes=6e6,
-        # Guess: as much for each multiprocessor as on an H100.
+        # Guess: as much for each multiprocessor as microbenchmarks found on an H100.
         cache_bandwidth=3.5e12,
         shared_bytes=99 * 1024,
+        # Vendor's datasheet: the highest.
+        clock=1.74e9,
     ),
     DeviceModel(
         name="L40S",
@@ -171,9 +218,11 @@ DEVICES = (
         flops_ieee=91.6e12,
         memory_bandwidth=0.864e12,
         cache_bytes=96e6,
-        # Guess: as much for each multiprocessor as on an H100.
+        # Guess: as much for each multiprocessor as microbenchmarks found on an H100.
         cache_bandwidth=5.9e12,
         shared_bytes=99 * 1024,
+        # Vendor's datasheet: the highest.
+        clock=2.52e9,
     ),
     H100,
     replace(
@@ -195,9 +244,12 @@ DEVICES = (
         multiprocessors=148,
         flops_ieee=75e12,
         cache_bytes=126e6,
-        # Guess: two dies, each as an H100.
+        # Guess: two dies, each as an H100 in the worst case.
         cache_bandwidth=11e12,
         shared_bytes=227 * 1024,
+        matrix_rows=128,
+        # Guess.
+        clock=1.85e9,
     ),
     DeviceModel(
         name="B300",
@@ -212,6 +264,9 @@ DEVICES = (
         cache_bytes=126e6,
         cache_bandwidth=11e12,
         shared_bytes=227 * 1024,
+        matrix_rows=128,
+        # Guess.
+        clock=1.85e9,
     ),
     DeviceModel(
         name="RTX-5090",
@@ -223,9 +278,11 @@ DEVICES = (
         flops_ieee=104.8e12,
         memory_bandwidth=1.79e12,
         cache_bytes=96e6,
-        # Guess: as much for each multiprocessor as on an H100.
+        # Guess: as much for each multiprocessor as microbenchmarks found on an H100.
         cache_bandwidth=7.1e12,
         shared_bytes=99 * 1024,
+        # Vendor's datasheet: the highest.
+        clock=2.41e9,
     ),
     DeviceModel(
         name="MI250X",
@@ -237,10 +294,14 @@ DEVICES = (
         flops_ieee=47.9e12,
         memory_bandwidth=1.6e12,
         cache_bytes=8e6,
-        # Guess: as much for each compute unit as for a multiprocessor of an H100.
+        # Guess: as much for each compute unit as microbenchmarks found for a multiprocessor of an H100.
         cache_bandwidth=4.6e12,
         # Vendor's documentation, as for all of the vendor's devices below: the local data share of a workgroup.
         shared_bytes=64 * 1024,
+        # Vendor's datasheet: the highest.
+        clock=1.7e9,
+        # Vendor's documentation: four units of 16 lanes.
+        issued_per_cycle=64,
     ),
     DeviceModel(
         name="MI300X",
@@ -255,6 +316,10 @@ DEVICES = (
         cache_bytes=256e6,
         cache_bandwidth=17.2e12,
         shared_bytes=64 * 1024,
+        # Vendor's datasheet: the highest.
+        clock=2.1e9,
+        # Vendor's documentation: four units of 16 lanes.
+        issued_per_cycle=64,
     ),
     DeviceModel(
         name="MI355X",
@@ -269,6 +334,10 @@ DEVICES = (
         # Guess: as of an MI300X.
         cache_bandwidth=17.2e12,
         shared_bytes=160 * 1024,
+        # Vendor's datasheet: the highest.
+        clock=2.4e9,
+        # Vendor's documentation: four units of 16 lanes.
+        issued_per_cycle=64,
     ),
 )
 

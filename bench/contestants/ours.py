@@ -33,12 +33,19 @@ def contestants(gpu: bool) -> list[Contestant]:
     return [*found, Contestant("ours-graph-bf16", partial(_build_graph, precision="bf16"), precision="bf16")]
 
 
-def with_config(config: Config, precision: str = "bf16", driver: str | None = None) -> Contestant:
-    """Ours with a configuration of the Triton kernels, to tune them."""
-    name = f"{config.n}x{config.b}x{config.k}-r{config.r}-w{config.warps}-s{config.stages}-p{config.slices}"
+def with_config(
+    config: Config | None, precision: str = "bf16", driver: str | None = None, graphed: bool = False
+) -> Contestant:
+    """Ours with a configuration of the Triton kernels, to tune them; ``graphed`` as one CUDA graph."""
+    shape = "chosen"
+    if config is not None:
+        shape = f"{config.n}x{config.b}x{config.k}-r{config.r}-w{config.warps}-s{config.stages}-p{config.slices}"
+        shape += f"-o{config.occupancy}" * (config.occupancy > 1)
     use = {"config": config, "driver": driver}
-    build = partial(_build, precision=precision, backend="triton", use=use)
-    return Contestant(f"ours-{precision}-{driver or 'auto'}-{name}", build, precision=precision)
+    name = f"ours-{'graph-' * graphed}{precision}-{driver or 'auto'}-{shape}"
+    if graphed:
+        return Contestant(name, partial(_build_graph, precision=precision, use=use), precision=precision)
+    return Contestant(name, partial(_build, precision=precision, backend="triton", use=use), precision=precision)
 
 
 def _contestant(name: str, precision: str, backend: str, **use: Any) -> Contestant:
@@ -127,10 +134,11 @@ def _with_kernels(run: Callable[[], object], use: dict[str, Any]) -> Callable[[]
     return wrapped
 
 
-def _build_graph(work: Work, precision: str) -> Entry:
+def _build_graph(work: Work, precision: str, use: dict[str, Any] | None = None) -> Entry:
     """The whole of ours as one CUDA graph, with the state made before the capture."""
     loop = _loop(work, DTYPES[precision], "triton")
-    loop.run()
+    run = _with_kernels(loop.run, use) if use else loop.run
+    run()
     with torch.no_grad():
         for changed, start in zip(loop.parameters(), work.parameters, strict=True):
             for tensor, value in zip(changed, start, strict=True):
@@ -140,5 +148,5 @@ def _build_graph(work: Work, precision: str) -> Entry:
         for slot in loop.state():
             slot.zero_()
         weights = [tensor for pair in loop.parameters() for tensor in pair if tensor is not None]
-    replay, keep = cuda_graph(loop.run, [*weights, *loop.state()])
+    replay, keep = cuda_graph(run, [*weights, *loop.state()])
     return Entry(replay, loop.parameters, keep=(keep, loop))

@@ -1,7 +1,8 @@
 """What the compiler makes of every kernel, for GPUs that need not be there.
 
-Exits with status 1 if a default configuration spills registers, needs more shared memory than the target has, or
-multiplies without matrix instructions where the target has them (IEEE fp32 aside).
+Exits with status 1 if a default configuration spills registers, needs more shared memory than the target has,
+multiplies without matrix instructions where the target has them (IEEE fp32 aside), or waits for every one of them.
+What epilogues issue for an element of their tile and how wide they read and write is reported beside what is wanted.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import multiprocessing
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from locoprop_kernels.compile_report.inspection import Record, Variant
+    from locoprop_kernels.compile_report.inspection import Counts, Record, Variant
 
 __all__ = ["TARGETS", "compile_all", "main"]
 
@@ -88,17 +89,31 @@ def _opcodes(counts: dict[str, int]) -> str:
     return " ".join(f"{opcode}:{count}" for opcode, count in sorted(counts.items(), key=lambda item: -item[1])) or "-"
 
 
+def _epilogue(counts: Counts | None) -> str:
+    """Instructions and special functions for an element, and accesses to global memory by their bits."""
+    if counts is None:
+        return "-"
+    accesses = "; ".join(
+        f"{name} {' '.join(f'{bits}:{count}' for bits, count in sorted(found.items(), reverse=True))}"
+        for name, found in (("loads", counts.loads), ("stores", counts.stores))
+    )
+    return f"{counts.per_element:.1f} ({counts.special / counts.elements:.1f}) an element; {accesses}"
+
+
 def _print_table(records: Sequence[Record]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     # A file or a pipe has no width; cut nothing off there.
-    console = Console(width=None if sys.stdout.isatty() else 240)
+    console = Console(width=None if sys.stdout.isatty() else 300)
     table = Table("kernel", "configuration", "target", title="Default configurations, compiled ahead of time")
     for column in ("registers", "spill_bytes", "shared_bytes"):
         table.add_column(column, justify="right")
     table.add_column("matrix instructions", overflow="fold")
     table.add_column("load instructions", overflow="fold")
+    table.add_column("code, KiB", justify="right")
+    # Of an element, all instructions and special functions; accesses to global memory by their bits.
+    table.add_column("epilogue", overflow="fold")
     for record in records:
         table.add_row(
             record.kernel,
@@ -109,6 +124,8 @@ def _print_table(records: Sequence[Record]) -> None:
             str(record.shared_bytes),
             _opcodes(record.matrix_instructions),
             _opcodes(record.load_instructions),
+            f"{record.code_bytes / 1024:.0f}",
+            _epilogue(record.epilogue),
             style="red" if record.violations() else None,
         )
     console.print(table)
@@ -125,11 +142,11 @@ def _report(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _violations(records: Sequence[Record]) -> list[str]:
+def _said_of(records: Sequence[Record], what: Callable[[Record], list[str]]) -> list[str]:
     return [
-        f"{record.kernel} [{record.configuration}] for {record.target} {violation}"
+        f"{record.kernel} [{record.configuration}] for {record.target} {text}"
         for record in records
-        for violation in record.violations()
+        for text in what(record)
     ]
 
 
@@ -168,8 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with open(options.json, "w") as file:
             json.dump(_report(records), file, indent=1)
             file.write("\n")
-    violations = _violations(records)
+    shortfalls = _said_of(records, lambda record: record.shortfalls())
+    for shortfall in shortfalls:
+        print(f"not as wanted: {shortfall}", file=sys.stderr)
+    violations = _said_of(records, lambda record: record.violations())
     for violation in violations:
         print(f"VIOLATION: {violation}", file=sys.stderr)
-    print(f"{len(records)} kernels compiled, {len(violations)} violations")
+    print(f"{len(records)} kernels compiled, {len(violations)} violations, {len(shortfalls)} not as wanted")
     return 1 if violations else 0

@@ -19,18 +19,42 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from locoprop_kernels.compile_report import flow
 from locoprop_kernels.devices import DEVICES, lookup
 
-__all__ = ["Record", "Variant", "compile_variant", "gpu_target"]
+__all__ = ["Epilogue", "Record", "Variant", "compile_variant", "gpu_target"]
 
 _MATRIX = re.compile(r"[A-Z0-9]*MMA$|v_(s?mfmac?|wmma)_\w+")
 # Matrix instructions that keep all bits of fp32 exist on AMD alone.
 _EXACT_MATRIX = re.compile(r"v_mfma_f32_\d+x\d+x\d+_?(\d+b_)?f32")
 _LOAD = re.compile(r"(LD(G|GSTS|S|SM|L|TM)?|UTMALDG|UBLKCP)$|(global|buffer|flat|scratch)_load_\w+|ds_read\w*")
-_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)([.\w]*)", re.MULTILINE)
-_AMDGCN = re.compile(r"^\s+([a-z]+_[a-z0-9_]+)\b()", re.MULTILINE)
+# Of asynchronous matrix instructions, as sm_90 and sm_100 have: wait for them, or ask to be told of their end.
+_WAIT = re.compile(r"WARPGROUP\.DEPBAR|UTCBAR")
+# Exponential, reciprocal, square root and their like, for which a multiprocessor has fewer lanes.
+_SPECIAL = re.compile(r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_\w+")
+_ACCESS = re.compile(r"(LD|ST)G(?=\.|$)|(?:global|flat)_(load|store)_")
+_BITS = {"64": 64, "128": 128, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+_NARROWER = re.compile(r"\.[US](8|16)\b|_(u?s?byte|u?s?short)")
+_SASS_BYTES = 16
 # A product that stayed in a plain register layout is done with scalar multiply-adds.
 _SCALAR_DOT = re.compile(r"\btt\.dot\b[^\n]*parent = #blocked")
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What a kernel writes after its product: what its instructions are counted for.
+
+    Attributes:
+        phase: ``"activation"`` or ``"update"``.
+        elements: of a program's tile.
+        slices: into how many slices of it the epilogue is cut.
+        most: instructions for an element that it should not exceed on sm_90; ``None`` where nothing is asked.
+    """
+
+    phase: str
+    elements: int
+    slices: int = 1
+    most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +70,7 @@ class Variant:
         divisible: arguments that are multiples of 16 (sizes) or aligned to 16 bytes (pointers).
         precision: of the products' operands: "bf16", "fp16", "tf32", "ieee", "fp8"; "none" without products.
         options: options of the launch: ``num_warps``, ``num_stages``, ...
+        epilogue: what to count the instructions of; ``None`` for nothing.
     """
 
     kernel: str
@@ -56,6 +81,51 @@ class Variant:
     divisible: tuple[str, ...] = ()
     precision: str = "none"
     options: Mapping[str, Any] = field(default_factory=dict)
+    epilogue: Epilogue | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a warp issues in an epilogue, in an ordinary local step: neither the first nor the last.
+
+    Attributes:
+        phase: ``"activation"`` or ``"update"``.
+        elements: of the tile, for a thread.
+        instructions: all of them.
+        special: exponentials, reciprocals, square roots.
+        loads: from global memory, by their width in bits.
+        stores: to global memory, likewise.
+        most: instructions for an element that were asked for.
+    """
+
+    phase: str
+    elements: int
+    instructions: int
+    special: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    most: float | None = None
+
+    @property
+    def per_element(self) -> float:
+        """Instructions for an element."""
+        return self.instructions / self.elements
+
+    def shortfalls(self) -> list[str]:
+        """What is asked for and not reached."""
+        found = []
+        if self.most is not None and self.per_element > self.most:
+            found.append(f"issues {self.per_element:.1f} instructions for an element, more than {self.most:g}")
+        # Every tile reads a few numbers of the layer table, and a thread or two write sums; a matrix that is read
+        # element by element has as many accesses as elements, and one of 16 bits written by 64 a quarter.
+        loads, stores = sum(self.loads.values()), sum(self.stores.values())
+        narrow_loads = sum(count for bits, count in self.loads.items() if bits < 64)
+        narrow_stores = sum(count for bits, count in self.stores.items() if bits < 128)
+        if narrow_loads > self.elements / 2:
+            found.append(f"reads less than 64 bits at a time in {narrow_loads} of {loads} loads")
+        if narrow_stores > self.elements / 8:
+            found.append(f"writes less than 128 bits at a time in {narrow_stores} of {stores} stores")
+        return found
 
 
 @dataclass(frozen=True)
@@ -73,6 +143,10 @@ class Record:
         instructions: all of them.
         scalar_products: ``tl.dot`` operations that did not become matrix instructions.
         seconds: compilation time (short if it was cached).
+        code_bytes: size of the code.
+        serial_loops: loops of products that wait more than once for asynchronous matrix instructions, so that these
+            run one after another.
+        epilogue: its counts, where the variant asks for them.
     """
 
     kernel: str
@@ -88,6 +162,9 @@ class Record:
     instructions: int
     scalar_products: int
     seconds: float
+    code_bytes: int = 0
+    serial_loops: int = 0
+    epilogue: Counts | None = None
 
     def violations(self) -> list[str]:
         """Why this must not be a default configuration; empty if it may."""
@@ -108,11 +185,17 @@ class Record:
         rounding = [op for op in self.matrix_instructions if not _EXACT_MATRIX.fullmatch(op)]
         if self.precision == "ieee" and rounding:
             found.append(f"multiplies IEEE fp32 with {', '.join(rounding)}")
+        if self.serial_loops:
+            found.append(f"waits more than once for the matrix instructions of {self.serial_loops} loops")
         return found
+
+    def shortfalls(self) -> list[str]:
+        """What its epilogue should do and does not: reported, and no reason to fail."""
+        return [] if self.epilogue is None else self.epilogue.shortfalls()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "violations": self.violations()}
+        return {**asdict(self), "violations": self.violations(), "shortfalls": self.shortfalls()}
 
 
 def gpu_target(name: str) -> GPUTarget:
@@ -156,36 +239,62 @@ def compile_variant(variant: Variant, target: str) -> Record:
     compiled = triton.compile(source, target=gpu_target(target), options=dict(variant.options))
     seconds = time.perf_counter() - start
     code = _nvidia_code(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd_code(compiled.asm["amdgcn"])
+    opcodes = Counter(opcode.split(".")[0] for block in code.blocks for opcode in block.opcodes)
+    waits = [
+        sum(bool(_WAIT.match(opcode)) for i in loop for opcode in code.blocks[i].opcodes)
+        for loop in flow.product_loops(code.blocks, _MATRIX)
+    ]
+    lanes = gpu_target(target).warp_size * variant.options.get("num_warps", 4)
     return Record(
         kernel=variant.kernel,
         configuration=variant.configuration,
         target=target,
         precision=variant.precision,
+        registers=code.registers,
+        spill_bytes=code.spill_bytes,
         shared_bytes=compiled.metadata.shared,
         shared_limit=lookup(target).shared_bytes,
+        matrix_instructions={opcode: n for opcode, n in sorted(opcodes.items()) if _MATRIX.fullmatch(opcode)},
+        load_instructions={opcode: n for opcode, n in sorted(opcodes.items()) if _LOAD.fullmatch(opcode)},
+        instructions=opcodes.total(),
         scalar_products=len(_SCALAR_DOT.findall(compiled.asm["ttgir"])),
         seconds=round(seconds, 3),
-        **code,
+        code_bytes=code.size,
+        serial_loops=sum(count > 1 for count in waits),
+        epilogue=_counts(code.blocks, variant.epilogue, lanes, target) if variant.epilogue else None,
     )
 
 
-def _nvidia_code(cubin: bytes) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Code:
+    """Machine code of a function, and what its metadata say."""
+
+    registers: int
+    spill_bytes: int
+    size: int
+    blocks: list[flow.Block]
+
+
+def _nvidia_code(cubin: bytes) -> _Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-sass", "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack, local = map(int, _only(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text))
+    blocks = flow.nvidia_blocks(text)
+    size = _SASS_BYTES * sum(len(block.opcodes) for block in blocks)
     # Nothing but spilled registers lives on the stack of these kernels.
-    return {"registers": registers, "spill_bytes": stack + local, **_opcodes(_SASS.findall(text))}
+    return _Code(registers, stack + local, size, blocks)
 
 
-def _amd_code(text: str) -> dict[str, Any]:
+def _amd_code(text: str) -> _Code:
     (registers,) = map(int, _only(r"\.vgpr_count:\s+(\d+)", text))
     (scratch,) = map(int, _only(r"\.private_segment_fixed_size:\s+(\d+)", text))
     (spilled,) = map(int, _only(r"\.vgpr_spill_count:\s+(\d+)", text))
+    (size,) = map(int, _only(r"codeLenInByte = (\d+)", text))
     # Scalar registers spill to lanes of vector registers, which stay on the chip and are counted there.
-    return {"registers": registers, "spill_bytes": max(scratch, 4 * spilled), **_opcodes(_AMDGCN.findall(text))}
+    return _Code(registers, max(scratch, 4 * spilled), size, flow.amd_blocks(text))
 
 
 def _only(pattern: str, text: str) -> tuple[str, ...]:
@@ -196,10 +305,28 @@ def _only(pattern: str, text: str) -> tuple[str, ...]:
     return matches[0].groups()
 
 
-def _opcodes(instructions: list[tuple[str, str]]) -> dict[str, Any]:
-    counts = Counter(opcode for opcode, _ in instructions)
-    return {
-        "matrix_instructions": {opcode: n for opcode, n in sorted(counts.items()) if _MATRIX.fullmatch(opcode)},
-        "load_instructions": {opcode: n for opcode, n in sorted(counts.items()) if _LOAD.fullmatch(opcode)},
-        "instructions": sum(counts.values()),
-    }
+def _counts(blocks: list[flow.Block], epilogue: Epilogue, lanes: int, target: str) -> Counts | None:
+    """The counts of an epilogue, whose tile ``lanes`` threads share; ``None`` where no matrix instruction precedes."""
+    elements = epilogue.elements // lanes
+    # An element needs a special function, or half of one where two are computed at a time.
+    needed = (elements / 2, elements / epilogue.slices / 2)
+    path = flow.epilogue_path(blocks, _MATRIX, _SPECIAL, needed)
+    if path is None:
+        return None
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
+    for opcode in path:
+        if access := _ACCESS.match(opcode):
+            kind = loads if (access[1] or access[2]) in ("LD", "load") else stores
+            kind[_width(opcode)] += 1
+    special = sum(bool(_SPECIAL.fullmatch(opcode.split(".")[0])) for opcode in path)
+    most = epilogue.most if target == "sm_90" else None
+    return Counts(epilogue.phase, elements, len(path), special, dict(loads), dict(stores), most)
+
+
+def _width(opcode: str) -> int:
+    """Bits that an access to global memory moves for a thread."""
+    if narrower := _NARROWER.search(opcode):
+        return 16 if "16" in narrower[0] or "short" in narrower[0] else 8
+    found = [_BITS[part] for part in re.split(r"[._]", opcode) if part in _BITS]
+    return found[0] if found else 32

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from locoprop_kernels import devices, rules, transfers
-from locoprop_kernels.compile_report.inspection import Variant
+from locoprop_kernels.compile_report.inspection import Epilogue, Variant
 from locoprop_kernels.kernels import commit, configs, phases, prepare, rows, single, softmax
 from locoprop_kernels.kernels.decide import LayerShape, Machine, task_of
 from locoprop_kernels.kernels.plan import Plan
@@ -21,6 +21,8 @@ __all__ = ["of_config", "variants"]
 _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 _RULES: dict[str, rules.Rule] = {"rmsprop": rules.RMSprop(), "rmsprop centered": rules.RMSprop(centered=True)}
 _TRANSFERS = ("tanh", "relu", "sigmoid")
+# Instructions for an element that an epilogue with 16-bit operands should not exceed on sm_90, by kernel and note.
+_MOST = {("activation", "tanh"): 15.0, ("update", "rmsprop"): 25.0}
 _POINTERS = {"table_ptr": "*i64", "rates_ptr": "*fp32", "trace_ptr": "*fp64", "ok_ptr": "*u8"}
 _PROGRAMS = 100
 _BATCH, _SETS = 1000, 32
@@ -45,6 +47,8 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
             chosen = tuple(config for config in chosen if config not in configs.candidates(target, "bf16"))
         for config in chosen:
             found += of_config(config, precision, brief)
+            if precision == "bf16":
+                found.append(_one_transfer(config, precision))
         for config in configs.candidates(target, precision, lean=True):
             if not brief or config not in configs.candidates(target, precision):
                 found += [*_masked(config, precision), *_with_rows(config, precision)]
@@ -83,6 +87,12 @@ def of_config(config: configs.Config, precision: str, brief: bool = False) -> It
             "gram update", phases._update_kernel, _plan(config, precision, rules.RMSprop(), "gram"), "rmsprop"
         )
     yield _variant("softmax", softmax._softmax_kernel, _plan(config, precision, rules.RMSprop(), "softmax"), "")
+
+
+def _one_transfer(config: configs.Config, precision: str) -> Variant:
+    """The activation of layers with tanh alone, for the instructions of its epilogue."""
+    plan = _plan(config, precision, rules.RMSprop(), names=("tanh",))
+    return _variant("activation", phases._activation_kernel, plan, "tanh")
 
 
 def _masked(config: configs.Config, precision: str) -> Iterator[Variant]:
@@ -132,11 +142,12 @@ def _plan(
     masked: bool = False,
     sets: int = 1,
     driver: str = "",
+    names: tuple[str, ...] = _TRANSFERS,
 ) -> Plan:
-    """A plan of a step as a GPU would get it: of three layers, or of one in the other forms."""
+    """A plan of a step as a GPU would get it: of layers with these transfers, or of one in the other forms."""
     size = _BATCH if driver != "rows" else config.b * sets
     operand = _OPERANDS[precision]
-    names = {"gram": ("identity",), "softmax": ("softmax",)}.get(form, _TRANSFERS)
+    names = {"gram": ("identity",), "softmax": ("softmax",)}.get(form, names)
     shapes = [
         LayerShape(
             batch=size,
@@ -203,4 +214,15 @@ def _variant(kernel: str, function: Any, plan: Plan, note: str) -> Variant:
         divisible=tuple(name for name in signature if name.endswith("_ptr")),
         precision="none" if kernel in ("commit", "prepare", "softmax") else precision,
         options=options,
+        epilogue=_epilogue(kernel, plan, note),
     )
+
+
+def _epilogue(kernel: str, plan: Plan, note: str) -> Epilogue | None:
+    """What is counted: the epilogues of the tile kernels, in product form."""
+    config, width = plan.layout.kind.config, {"activation": plan.spec.P.block_b, "update": plan.spec.P.block_k}
+    operand = plan.layout.kind.operand
+    if kernel not in width or (operand == torch.float32 and plan.spec.P.precision == "ieee"):
+        return None
+    most = _MOST.get((kernel, note)) if operand == torch.bfloat16 else None
+    return Epilogue(kernel, config.n * width[kernel], config.slices, most)

@@ -15,7 +15,7 @@ Layers = tuple[tuple[int, int, int], ...]
 
 
 def predicted(config: Config, driver: str, layers: Layers, form: str, device: DeviceModel) -> float:
-    """Cost of a local step in multiply-accumulates of one program, waits included; a pure function.
+    """Cost of a local step in picoseconds, waits included; a pure function.
 
     Args:
         config: tile sizes.
@@ -25,15 +25,10 @@ def predicted(config: Config, driver: str, layers: Layers, form: str, device: De
         device: what is assumed of the device, with its number of multiprocessors.
     """
     if driver == "rows":
-        return device.macs_per_second * schedule.rows_step(
-            layers, config.tiles, config.occupancy, config.stages, device
-        )
+        return 1e12 * schedule.rows_step(layers, config.tiles, config.occupancy, config.stages, device)
     if driver == "single":
         plan = schedule.build(layers, config.tiles, device.multiprocessors * config.occupancy, device)
-        queues = plan.activation_queues + plan.update_queues
-        # The programs of a multiprocessor share its rates.
-        together = queues.reshape(config.occupancy, device.multiprocessors).sum(0)
-        return float(together.max() / queues.max()) * plan.makespan(3) / 3 + 2 * device.wait_cost
+        return plan.makespan(3) / 3 + 2 * device.wait_cost
     activation, update = schedule.phase_bounds(layers, config.tiles, device.multiprocessors, device)
     if form == "gram":
         return max(update + device.launch_cost, device.host_launch_cost)
@@ -123,7 +118,7 @@ def gram_pays(found: tuple[Config, ...], layers: Layers, iterations: int, slots:
     :func:`choose`; ``iterations`` is ``T``.
     """
     grams = tuple((k, k, n) for _, k, n in layers)
-    products = sum(b * k * k for b, k, _ in layers) / device.multiprocessors
+    products = 1e12 * sum(b * k * k for b, k, _ in layers) / device.multiprocessors / device.macs_per_second
     gram, *_ = _best(found, grams, "gram", slots, device, None)
     product, *_ = _best(found, layers, "product", slots, device, None)
     return products + iterations * gram < (iterations - 1) * product

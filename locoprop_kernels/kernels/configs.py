@@ -82,7 +82,7 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_80", "fp16"): (_SQUARE,),
     ("sm_80", "tf32"): (_SQUARE,),
     ("sm_90", "bf16"): (
-        Config(n=128, b=128, k=64, r=64, warps=8, stages=4, slices=2),
+        Config(n=128, b=128, k=128, r=64, warps=8, stages=4, slices=4),
         Config(n=64, b=64, k=64, r=64, warps=4, stages=4, slices=4, occupancy=2),
         Config(n=128, b=256, k=256, r=64, warps=8, stages=4, slices=8, general=False),
     ),

@@ -1,4 +1,8 @@
-"""What tiles, phases and local steps are predicted to cost on a device, in multiply-accumulates of a multiprocessor."""
+"""What tiles, phases and local steps are predicted to cost on a device, in picoseconds.
+
+A tile costs its product, its epilogue and what it waits for before and in between. A product takes as long as the
+slowest of three: the matrix unit, the shared memory that it reads operands from, and their way from the cache.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +40,25 @@ UPDATE_BYTES = 30
 _PARTIAL_BYTES = 4
 # Least rows of a split. Guess: below, storing partial products costs more than computing them.
 _LEAST_ROWS = 1024
+# Guess: of the shorter of an epilogue's instructions and its traffic, what the longer does not hide.
+_NOT_HIDDEN = 0.35
+# Guess: with two programs on a multiprocessor, the share of epilogues and latencies that the other's products hide.
+_HIDDEN_BY_ANOTHER = 0.7
+_PICOSECONDS = 1e12
 
 
 def tile_costs(
-    rows: IntArray, layers: Sequence[Layer], tiles: Tiles, phase: str, device: DeviceModel = H100
+    rows: IntArray,
+    layers: Sequence[Layer],
+    tiles: Tiles,
+    phase: str,
+    device: DeviceModel = H100,
+    programs: int | None = None,
 ) -> CostArray:
-    """Predicted cost of tiles, in multiply-accumulates: the products, or the loads for them where those take longer,
-    and then the epilogue.
+    """Predicted cost of tiles, in picoseconds: product and epilogue, one after the other.
 
-    A ragged tile multiplies as long as a whole one (lanes are masked, not skipped), but its epilogue touches only what
-    is there.
+    A ragged tile takes as many instructions as a whole one (lanes are masked, not skipped), but its epilogue moves only
+    what is there. With more programs than multiprocessors these share one, and each takes so much longer.
 
     Args:
         rows: ``[count, 3]``: layer, n-block, b-block or k-block.
@@ -53,15 +66,19 @@ def tile_costs(
         tiles: tile sizes.
         phase: ``"activation"`` or ``"update"``.
         device: whose rates to assume.
+        programs: how many run at once; ``None`` for one on each multiprocessor.
     """
     product, epilogue, _ = _tile_work(rows, layers, tiles, phase, device)
-    return np.rint(product + epilogue).astype(np.int64)
+    shared = max(1, (programs or 0) // device.multiprocessors)
+    if shared > 1:
+        epilogue *= 1 - _HIDDEN_BY_ANOTHER
+    return np.rint(shared * (product + epilogue)).astype(np.int64)
 
 
 def _tile_work(
     rows: IntArray, layers: Sequence[Layer], tiles: Tiles, phase: str, device: DeviceModel
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], CostArray]:
-    """Cost of the products and of the epilogue of each tile, and how many elements it writes."""
+    """Picoseconds of the products and of all else of each tile, and how many elements it writes."""
     batch, inputs, outputs = np.asarray(layers, np.int64).reshape(-1, 3)[rows[:, 0]].T
     if phase == "activation":
         columns, reduction, width, moved = batch, inputs, tiles.b, ACTIVATION_BYTES
@@ -69,8 +86,24 @@ def _tile_work(
         columns, reduction, width, moved = inputs, batch, tiles.k, UPDATE_BYTES
     height = np.minimum(tiles.n, outputs - rows[:, 1].astype(np.int64) * tiles.n)
     written = height * np.minimum(width, columns - rows[:, 2].astype(np.int64) * width)
-    step = max(tiles.n * width, OPERAND_BYTES * (tiles.n + width) / device.bytes_per_mac)
-    return step * reduction, moved / device.bytes_per_mac * written, written
+    product = _PICOSECONDS * _product_step(tiles.n, width, device) * reduction
+    issued = device.epilogues[phase]
+    cycles = max(issued.instructions / device.issued_per_cycle, issued.special / device.special_per_cycle)
+    computing = tiles.n * width * cycles / device.clock
+    moving = moved * written / device.bytes_per_second
+    epilogue = np.maximum(computing, moving) + _NOT_HIDDEN * np.minimum(computing, moving)
+    return product, _PICOSECONDS * (epilogue + device.tile_latency), written
+
+
+def _product_step(height: int, width: int, device: DeviceModel) -> float:
+    """Seconds of a product's tile for each element of the reduction, if nothing else holds it up."""
+    multiplying = height * width / device.macs_per_second
+    # Into the shared memory, and out of it once for each instruction's rows, with both operands.
+    rows = min(height, device.matrix_rows)
+    shared = height + width + height / rows * (rows + width)
+    reading = OPERAND_BYTES * shared / device.shared_bytes_per_cycle / device.clock
+    loading = OPERAND_BYTES * (height + width) / device.bytes_per_second
+    return max(multiplying, reading, loading)
 
 
 def most_expensive_first(
@@ -132,8 +165,9 @@ def _update_bound(
     product, epilogue, written = _tile_work(rows, layers, tiles, "update", device)
     cut = np.array(found)[rows[:, 0]]
     whole = cut == 1
-    partial = product / cut + _PARTIAL_BYTES / device.bytes_per_mac * written
-    reduced = epilogue + _PARTIAL_BYTES / device.bytes_per_mac * written * cut
+    stored = _PICOSECONDS * _PARTIAL_BYTES / device.bytes_per_second * written
+    partial = product / cut + stored + _PICOSECONDS * device.tile_latency
+    reduced = epilogue + stored * cut
     update = lower_bound(np.rint(np.where(whole, product + epilogue, reduced)).astype(np.int64), programs)
     if whole.all():
         return update

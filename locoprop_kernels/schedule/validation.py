@@ -172,7 +172,9 @@ def _check_prediction(schedule: Schedule, layers: Sequence[Layer], tiles: Tiles,
     for phase in ("activation", "update"):
         name, rows = f"{phase}_costs", getattr(schedule, f"{phase}_tiles")
         _check_array(name, getattr(schedule, name), (len(rows),), np.int64)
-        if not np.array_equal(getattr(schedule, name), tile_costs(rows, layers, tiles, phase, device)):
+        if not np.array_equal(
+            getattr(schedule, name), tile_costs(rows, layers, tiles, phase, device, schedule.programs)
+        ):
             raise ValueError(f"{name} must be the costs of {phase}_tiles, row by row")
         queues = _queue_costs(getattr(schedule, name), getattr(schedule, f"{phase}_offsets"))
         name = f"{phase}_queues"

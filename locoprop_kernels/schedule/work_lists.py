@@ -40,7 +40,7 @@ class Schedule:
         first_block: ``[layers + 1]``: number of n-blocks before each layer, the index into the counters.
         activations_per_block: ``[n-blocks]``: activation tiles of an n-block per local step, for the waits.
         updates_per_block: ``[n-blocks]``: update tiles of an n-block per local step, for the waits.
-        activation_costs: ``[count]``, int64, in multiply-accumulates.
+        activation_costs: ``[count]``, int64, in picoseconds.
         update_costs: ``[count]``, int64, likewise.
         activation_queues: ``[programs]``, int64: cost of each program's activation tiles.
         update_queues: ``[programs]``, int64: cost of each program's update tiles.
@@ -116,8 +116,8 @@ def build(layers: Sequence[Layer], tiles: Tiles, programs: int, device: DeviceMo
     check_sizes(layers, programs)
     first_block = first_blocks(layers, tiles)
     activation_tiles, update_tiles = all_tiles(layers, tiles)
-    activation_costs = tile_costs(activation_tiles, layers, tiles, "activation", device)
-    update_costs = tile_costs(update_tiles, layers, tiles, "update", device)
+    activation_costs = tile_costs(activation_tiles, layers, tiles, "activation", device, programs)
+    update_costs = tile_costs(update_tiles, layers, tiles, "update", device, programs)
     order = _block_order(activation_tiles, activation_costs, first_block)
     bound = step_bound(activation_tiles, activation_costs, update_tiles, update_costs, first_block, programs)
 

@@ -107,12 +107,12 @@ def test_both_phases_visit_blocks_in_the_same_order():
 
 
 def test_the_papers_autoencoder():
-    """Longest queue over average; a prototype had 1.04 and 1.13, and fixed teams lose 30 % to rounding."""
+    """Longest queue over average: eight or nine tiles for a program, each with a latency; fixed teams lose 30 %."""
     schedule = build(AUTOENCODER, Tiles(n=128, b=64, k=64), 132)
     validate(schedule, AUTOENCODER, Tiles(n=128, b=64, k=64), 132)
-    assert schedule.activation_queues.max() / schedule.activation_queues.mean() < 1.06
-    assert schedule.update_queues.max() / schedule.update_queues.mean() < 1.13
-    assert schedule.efficiency > 0.96
+    assert schedule.activation_queues.max() / schedule.activation_queues.mean() < 1.11
+    assert schedule.update_queues.max() / schedule.update_queues.mean() < 1.07
+    assert schedule.efficiency > 0.95
     # Ten local steps cost no more than ten times one: waits are hidden.
     assert schedule.makespan(10) <= 10 * schedule.makespan() * 1.001
     assert schedule.total_makespan(10) == pytest.approx(

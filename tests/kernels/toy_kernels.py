@@ -21,6 +21,47 @@ def product_kernel(
 
 
 @triton.jit
+def chain_kernel(a_ptr, c_ptr, K, SIZE: tl.constexpr, DEPENDENT: tl.constexpr):
+    """``c = Σ a aᵀ`` over blocks of ``a``; or ``Σ (a aᵀ)⁴``, where each product waits for the one before."""
+    m, k = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    accumulator = tl.zeros((SIZE, SIZE), tl.float32)
+    for start in range(0, K, SIZE):
+        a = tl.load(a_ptr + m * K + start + k)
+        if DEPENDENT:
+            squared = tl.dot(a, tl.trans(a)).to(a.dtype)
+            fourth = tl.dot(squared, squared).to(a.dtype)
+            accumulator = tl.dot(fourth, fourth, accumulator)
+        else:
+            accumulator = tl.dot(a, tl.trans(a), accumulator)
+    tl.store(c_ptr + m * SIZE + k, accumulator)
+
+
+@triton.jit
+def epilogue_kernel(a_ptr, c_ptr, K, stride, SIZE: tl.constexpr, WORK: tl.constexpr, PATHS: tl.constexpr):
+    """``c = f(c + a aᵀ)`` with ``WORK`` exponentials for an element.
+
+    With ``PATHS`` a number in memory chooses: no exponential, ``WORK`` of them, or three times as many.
+    """
+    m, k = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    accumulator = tl.zeros((SIZE, SIZE), tl.float32)
+    for start in range(0, K, SIZE):
+        a = tl.load(a_ptr + m * K + start + k)
+        accumulator = tl.dot(a, tl.trans(a), accumulator)
+    c_ptrs = c_ptr + m * stride + k
+    value = tl.load(c_ptrs) + accumulator
+    work = WORK
+    if PATHS:
+        work = tl.load(c_ptr).to(tl.int32)
+    if work > 0:
+        for _ in tl.static_range(WORK):
+            value = tl.exp(value)
+        if work > WORK:
+            for _ in tl.static_range(2 * WORK):
+                value = tl.exp(value)
+    tl.store(c_ptrs, value)
+
+
+@triton.jit
 def copy_kernel(a_ptr, c_ptr, N, BLOCK: tl.constexpr):
     """``c = a``."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
