@@ -23,6 +23,7 @@ from torch import Tensor
 from locoprop_kernels.kernels.decide import LayerShape, Machine, Task
 from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device import functions
+from locoprop_kernels.kernels.device import rules as device_rules
 from locoprop_kernels.kernels.layout import COPY_BLOCK, Cells, Kind, LayerPlan, Layout
 from locoprop_kernels.kernels.spec import NOWHERE, Copy, Products, Spec, Update
 from locoprop_kernels.schedule import Schedule, build, most_expensive_first, row_blocks, validate
@@ -108,7 +109,7 @@ class Plan:
         self.activation_tiles, self.update_tiles = self._upload(activation), self._upload(update)
         self.blocks = self._upload(row_blocks(sizes, config.tiles)) if decision.driver == "rows" else None
         self.tiles = {name: self._upload(tiles) for name, tiles in self.layout.tiles.items()}
-        self.spec = _spec(self.layout, shapes, task, precision, machine.interpreted)
+        self.spec = _spec(self.layout, shapes, task, precision, machine)
         self.captured = False
         self._tables: OrderedDict[Any, _Uploaded] = OrderedDict()
         self._kept_for_graphs: list[_Uploaded] = []
@@ -218,12 +219,14 @@ def _layer(shape: LayerShape, decision: Decision, operand: torch.dtype, transpos
     )
 
 
-def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: str, interpreted: bool) -> Spec:
+def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: str, machine: Machine) -> Spec:
     """Compile-time arguments of the kernels."""
-    kind, shape = layout.kind, shapes[0]
+    kind, shape, interpreted = layout.kind, shapes[0], machine.interpreted
     config, operand = kind.config, _TRITON_DTYPES[kind.operand]
     preactivation = _TRITON_DTYPES[kind.preactivation]
-    exact = precision if kind.operand == torch.float32 else "ieee"
+    short = kind.operand.itemsize < 4
+    ptx = short and machine.target.startswith("sm_")
+    exact = "ieee" if short else precision
     products = Products(
         config.n,
         config.b,
@@ -241,16 +244,24 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
         trace=task.trace,
         transfers=tuple(function for function, _ in layout.functions),
         divergences=tuple(divergence for _, divergence in layout.functions) if task.trace else (),
+        near=tuple(functions.NEAR.get(function) if short else None for function, _ in layout.functions),
+        ptx=ptx,
     )
     parameter = _TRITON_DTYPES[shape.parameter]
     xt = c.XT.value if kind.transposed else NOWHERE
     x_columns = (c.X_SOURCE.value, c.INPUTS.value, c.WEIGHT_STRIDE.value, c.X.value, xt, c.XT_STRIDE.value)
     a0_columns = (c.A0_SOURCE.value, c.OUTPUTS.value, c.ROW_SUMS_STRIDE.value, NOWHERE, c.A0.value, c.E_STRIDE.value)
+    update = replace(
+        task.update,
+        parameter=parameter,
+        masked=any(one.masked for one in shapes),
+        ptx=ptx and task.update.rule in device_rules.FUNCTIONS.values(),
+    )
     options: dict[str, Any] = {} if interpreted else config.options
     x = operand if kind.form == "gram" else _TRITON_DTYPES[shape.x]
     return Spec(
         P=products,
-        U=replace(task.update, parameter=parameter, masked=any(one.masked for one in shapes)),
+        U=update,
         tiles=Products(config.n, 0, config.k, 0, interpreted),
         stored=Update(task.update.slots, task.update.counts_steps, parameter=parameter),
         copy_x=Copy(*x_columns, c.X_STEP.value, x, operand, exact, interpreted, COPY_BLOCK),
