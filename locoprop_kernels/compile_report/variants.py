@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +58,15 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
                 found += _rows_driver(config, precision, brief)
         if chosen:
             found.append(_prepare(chosen[-1], precision))  # does not depend on the tiles
+    found = [_for_target(variant, target) for variant in found]
     return list({_compiled_from(variant): variant for variant in reversed(found)}.values())[::-1]
+
+
+def _for_target(variant: Variant, target: str) -> Variant:
+    """The variant with the arithmetic that its plan would have chosen on ``target``."""
+    ptx = target.startswith("sm_") and variant.precision in ("bf16", "fp16")
+    constants = {name: replace(value, ptx=ptx) if name in "PU" else value for name, value in variant.constants.items()}
+    return replace(variant, constants=constants)
 
 
 def _compiled_from(variant: Variant) -> tuple[Any, ...]:

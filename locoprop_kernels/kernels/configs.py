@@ -96,7 +96,7 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(n=128, b=256, k=256, r=32, warps=8, stages=4, slices=8, general=False),
     ),
     ("sm_100", "bf16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=4),),
-    ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=4, stages=3, slices=4),),
+    ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8),),
     ("sm_100", "tf32"): (_SQUARE,),
     ("sm_100", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=4, stages=2, slices=4),),
     ("sm_120", "tf32"): (_SQUARE,),
@@ -108,7 +108,6 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
 # Where the above would spill registers with a mask, or with rows that a local step has to itself.
 _LEAN: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_80", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=8, stages=2, slices=4),),
-    ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8),),
     ("sm_100", "tf32"): (_SMALL,),
 }
 _OTHERS = {"bf16": (_SMALL,), "fp16": (_SMALL,), "tf32": (_SMALL,), "ieee": (_EXACT,)}

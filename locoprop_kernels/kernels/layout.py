@@ -308,10 +308,9 @@ class Layout:
             self._set(index, c.XT_STRIDE, b)
 
     def _lay_out_products(self, index: int, layer: LayerPlan, n: int, k: int, n_blocks: int, k_blocks: int) -> None:
-        """The copy of Δ that is multiplied, its scales, and partial products; or the copy of ``G_0``."""
+        """The copy of Δ that is multiplied, its scales, and partial products; the rows driver has none of them."""
         self._set(index, c.WEIGHT_STRIDE, k)
         if self.kind.driver == "rows":
-            self._scratch_place(index, c.WEIGHT_START, n * k, 4)
             return
         copies = 2 if self.kind.form == "gram" else 1
         self._set(index, c.WEIGHT_COPY_SIZE, n * k)
@@ -340,9 +339,11 @@ class Layout:
             self._add_tiles("softmax", index, b_blocks)
 
     def _lay_out_results(self, index: int, name: str, base: int, rows: int, stride: int, n: int, k: int) -> None:
+        """Δ and the rule's state, and the copy of ``G_0``, in the scratch."""
         columns = [base + c.DELTA.value, *(base + c.NEW.value + i for i in range(len(self.kind.slots)))]
         delta, *slots = (self._take(index, column, rows * stride, 4, stride) for column in columns)
         self.pieces[index][name] = Piece(delta, slots, n, k)
+        self._take(self._scratch, index, base + c.START.value, rows * stride, 4, stride)
 
     def _lay_out_trace(self, index: int, column: Any, count: int) -> tuple[int, int]:
         """Slots for partial sums; returns the layer's first, and the first after it."""

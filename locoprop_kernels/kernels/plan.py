@@ -24,6 +24,7 @@ from locoprop_kernels.graphs import capturing
 from locoprop_kernels.kernels.decide import LayerShape, Machine, Task
 from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device import functions
+from locoprop_kernels.kernels.device import rules as device_rules
 from locoprop_kernels.kernels.layout import COPY_BLOCK, Kind, LayerPlan, Layout
 from locoprop_kernels.kernels.spec import NOWHERE, Copy, Products, Spec, Update
 from locoprop_kernels.kernels.uploads import Upload, Uploader
@@ -115,7 +116,7 @@ class Plan:
         self.counters = 2 * len(self.schedule.updates_per_block) if self.schedule else 0
         self.no_trace = torch.empty(1, dtype=torch.float64, device=device)
         self._no_counts = torch.empty(1, dtype=torch.int32, device=device)
-        self.spec = _spec(self.layout, shapes, task, precision, machine.interpreted)
+        self.spec = _spec(self.layout, shapes, task, precision, machine)
         self.captured = self._connected = False
         self._uploader = Uploader(device)
         self._uploads: OrderedDict[tuple[Any, ...], Upload] = OrderedDict()
@@ -219,12 +220,14 @@ def _layer(shape: LayerShape, decision: Decision, operand: torch.dtype, transpos
     )
 
 
-def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: str, interpreted: bool) -> Spec:
+def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: str, machine: Machine) -> Spec:
     """Compile-time arguments of the kernels."""
-    kind, shape = layout.kind, shapes[0]
+    kind, shape, interpreted = layout.kind, shapes[0], machine.interpreted
     config, operand = kind.config, _TRITON_DTYPES[kind.operand]
     preactivation = _TRITON_DTYPES[kind.preactivation]
-    exact = precision if kind.operand == torch.float32 else "ieee"
+    short = kind.operand.itemsize < 4
+    ptx = short and machine.target.startswith("sm_")
+    exact = "ieee" if short else precision
     products = Products(
         config.n,
         config.b,
@@ -242,16 +245,24 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
         trace=task.trace,
         transfers=tuple(function for function, _ in layout.functions),
         divergences=tuple(divergence for _, divergence in layout.functions) if task.trace else (),
+        near=tuple(functions.NEAR.get(function) if short else None for function, _ in layout.functions),
+        ptx=ptx,
     )
     parameter = _TRITON_DTYPES[shape.parameter]
     xt = c.XT.value if kind.transposed else NOWHERE
     x_columns = (c.X_SOURCE.value, c.INPUTS.value, c.WEIGHT_STRIDE.value, c.X.value, xt, c.XT_STRIDE.value)
     a0_columns = (c.A0_SOURCE.value, c.OUTPUTS.value, c.ROW_SUMS_STRIDE.value, NOWHERE, c.A0.value, c.E_STRIDE.value)
+    update = replace(
+        task.update,
+        parameter=parameter,
+        masked=any(one.masked for one in shapes),
+        ptx=ptx and task.update.rule in device_rules.FUNCTIONS.values(),
+    )
     options: dict[str, Any] = {} if interpreted else config.options
     x = operand if kind.form == "gram" else _TRITON_DTYPES[shape.x]
     return Spec(
         P=products,
-        U=replace(task.update, parameter=parameter, masked=any(one.masked for one in shapes)),
+        U=update,
         tiles=Products(config.n, 0, config.k, 0, interpreted),
         stored=Update(task.update.slots, task.update.counts_steps, parameter=parameter),
         copy_x=Copy(*x_columns, c.X_STEP.value, x, operand, exact, interpreted, COPY_BLOCK),

@@ -11,95 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from locoprop_kernels.kernels.device import columns as c
-from locoprop_kernels.kernels.device.activation import difference
-from locoprop_kernels.kernels.device.memory import address, as_operand, bits_to_float, callers_address, stride
+from locoprop_kernels.kernels.device import parameter
+from locoprop_kernels.kernels.device.activation import change_of, difference
+from locoprop_kernels.kernels.device.memory import address, as_operand, bits_to_float, stride
 from locoprop_kernels.kernels.device.products import dot, scale_of
-from locoprop_kernels.kernels.device.update import (
-    apply_rule,
-    bias_tile,
-    gradient_at_start,
-    note_infinite,
-    note_result,
-    objective,
-    regularised,
-    rule_at,
-)
+from locoprop_kernels.kernels.device.update import bias_tile, check_bias, check_weight
 from locoprop_kernels.kernels.spec import Spec, StepArguments
-
-
-@triton.jit
-def _own_pointers(row_ptr, n_block, P: tl.constexpr, U: tl.constexpr):
-    """Where ``G_0``, Δ and the slots of the n-block begin; loaded once, as a loop would load them again and again."""
-    first = (n_block * P.block_n).to(tl.int64) * stride(row_ptr, c.WEIGHT + c.STRIDE)
-    start_ptr = address(row_ptr, c.WEIGHT + c.START, tl.float32) + first
-    delta_ptr = address(row_ptr, c.WEIGHT + c.DELTA, tl.float32) + first
-    s0_ptr, s1_ptr, s2_ptr = delta_ptr, delta_ptr, delta_ptr
-    if U.slots > 0:
-        s0_ptr = address(row_ptr, c.WEIGHT + c.NEW, tl.float32) + first
-    if U.slots > 1:
-        s1_ptr = address(row_ptr, c.WEIGHT + c.NEW + 1, tl.float32) + first
-    if U.slots > 2:
-        s2_ptr = address(row_ptr, c.WEIGHT + c.NEW + 2, tl.float32) + first
-    return start_ptr, delta_ptr, s0_ptr, s1_ptr, s2_ptr
-
-
-@triton.jit
-def _callers_slot(parameter_ptr, i: tl.constexpr, place):
-    """A state slot as it was before the step."""
-    rows, columns, n, width, _ = place
-    valid = (rows < n)[:, None] & (columns < width)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
-    return tl.load(callers_address(parameter_ptr, c.OLD + i, tl.float32) + offsets, valid, 0.0)
-
-
-@triton.jit
-def _present(place):
-    """Where a tile has something, in whole steps of 16 columns, so that accesses stay wide."""
-    rows, columns, n, width, _ = place
-    return (rows < n)[:, None] & (columns < tl.multiple_of((width + 15) // 16 * 16, 16))[None, :]
-
-
-@triton.jit
-def _load(row_ptr, own, offsets, place, FIRST: tl.constexpr, U: tl.constexpr):
-    """``G_0``, Δ and the slots of a tile: the caller's at the first local step, then ours."""
-    present = _present(place)
-    SLOTS: tl.constexpr = U.slots
-    if FIRST:
-        start = gradient_at_start(row_ptr + c.WEIGHT, place, U)
-        delta = tl.zeros_like(start)
-    else:
-        start = tl.load(own[0] + offsets, present, 0.0)
-        delta = tl.load(own[1] + offsets, present, 0.0)
-    s0, s1, s2 = delta, delta, delta
-    if FIRST:
-        if SLOTS > 0:
-            s0 = _callers_slot(row_ptr + c.WEIGHT, 0, place)
-        if SLOTS > 1:
-            s1 = _callers_slot(row_ptr + c.WEIGHT, 1, place)
-        if SLOTS > 2:
-            s2 = _callers_slot(row_ptr + c.WEIGHT, 2, place)
-    else:
-        if SLOTS > 0:
-            s0 = tl.load(own[2] + offsets, present, 0.0)
-        if SLOTS > 1:
-            s1 = tl.load(own[3] + offsets, present, 0.0)
-        if SLOTS > 2:
-            s2 = tl.load(own[4] + offsets, present, 0.0)
-    return start, delta, s0, s1, s2
-
-
-@triton.jit
-def _store(own, offsets, start, delta, slots, present, FIRST: tl.constexpr, U: tl.constexpr):
-    SLOTS: tl.constexpr = U.slots
-    if FIRST:
-        tl.store(own[0] + offsets, start, present)
-    tl.store(own[1] + offsets, delta, present)
-    if SLOTS > 0:
-        tl.store(own[2] + offsets, slots[0], present)
-    if SLOTS > 1:
-        tl.store(own[3] + offsets, slots[1], present)
-    if SLOTS > 2:
-        tl.store(own[4] + offsets, slots[2], present)
 
 
 @triton.jit
@@ -139,7 +56,7 @@ def _weight_pass(row_ptr, n_block, e, factor, when, scale, own, trace_ptr, FIRST
     n, k = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS)
     row_stride = stride(row_ptr, c.WEIGHT + c.STRIDE).to(tl.int32)
     loss_scale = bits_to_float(tl.load(row_ptr + c.SCALE))
-    rate, step = rule_at(row_ptr + c.WEIGHT, t, rate, U)
+    rate, count = parameter.rule_at(row_ptr + c.WEIGHT, t, rate, U)
     own_offsets = local_rows[:, None] * row_stride + inner[None, :]
     now_ptr = _x_pointer(row_ptr, c.XT if P.transposed else c.X, t - 1, P)
     now_offsets, pitch = _gradient_offsets(row_ptr, P)
@@ -151,20 +68,17 @@ def _weight_pass(row_ptr, n_block, e, factor, when, scale, own, trace_ptr, FIRST
     # The caller's tensors are read an element at a time; to load them ahead would take too many registers.
     STAGES: tl.constexpr = 1 if FIRST else None
     for start_column in tl.range(0, k, BLOCK_K, num_stages=STAGES):
-        place = (rows, start_column + inner, n, k, row_stride)
+        place = (rows, start_column + inner, n, k)
         offsets = own_offsets + start_column
-        start, delta, s0, s1, s2 = _load(row_ptr, own, offsets, place, FIRST, U)
         change = nothing
         if not FIRST:  # E_0 = 0
             change = dot(e, tl.load(now_ptr + (now_offsets + start_column * pitch)), nothing, P) * factor
-        grad = (start + change) * loss_scale + prox * delta
-        grad, start = regularised(row_ptr + c.WEIGHT, grad, start, delta, place, U)
-        delta, s0, s1, s2 = apply_rule(row_ptr + c.WEIGHT, delta, grad, (s0, s1, s2), place, rate, step, U)
-        _store(own, offsets, start, delta, (s0, s1, s2), _present(place), FIRST, U)
+        moment = (rate, count, prox)
+        delta, gradient = parameter.step(row_ptr + c.WEIGHT, own, offsets, change, place, moment, loss_scale, FIRST, U)
         if P.operand == tl.float16:
             largest = tl.maximum(largest, tl.max(tl.max(tl.abs(delta), 1), 0))
         if P.trace:
-            tl.store(trace_ptr + start_column // BLOCK_K, objective(delta, start * loss_scale, prox))
+            tl.store(trace_ptr + start_column // BLOCK_K, parameter.objective(delta, gradient, prox))
         if P.operand != tl.float16 or not FIRST:  # whose scale is not known yet
             then = tl.load(then_ptr + (then_offsets + start_column))
             product = dot(as_operand(delta * scale, P), then, product, P)
@@ -176,52 +90,39 @@ def _product(row_ptr, n_block, scale, own, P: tl.constexpr):
     """``scale · Δ Xᵀ`` with the rows of local step 1, for float16: the largest |Δ| had to be found first."""
     inner, examples = tl.arange(0, P.block_k), tl.arange(0, P.block_b)
     local_rows = tl.arange(0, P.block_n)
-    rows, n, k = n_block * P.block_n + local_rows, tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS)
-    row_stride = stride(row_ptr, c.WEIGHT + c.STRIDE).to(tl.int32)
+    k, row_stride = tl.load(row_ptr + c.INPUTS), stride(row_ptr, c.WEIGHT + c.STRIDE).to(tl.int32)
     delta_ptrs = own[1] + (local_rows[:, None] * row_stride + inner[None, :])
     x_ptrs = address(row_ptr, c.X, P.operand)
     x_ptrs += examples[None, :] * stride(row_ptr, c.X_STRIDE).to(tl.int32) + inner[:, None]
-    product = tl.zeros((rows.shape[0], examples.shape[0]), tl.float32)
+    product = tl.zeros((local_rows.shape[0], examples.shape[0]), tl.float32)
     for start in range(0, k, P.block_k):
-        present = _present((rows, start + inner, n, k, row_stride))
-        left = as_operand(tl.load(delta_ptrs + start, present, 0.0) * scale, P)
+        left = as_operand(tl.load(delta_ptrs + start) * scale, P)
         product = dot(left, tl.load(x_ptrs + start), product, P)
     return product
 
 
 @triton.jit
-def _bias_pass(row_ptr, n_block, when, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
-    """Local step ``t`` of the n-block's bias; ``when`` is ``(t, last, rate, prox)``."""
+def _bias_pass(row_ptr, n_block, when, trace_ptr, P: tl.constexpr, U: tl.constexpr):
+    """Local step ``t`` of the n-block's bias; ``when`` is ``(t, rate, prox)``."""
     if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
-        rows = n_block * P.block_n + tl.arange(0, P.block_n)
         loss_scale = bits_to_float(tl.load(row_ptr + c.SCALE))
-        bias_tile(row_ptr, rows, when, loss_scale, bad_ptr, trace_ptr + tl.load(row_ptr + c.K_BLOCKS), P, U)
+        bias_tile(row_ptr, n_block, when, loss_scale, trace_ptr + tl.load(row_ptr + c.K_BLOCKS), P, U)
 
 
 @triton.jit
-def _change(row_ptr, n_block, product, P: tl.constexpr):
-    """The change of the pre-activations: the product with Δ, and δ."""
-    rows = n_block * P.block_n + tl.arange(0, P.block_n)
-    change = product
-    if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
-        change += tl.load(address(row_ptr, c.BIAS + c.DELTA, tl.float32) + rows)[:, None]
-    return change
-
-
-@triton.jit
-def _first_pass(row_ptr, n_block, when, own, bad_ptr, trace_ptr, P: tl.constexpr, U: tl.constexpr):
-    """Local step 0, in which ``E_0 = 0``; ``when`` is ``(t, last, rate, prox)``.
+def _first_pass(row_ptr, n_block, when, own, trace_ptr, P: tl.constexpr, U: tl.constexpr):
+    """Local step 0, in which ``E_0 = 0``; ``when`` is ``(t, rate, prox)``.
 
     Returns ``Δ Xᵀ`` with the rows of the next one, and the scale of its operands.
     """
     rows, examples = tl.arange(0, P.block_n), tl.arange(0, P.block_b)
     trace_ptr += _update_slots(row_ptr, n_block)
-    _bias_pass(row_ptr, n_block, when, bad_ptr, trace_ptr, P, U)
+    _bias_pass(row_ptr, n_block, when, trace_ptr, P, U)
     tl.debug_barrier()
     product = tl.zeros((rows.shape[0], examples.shape[0]), tl.float32)
     scale = 1.0
     if tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0:
-        moment = (0, 0, when[2], when[3])
+        moment = (0, 0, when[1], when[2])
         product, largest = _weight_pass(row_ptr, n_block, product, 1.0, moment, 1.0, own, trace_ptr, True, P, U)
         if P.operand == tl.float16:
             scale = scale_of(largest)
@@ -231,7 +132,7 @@ def _first_pass(row_ptr, n_block, when, own, bad_ptr, trace_ptr, P: tl.constexpr
 
 
 @triton.jit
-def _later_pass(row_ptr, n_block, e, when, following, scale, own, bad_ptr, trace_ptr, P: tl.constexpr,
+def _later_pass(row_ptr, n_block, e, when, following, scale, own, trace_ptr, P: tl.constexpr,
                 U: tl.constexpr):  # fmt: skip
     """Local step ``t`` and the product with the rows of set ``following``; arguments and results as above."""
     local_rows, examples = tl.arange(0, P.block_n), tl.arange(0, P.block_b)
@@ -246,7 +147,7 @@ def _later_pass(row_ptr, n_block, e, when, following, scale, own, bad_ptr, trace
     # What one thread has stored, another may load from here on: E, Δ, state.
     tl.debug_barrier()
     left = tl.load(e_ptrs)
-    _bias_pass(row_ptr, n_block, when, bad_ptr, trace_ptr, P, U)
+    _bias_pass(row_ptr, n_block, when, trace_ptr, P, U)
     tl.debug_barrier()
     product = tl.zeros((local_rows.shape[0], examples.shape[0]), tl.float32)
     new_scale = scale
@@ -254,7 +155,7 @@ def _later_pass(row_ptr, n_block, e, when, following, scale, own, bad_ptr, trace
         factor = 1.0
         if P.sampled:
             factor = bits_to_float(tl.load(row_ptr + c.SETS))
-        moment = (when[0], following, when[2], when[3])
+        moment = (when[0], following, when[1], when[2])
         product, largest = _weight_pass(
             row_ptr, n_block, left, factor / scale, moment, scale, own, trace_ptr, False, P, U
         )
@@ -270,22 +171,13 @@ def _update_slots(row_ptr, n_block):
 
 
 @triton.jit
-def _check(row_ptr, n_block, own, bad_ptr, P: tl.constexpr, U: tl.constexpr):
-    """Set ``bad`` if a commit of the n-block's weights would write a number that is not finite."""
-    SLOTS: tl.constexpr = U.slots
-    local_rows, inner = tl.arange(0, P.block_n), tl.arange(0, P.block_k)
-    n, k = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS)
-    row_stride = stride(row_ptr, c.WEIGHT + c.STRIDE).to(tl.int32)
-    offsets = local_rows[:, None] * row_stride + inner[None, :]
-    rows = n_block * P.block_n + local_rows
-    for start in range(0, k, P.block_k):
-        columns = start + inner
-        valid = (rows < n)[:, None] & (columns < k)[None, :]
-        place = (rows, columns, n, k, row_stride)
-        delta = tl.load(own[1] + (offsets + start), valid, 0.0)
-        note_result(row_ptr + c.WEIGHT, delta, place, bad_ptr, P, U)
-        for i in tl.static_range(SLOTS):
-            note_infinite(tl.load(own[2 + i] + (offsets + start), valid, 0.0), valid, bad_ptr)
+def _check(row_ptr, n_block, bad_ptr, P: tl.constexpr, U: tl.constexpr):
+    """Set ``bad`` if a commit of the n-block would write a number that is not finite."""
+    if tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0:
+        for start in range(0, tl.load(row_ptr + c.INPUTS), P.block_k):
+            check_weight(row_ptr, n_block, start + tl.arange(0, P.block_k), bad_ptr, P, U)
+    if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
+        check_bias(row_ptr, n_block, bad_ptr, P, U)
 
 
 @triton.jit(do_not_specialize=["iterations", "trace_stride"])
@@ -305,7 +197,8 @@ def _rows_kernel(
     block_ptr = blocks_ptr + tl.program_id(0) * 2
     layer, n_block = tl.load(block_ptr), tl.load(block_ptr + 1)
     row_ptr, count_ptr = table_ptr + layer * c.WIDTH, counts_ptr + layer * (iterations + 1)
-    own = _own_pointers(row_ptr, n_block, P, U)
+    first = (n_block * P.block_n).to(tl.int64) * stride(row_ptr, c.WEIGHT + c.STRIDE)
+    own = parameter.own_pointers(row_ptr + c.WEIGHT, first, U)
     rows = n_block * P.block_n + tl.arange(0, P.block_n)
     examples = tl.arange(0, P.block_b)
     activation_ptr = trace_ptr + tl.load(row_ptr + c.TRACE_ACTIVATION) + n_block
@@ -313,21 +206,20 @@ def _rows_kernel(
     last_set = iterations - 2
     if P.trace:
         last_set += 1
-    when = (0, iterations == 1, tl.load(rates_ptr), prox)
-    product, scale = _first_pass(row_ptr, n_block, when, own, bad_ptr, trace_ptr + trace_stride, P, U)
+    when = (0, tl.load(rates_ptr), prox)
+    product, scale = _first_pass(row_ptr, n_block, when, own, trace_ptr + trace_stride, P, U)
     for t in range(1, iterations):
-        change = _change(row_ptr, n_block, product, P)
+        change = change_of(row_ptr, product, rows, examples, t, count_ptr, P)
         e = difference(row_ptr, change, rows, examples, t, count_ptr, activation_ptr + t * trace_stride, P)
-        when = (t, t == iterations - 1, tl.load(rates_ptr + t), prox)
+        when = (t, tl.load(rates_ptr + t), prox)
         following, next_ptr = tl.minimum(t, last_set), trace_ptr + (t + 1) * trace_stride
-        product, scale = _later_pass(row_ptr, n_block, e, when, following, scale, own, bad_ptr, next_ptr, P, U)
+        product, scale = _later_pass(row_ptr, n_block, e, when, following, scale, own, next_ptr, P, U)
     if P.trace:
         last_ptr = activation_ptr + iterations * trace_stride
-        change = _change(row_ptr, n_block, product, P)
+        change = change_of(row_ptr, product, rows, examples, iterations, count_ptr, P)
         difference(row_ptr, change, rows, examples, iterations, count_ptr, last_ptr, P)
     tl.debug_barrier()
-    if tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0:
-        _check(row_ptr, n_block, own, bad_ptr, P, U)
+    _check(row_ptr, n_block, bad_ptr, P, U)
 
 
 def launch(step: StepArguments, blocks: Tensor, spec: Spec) -> None:

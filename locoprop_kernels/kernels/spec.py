@@ -67,6 +67,8 @@ class Products(_Constants):
         trace: whether to evaluate the local objectives.
         transfers: the layers' transfer functions; their place is the code in the layer table.
         divergences: their matching losses, with ``trace``.
+        near: their forms for small changes, ``None`` where there is none; for operands of 16 bits.
+        ptx: whether epilogues divide by instructions of NVIDIA's; for operands of 16 bits.
     """
 
     block_n: int
@@ -85,6 +87,8 @@ class Products(_Constants):
     trace: bool = False
     transfers: tuple[Any, ...] = ()
     divergences: tuple[Any, ...] = ()
+    near: tuple[Any, ...] = ()
+    ptx: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,6 +103,7 @@ class Update(_Constants):
         regulariser: gradient of the regulariser as a Triton function, or ``None``.
         parameter: dtype of parameters and their gradients.
         masked: whether any parameter has a mask.
+        ptx: as in :class:`Products`; the rule is one of ours, and is told.
     """
 
     slots: int
@@ -108,6 +113,7 @@ class Update(_Constants):
     regulariser: Any = None
     parameter: Any = tl.float32
     masked: bool = False
+    ptx: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> Update:

@@ -4,8 +4,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
 import locoprop_kernels as lk
 from locoprop_kernels.kernels import configs, target
+from locoprop_kernels.kernels.device import functions
+from locoprop_kernels.kernels.device.activation import _transfer_difference
+from locoprop_kernels.kernels.spec import Products
 from tests.kernels.comparison import SMALL, cut_batches, error_of_the_step, run_both, twins
 from tests.problems import copied, problem_for, random_layer
 
@@ -84,3 +90,40 @@ def test_dtypes_may_differ_between_layers():
     pairs = [twins(16, 9, 8, 7), twins(17, 9, 7, 6, dtype=torch.bfloat16)]
     report, expected = run_both(*zip(*pairs, strict=True), lr=[0.01] * 2)
     assert error_of_the_step(report, expected) <= 1e-2
+
+
+@triton.jit
+def _differences(a0_ptr, change_ptr, found_ptr, P: tl.constexpr):
+    offsets = tl.program_id(0) * 1024 + tl.arange(0, 1024)[None, :]
+    change = tl.load(change_ptr + offsets)
+    tl.store(found_ptr + offsets, _transfer_difference(tl.load(a0_ptr + offsets), change, 0, 0.0, P))
+
+
+@pytest.mark.parametrize("deviation", [1e-6, 0.1, 3.0, 30.0])
+@pytest.mark.parametrize("name", ["tanh", "sigmoid"])
+def test_small_and_large_changes_of_saturated_and_other_units(name, deviation):
+    seed = torch.seed()
+    print(f"{seed = }")
+    generator = torch.Generator().manual_seed(seed)
+    a0 = torch.randn(16 * 1024, generator=generator) * 10
+    a0[::7] = torch.tensor([-1e3, -90.0, -1e-30, 0.0, 20.0, 90.0, 1e30]).repeat(len(a0))[: len(a0[::7])]
+    change = torch.randn(len(a0), generator=generator) * deviation
+    change[::11] = -a0[::11].clamp(-deviation, deviation)
+    found = torch.empty_like(a0)
+    function, _ = functions.FUNCTIONS[name]
+    P = Products(1, 1, 1, 1, True, transfers=(function,), near=(functions.NEAR[function],))
+    _differences[(16,)](a0, change, found, P=P)
+    f = getattr(torch, name)
+    right = f(a0.double() + change.double()) - f(a0.double())
+    assert (found - right).norm() <= 2.0**-14 * right.norm()
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 5e-3), (torch.float16, 5e-4)])
+def test_large_steps_in_low_precision(dtype, limit):
+    """Pre-activations change by a deviation of 3, across the whole of tanh."""
+    x, weight, bias, residual = random_layer(28, 96, 40, 24)
+    exact = problem_for(x, 0.5 * weight, bias, residual, "tanh")
+    ours = copied(exact, torch.float32)
+    report, expected = run_both([ours], [exact], compute_dtype=dtype, rule="sgd", lr=[3.0] * 3)
+    assert (expected.delta_weight[0] @ x.mT).std() >= 3
+    assert error_of_the_step(report, expected) <= limit

@@ -4,19 +4,31 @@ import triton
 import triton.language as tl
 
 from locoprop_kernels.kernels.device import columns as c
-from locoprop_kernels.kernels.device.memory import address, as_operand, bits_to_float, stride
+from locoprop_kernels.kernels.device.memory import address, address_for_fours, as_operand, bits_to_float, stride
 from locoprop_kernels.kernels.device.products import increment_scale, product, sliced
+
+
+@triton.jit
+def _difference_of(a0, change, parameter, F: tl.constexpr, NEAR: tl.constexpr, P: tl.constexpr):
+    """``F(a0 + change) - F(a0)``; by the form for small changes where there is one, and all of them are small."""
+    if NEAR is None:  # nothing changes in the padding, where the user's own F may not be finite
+        found = tl.where(change == 0, 0.0, F(a0 + change, parameter) - F(a0, parameter))
+    else:
+        if tl.max(tl.max(tl.abs(change), 1), 0) <= 0.5:
+            found = NEAR(a0, change, parameter, P.ptx)
+        else:
+            found = F(a0 + change, parameter) - F(a0, parameter)
+    return found
 
 
 @triton.jit
 def _transfer_difference(a0, change, code, parameter, P: tl.constexpr):
     """``f(a0 + change) - f(a0)`` for the layer's own ``f``; the identity has no code."""
-    difference = change
+    found = change
     for i in tl.static_range(len(P.transfers)):
         if code == i:
-            f: tl.constexpr = P.transfers[i]
-            difference = f(a0 + change, parameter) - f(a0, parameter)
-    return difference
+            found = _difference_of(a0, change, parameter, P.transfers[i], P.near[i], P)
+    return found
 
 
 @triton.jit
@@ -34,27 +46,43 @@ def _divergence(a0, change, code, parameter, P: tl.constexpr):
 
 
 @triton.jit
+def _present(row_ptr, rows, columns, t, count_ptr, P: tl.constexpr):
+    """Which outputs there are, and which examples in local step ``t``."""
+    batch = tl.load(row_ptr + c.BATCH)
+    if P.sampled:
+        batch = tl.load(count_ptr + t)
+    return (rows < tl.load(row_ptr + c.OUTPUTS))[:, None], (columns < batch)[None, :]
+
+
+@triton.jit
+def change_of(row_ptr, product, rows, columns, t, count_ptr, P: tl.constexpr):
+    """The change of the pre-activations, the product with Δ and δ: zero beyond the outputs and the examples."""
+    change = product
+    if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
+        _, examples = _present(row_ptr, rows, columns, t, count_ptr, P)
+        delta = tl.load(address(row_ptr, c.BIAS + c.DELTA, tl.float32) + rows)  # zero-padded, as Δ and X are
+        change += delta[:, None] * tl.where(examples, 1.0, 0.0)
+    return change
+
+
+@triton.jit
 def difference(row_ptr, change, rows, columns, t, count_ptr, trace_ptr, P: tl.constexpr):
-    """``E`` for a change of the pre-activations, zero beyond the outputs and the examples of local step ``t``.
+    """``E`` for a change of the pre-activations, zero where that is.
 
     Stores the sum of the matching loss at ``trace_ptr``, where that is asked for.
     """
     code = tl.load(row_ptr + c.TRANSFER)
     parameter = bits_to_float(tl.load(row_ptr + c.PARAMETER))
-    n, batch = tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.BATCH)
-    if P.sampled:
-        batch = tl.load(count_ptr + t)
-    valid = (rows < n)[:, None] & (columns < batch)[None, :]
     a0_ptr = address(row_ptr, c.A0, P.preactivation)
     if P.sampled:
         a0_ptr += (t - 1) * stride(row_ptr, c.A0_STEP)
     offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
     a0 = tl.load(a0_ptr + offsets).to(tl.float32)
-    found = tl.where(valid, _transfer_difference(a0, change, code, parameter, P), 0.0)
     if P.trace:
-        loss = tl.where(valid, _divergence(a0, change, code, parameter, P), 0.0)
+        outputs, examples = _present(row_ptr, rows, columns, t, count_ptr, P)
+        loss = tl.where(outputs & examples, _divergence(a0, change, code, parameter, P), 0.0)
         tl.store(trace_ptr, tl.sum(tl.sum(loss, 1), 0))
-    return found
+    return _transfer_difference(a0, change, code, parameter, P)
 
 
 @triton.jit
@@ -62,15 +90,13 @@ def _epilogue(row_ptr, multiplied, rows, start, t, count_ptr, trace_ptr, scale, 
     """``E`` of a slice of a tile; returns its sums over the batch."""
     columns = start + tl.arange(0, multiplied.shape[1])
     offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
-    change = multiplied * (1.0 / scale)
-    if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
-        change += tl.load(address(row_ptr, c.BIAS + c.DELTA, tl.float32) + rows)[:, None]
+    change = change_of(row_ptr, multiplied * (1.0 / scale), rows, columns, t, count_ptr, P)
     found = change
     if P.form == "softmax":  # another kernel goes over whole rows
         tl.store(address(row_ptr, c.CHANGE, tl.float32) + offsets, change)
     else:
         found = difference(row_ptr, change, rows, columns, t, count_ptr, trace_ptr, P)
-        tl.store(address(row_ptr, c.E, P.operand) + offsets, as_operand(found * scale, P))
+        tl.store(address_for_fours(row_ptr, c.E, P.operand) + offsets, as_operand(found * scale, P))
     return tl.sum(found, 1)
 
 

@@ -61,12 +61,11 @@ OLD = tl.constexpr(10)  # three state slots as they were before the step, contig
 NEW = tl.constexpr(13)  # their working copies
 MASK = tl.constexpr(16)  # a byte per element, 0 where it must not move, contiguous; 0 for no mask
 RATE = tl.constexpr(17)  # factor of the learning rates, float32 bits
-START = tl.constexpr(18)  # G_0 in float32, zero-padded, strides as DELTA; weights of the rows driver only
+START = tl.constexpr(18)  # G_0 in float32, zero-padded, strides as DELTA
 GRAD_SCALE = tl.constexpr(19)  # factor of GRAD, float32 bits
 
 WEIGHT_STRIDE = tl.constexpr(WEIGHT.value + STRIDE.value)
 WEIGHT_COPY = tl.constexpr(WEIGHT.value + COPY.value)
-WEIGHT_START = tl.constexpr(WEIGHT.value + START.value)
 WEIGHT_COPY_SIZE = tl.constexpr(WEIGHT.value + COPY_SIZE.value)
 BIAS_COPY = tl.constexpr(BIAS.value + COPY.value)
 BIAS_COPY_SIZE = tl.constexpr(BIAS.value + COPY_SIZE.value)

@@ -12,6 +12,15 @@ def address(row_ptr, column, dtype: tl.constexpr):
 
 
 @triton.jit
+def address_for_fours(row_ptr, column, dtype: tl.constexpr):
+    """The same for stores from an epilogue: of four elements a thread, which is what it has of float32 tensors.
+
+    With eight of 16 bits to a thread, all that they are computed from would have to change threads.
+    """
+    return tl.multiple_of(tl.load(row_ptr + column).to(tl.pointer_type(dtype)), dtype.primitive_bitwidth // 2)
+
+
+@triton.jit
 def callers_address(row_ptr, column, dtype: tl.constexpr):
     """An address of the caller's, aligned to its elements alone."""
     return tl.load(row_ptr + column).to(tl.pointer_type(dtype))
