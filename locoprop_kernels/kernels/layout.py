@@ -339,11 +339,11 @@ class Layout:
             self._add_tiles("softmax", index, b_blocks)
 
     def _lay_out_results(self, index: int, name: str, base: int, rows: int, stride: int, n: int, k: int) -> None:
-        """Δ and the rule's state, and the copy of ``G_0``, in the scratch."""
+        """Δ and the rule's state, and the copy of ``G_0``."""
         columns = [base + c.DELTA.value, *(base + c.NEW.value + i for i in range(len(self.kind.slots)))]
         delta, *slots = (self._take(index, column, rows * stride, 4, stride) for column in columns)
         self.pieces[index][name] = Piece(delta, slots, n, k)
-        self._take(self._scratch, index, base + c.START.value, rows * stride, 4, stride)
+        self._take(index, base + c.START.value, rows * stride, 4, stride)
 
     def _lay_out_trace(self, index: int, column: Any, count: int) -> tuple[int, int]:
         """Slots for partial sums; returns the layer's first, and the first after it."""
