@@ -5,12 +5,13 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 PAPER_READY := $(VENV)/.paper-ready
+ECOSYSTEM_READY := $(VENV)/.ecosystem-ready
 # Of `make paper`: what it trains on, and the reduced protocol unless FULL=1.
 DATA ?= curves
 # A process for each core (tests/conftest.py says how many), each with one thread; idle ones take tests from the others.
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help test test-sweeps test-all demo paper bench report lint hooks docs gpu clean
+.PHONY: help test test-sweeps test-all test-ecosystem demo paper bench report lint hooks docs gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +29,10 @@ $(PAPER_READY): $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[paper]"
 	@touch $@
 
+$(ECOSYSTEM_READY): $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ecosystem]"
+	@touch $@
+
 test: $(READY)  ## the tests of everything, a few minutes on two cores
 	$(PYTEST)
 
@@ -35,6 +40,9 @@ test-sweeps: $(READY)  ## the long sweeps alone: more sizes, rules, trajectories
 	$(PYTEST) -m sweep
 
 test-all: test test-sweeps  ## the whole test suite that this machine can run
+
+test-ecosystem: $(ECOSYSTEM_READY)  ## LocoProp in Lightning, accelerate, the Trainer of transformers and TensorBoard
+	$(PYTEST) tests/optimizer/test_engines.py tests/optimizer/test_local_losses.py tests/processes/test_examples.py
 
 demo: $(READY)  ## train the demo's autoencoders; writes demo_out/
 	$(RUN) -m locoprop_torch.demo --out demo_out

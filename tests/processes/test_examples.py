@@ -1,5 +1,6 @@
 """The examples run as their users run them."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -15,17 +16,34 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 
-def test_torchrun(tmp_path):
+def needs(package):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"needs {package}, of the extra [ecosystem]")
+
+
+def run(example, count, folder):
+    """The loss that an example prints in the end, with so many processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    done = subprocess.run(
+        [*launch, str(ROOT / "examples" / example)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return float(present(re.search(r"^loss ([\d.]+)$", done.stdout, re.MULTILINE))[1])
+
+
+@pytest.mark.parametrize(
+    ("example", "most"),
+    [
+        ("ddp.py", 1.2),
+        pytest.param("with_accelerate.py", 1.1, marks=needs("accelerate")),
+        pytest.param("with_lightning.py", 0.9, marks=needs("lightning")),
+        pytest.param("with_trainer.py", 2.9, marks=needs("transformers")),
+    ],
+)
+def test_torchrun(example, most, tmp_path):
     """As many processes as there are, the result is the same to rounding."""
-    losses = []
-    for count in ("1", "2"):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
-        done = subprocess.run(
-            [*launch, str(ROOT / "examples/ddp.py")],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        losses.append(float(present(re.search(r"loss ([\d.]+)", done.stdout))[1]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0] < 1.2
+    alone, two = (run(example, count, tmp_path) for count in (1, 2))
+    assert alone == pytest.approx(two, rel=1e-4)
+    assert alone < most
