@@ -5,6 +5,7 @@ Start with :func:`local_steps_` and :class:`LocalProblem`. The algorithm is in :
 
 from locoprop_kernels import rules, transfers
 from locoprop_kernels.closed_form import closed_form
+from locoprop_kernels.compiled import LocalSteps
 from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.regularisers import Regulariser
 from locoprop_kernels.steps import ProblemReport, StepReport, local_steps_
@@ -12,6 +13,7 @@ from locoprop_kernels.transfers import register_transfer
 
 __all__ = [
     "LocalProblem",
+    "LocalSteps",
     "ProblemReport",
     "Regulariser",
     "StepReport",

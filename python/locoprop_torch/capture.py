@@ -62,12 +62,15 @@ class _InputGradient:
     def __init__(self, layer: weakref.ref[CapturedLayer], captured: Pass) -> None:
         self._layer, self._captured = layer, weakref.ref(captured)
 
+    @torch.compiler.disable
     def __call__(self, gradient: Tensor) -> None:
         captured = self._captured()
         if captured is not None and torch.is_grad_enabled() and gradient.requires_grad:
             gradient.register_hook(partial(_while_alive, self._layer, CapturedLayer._reach_by_input, captured))
 
 
+# A backward pass within a compiled function calls hooks as they are.
+@torch.compiler.disable
 def _while_alive(layer: weakref.ref[CapturedLayer], method: Callable[..., None], *arguments: Any) -> None:
     """A hook that calls a method of a layer and does not keep the layer alive."""
     owner = layer()

@@ -243,6 +243,8 @@ class LocoProp(Optimizer):
 
     # --- the step
 
+    # In a compiled function it runs as it is, between two graphs: it reads what hooks have kept.
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the local iterations of all layers and step ``aux``.
@@ -329,6 +331,7 @@ class LocoProp(Optimizer):
         """How many steps were not committed because something was not finite (waits for the device)."""
         return self._skipped.total
 
+    @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, those of ``aux`` too, and forget captured activations."""
         link_groups(self.param_groups, self.aux)

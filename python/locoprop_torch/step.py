@@ -338,5 +338,5 @@ class SkipCounter:
                 "LocoProp skipped a step: the loss, a gradient or a local loop was not finite. Weights and state are "
                 "as before; further cases are only counted, in skipped_steps.",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=6,
             )

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from locoprop_torch import LocoProp
 from tests.helpers import (
     assert_same,
+    backward,
     batch,
     loss_of,
     mlp,
@@ -88,3 +90,65 @@ def test_compiled_models_are_captured():
     steps(wrapper, published(wrapper, lr=1e-3))
     steps(twin, published(twin, lr=1e-3))
     assert not any(moved(model, weights(twin)))
+
+
+def whole_steps(wrap, count=4):
+    """The model after training steps that are one function, wrapped by ``wrap``."""
+    model = mlp()
+    opt = LocoProp(model, rows=4)
+
+    @wrap
+    def train_step(x, y):
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        return loss
+
+    losses, graphs = [], []
+    for seed in range(count):
+        losses.append(train_step(*batch(16, seed)).item())
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return model, losses, graphs
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_whole_step_in_a_compiled_function(backend):
+    """The optimiser steps between two graphs: it is left as it is, and nothing is compiled again for each step."""
+    torch._dynamo.utils.counters.clear()
+    model, losses, graphs = whole_steps(torch.compile(backend=backend))
+    reasons = " ".join(torch._dynamo.utils.counters["graph_break"])
+    twin, expected, _ = whole_steps(lambda function: function)
+    assert_same(model, twin, rtol=0, atol=0)
+    assert losses == expected
+    assert "LocoProp.step" in reasons
+    # In the second step gradients are None once more, and then nothing is new.
+    assert 0 < graphs[1] == graphs[-1] < 10
+
+
+def test_a_compiled_step_method():
+    model, twin = mlp(), mlp()
+    opt, other = LocoProp(model), LocoProp(twin)
+    step = torch.compile(opt.step, backend="eager")
+    for seed in range(2):
+        backward(model, opt, seed=seed)
+        step()
+    steps(twin, other)
+    assert_same(model, twin, rtol=0, atol=0)
+
+
+def test_a_closure_may_be_compiled():
+    """What a step calls is compiled all the same."""
+    model, twin, graphs = mlp(), mlp(), []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    wrapper = torch.compile(model, backend=compiler)
+    opt, other = LocoProp(model), LocoProp(twin)
+    for seed in range(2):
+        opt.step(lambda seed=seed: backward(wrapper, opt, seed=seed))
+    steps(twin, other)
+    assert_same(model, twin)
+    assert graphs

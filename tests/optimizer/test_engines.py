@@ -1,5 +1,7 @@
 """Engines that own the training loop: what they do is what a plain loop does, and they resume exactly."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -46,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def test_lightning(tmp_path):
-    lightning = pytest.importorskip("lightning", reason="needs the extra [ecosystem]")
+    lightning: Any = pytest.importorskip("lightning", reason="needs the extra [ecosystem]")
 
     class Module(lightning.LightningModule):
         def __init__(self):

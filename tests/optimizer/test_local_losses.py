@@ -1,6 +1,7 @@
 """``log_local_losses``: what is written, when, and that training does not notice."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -83,9 +84,11 @@ def test_a_copy_writes_nothing():
 
 def test_bad_input():
     opt = LocoProp(mlp())
+    other: Any = torch.optim.SGD(mlp().parameters())
+    wrong: list[Any] = [0, 1.5, True]
     with pytest.raises(TypeError, match="optimizer must be a LocoProp, got SGD"):
-        log_local_losses(torch.optim.SGD(mlp().parameters()), Writer())
-    for every in (0, 1.5, True):
+        log_local_losses(other, Writer())
+    for every in wrong:
         with pytest.raises(ValueError, match=f"every must be a positive integer, got {every}"):
             log_local_losses(opt, Writer(), every)
     assert not opt.trace
