@@ -241,10 +241,8 @@ class LocoProp(Optimizer):
         if self._complete:
             link_groups(self.param_groups, self.aux)
 
-    # --- the step
+    # --- the step: in a compiled function it runs as it is, between two graphs, as it reads what hooks have kept
 
-    # In a compiled function a step runs as it is, between two graphs: it reads what hooks have kept, and the local loop
-    # is made of few large operations. For a step in one graph there is locoprop_kernels.LocalSteps.
     @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -384,9 +382,8 @@ class LocoProp(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "last_reports": []}
         # torch's own __init__ and __setstate__ put these back.
-        return {
-            k: v for k, v in state.items() if not k.endswith("_hooks") and k not in ("_zero_grad_profile_name", "step")
-        }
+        kept = [k for k in state if not k.endswith("_hooks") and k not in ("_zero_grad_profile_name", "step")]
+        return {k: state[k] for k in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
