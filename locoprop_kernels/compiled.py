@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import rules, transfers
+from locoprop_kernels.checked import check
 from locoprop_kernels.problem import LocalProblem, initial_state
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.steps import BACKENDS, solve
@@ -136,7 +137,7 @@ def _operator(
         LocalProblem(x=rows, preactivation=a, transfer=function, **layer)
         for rows, a, function, layer in zip(x, preactivation, functions, layers, strict=True)
     ]
-    report = solve(problems, settings, made["backend"])
+    report = solve(check(problems, settings.rule), settings, made["backend"])
     report.commit_()
     return report.finite.clone()
 

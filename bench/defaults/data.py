@@ -68,8 +68,8 @@ def _digits(_: Path | None) -> Split:
 
 
 def _digits_images(_: Path | None) -> Split:
-    x, _, test_x, _ = _digits(None)
-    return Split(x, x, test_x, test_x)
+    split = _digits(None)
+    return Split(split.x, split.x, split.test_x, split.test_x)
 
 
 def _friedman(_: Path | None) -> Split:
