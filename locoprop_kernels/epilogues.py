@@ -19,14 +19,14 @@ class Issued(NamedTuple):
 
 
 EPILOGUES = {
-    "sm_80": {"activation": Issued(64.3, 4.0), "update": Issued(44.9, 2.0)},
-    "sm_86": {"activation": Issued(64.6, 4.0), "update": Issued(43.4, 2.0)},
-    "sm_89": {"activation": Issued(64.6, 4.0), "update": Issued(43.4, 2.0)},
-    "sm_90": {"activation": Issued(63.2, 4.0), "update": Issued(45.2, 2.0)},
-    "sm_100": {"activation": Issued(57.0, 4.0), "update": Issued(48.8, 2.0)},
-    "sm_103": {"activation": Issued(57.9, 4.0), "update": Issued(46.5, 2.0)},
-    "sm_120": {"activation": Issued(64.3, 4.0), "update": Issued(44.4, 2.0)},
-    "gfx90a": {"activation": Issued(81.5, 4.0), "update": Issued(57.0, 2.0)},
-    "gfx942": {"activation": Issued(82.9, 4.0), "update": Issued(53.3, 2.0)},
-    "gfx950": {"activation": Issued(83.4, 4.0), "update": Issued(65.4, 2.0)},
+    "sm_80": {"activation": Issued(40.1, 2.0), "update": Issued(23.7, 2.0)},
+    "sm_86": {"activation": Issued(40.1, 2.0), "update": Issued(26.9, 2.0)},
+    "sm_89": {"activation": Issued(40.1, 2.0), "update": Issued(26.9, 2.0)},
+    "sm_90": {"activation": Issued(26.7, 2.0), "update": Issued(23.6, 2.0)},
+    "sm_100": {"activation": Issued(27.2, 2.0), "update": Issued(23.3, 2.0)},
+    "sm_103": {"activation": Issued(29.3, 2.0), "update": Issued(25.5, 2.0)},
+    "sm_120": {"activation": Issued(41.2, 2.0), "update": Issued(26.4, 2.0)},
+    "gfx90a": {"activation": Issued(79.9, 2.0), "update": Issued(48.8, 2.0)},
+    "gfx942": {"activation": Issued(78.2, 2.0), "update": Issued(45.1, 2.0)},
+    "gfx950": {"activation": Issued(79.3, 2.0), "update": Issued(46.9, 2.0)},
 }
