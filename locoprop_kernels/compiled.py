@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import rules, transfers
-from locoprop_kernels.checked import check
 from locoprop_kernels.problem import LocalProblem, initial_state
 from locoprop_kernels.settings import Settings
-from locoprop_kernels.steps import BACKENDS, solve
+from locoprop_kernels.steps import BACKENDS, local_steps_
 from locoprop_kernels.transfers import Transfer
 
 __all__ = ["LocalSteps"]
@@ -106,9 +105,13 @@ class LocalSteps:
         Raises:
             TypeError, ValueError: naming what does not fit, before anything is changed.
         """
-        # Compiled graphs refuse to write to parameters that ask for a gradient, unless it is said that none is wanted.
-        with torch.no_grad():
-            return _operator(x, preactivation, parameters, gradients, state, lr, rows_seed, self._recipe)
+        # No gradient goes through the local steps. Switched off, gradients would stay so if a compiled step raises.
+        read = (_detached(tensors) for tensors in (x, preactivation, parameters, gradients))
+        return _operator(*read, state, lr, rows_seed, self._recipe)
+
+
+def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach() for tensor in tensors]
 
 
 @torch.library.custom_op("locoprop::local_steps_", mutates_args=("parameters", "state"))
@@ -124,9 +127,6 @@ def _operator(
 ) -> Tensor:
     made = _read(recipe)
     rule, functions = made["rule"], made["transfers"]
-    settings = Settings.checked(
-        rule, lr.tolist(), made["prox"], made["reduction"], made["compute_dtype"], False, None, made["rows"], rows_seed
-    )
     layers = _layers(parameters, gradients, state, rule)
     if not len(layers) == len(functions) == len(x) == len(preactivation):
         raise ValueError(
@@ -137,9 +137,8 @@ def _operator(
         LocalProblem(x=rows, preactivation=a, transfer=function, **layer)
         for rows, a, function, layer in zip(x, preactivation, functions, layers, strict=True)
     ]
-    report = solve(check(problems, settings.rule), settings, made["backend"])
-    report.commit_()
-    return report.finite.clone()
+    options = {name: made[name] for name in ("prox", "reduction", "backend", "compute_dtype", "rows")}
+    return local_steps_(problems, rule, lr.tolist(), rows_seed=rows_seed, **options).finite.clone()
 
 
 @_operator.register_fake

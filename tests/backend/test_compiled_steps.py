@@ -151,3 +151,12 @@ def test_bad_input():
         operator([x], [a], [b], [b], operator.initial_state([b]), rates(0))
     with pytest.raises(ValueError, match=r"problem 0: preactivation must have shape \[8, 5\]"):
         operator([x], [a.t()], [w], [w], state, rates(0))
+
+
+def test_an_error_in_a_compiled_step_leaves_gradients_switched_on():
+    operator = lk.LocalSteps(["tanh"])
+    w, x, a = torch.randn(5, 6), torch.randn(8, 6), torch.randn(8, 4)
+    step = torch.compile(operator, backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match="preactivation must have shape"):
+        step([x], [a], [w], [w.clone()], operator.initial_state([w]), rates(0))
+    assert torch.is_grad_enabled()
