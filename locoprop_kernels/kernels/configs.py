@@ -76,7 +76,7 @@ _INTERPRETER = Config(n=16, b=64, k=128, r=32)
 _EXACT = Config(n=64, b=64, k=64, r=16, warps=8, stages=2, slices=4)
 _SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, slices=8)
 _SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, slices=8)
-_AMD = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, slices=4)
+_AMD = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, slices=8)
 _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_80", "bf16"): (_SQUARE,),
     ("sm_80", "fp16"): (_SQUARE,),
@@ -98,7 +98,7 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_100", "bf16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=4),),
     ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8),),
     ("sm_100", "tf32"): (_SQUARE,),
-    ("sm_100", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=4, stages=2, slices=4),),
+    ("sm_100", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=4, stages=2, slices=8),),
     ("sm_120", "tf32"): (_SQUARE,),
     ("gfx90a", "bf16"): (_AMD,),
     ("gfx90a", "fp16"): (_AMD,),
@@ -108,7 +108,6 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
 # Where the above would spill registers with a mask, or with rows that a local step has to itself.
 _LEAN: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_80", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=8, stages=2, slices=4),),
-    ("sm_100", "tf32"): (_SMALL,),
 }
 _OTHERS = {"bf16": (_SMALL,), "fp16": (_SMALL,), "tf32": (_SMALL,), "ieee": (_EXACT,)}
 

@@ -245,6 +245,7 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
         trace=task.trace,
         transfers=tuple(function for function, _ in layout.functions),
         divergences=tuple(divergence for _, divergence in layout.functions) if task.trace else (),
+        own=any(one.own_function is not None for one in shapes),
         near=tuple(functions.NEAR.get(function) if short else None for function, _ in layout.functions),
         ptx=ptx,
     )

@@ -70,11 +70,15 @@ def _weight_pass(row_ptr, n_block, e, factor, when, scale, own, trace_ptr, FIRST
     for start_column in tl.range(0, k, BLOCK_K, num_stages=STAGES):
         place = (rows, start_column + inner, n, k)
         offsets = own_offsets + start_column
+        # Ahead of the product: behind it, the compiler would hold all that it multiplies in registers.
+        before = parameter.load(row_ptr + c.WEIGHT, own, offsets, place, FIRST, U)
         change = nothing
         if not FIRST:  # E_0 = 0
             change = dot(e, tl.load(now_ptr + (now_offsets + start_column * pitch)), nothing, P) * factor
         moment = (rate, count, prox)
-        delta, gradient = parameter.step(row_ptr + c.WEIGHT, own, offsets, change, place, moment, loss_scale, FIRST, U)
+        delta, gradient = parameter.step(
+            row_ptr + c.WEIGHT, own, offsets, before, change, place, moment, loss_scale, FIRST, U
+        )
         if P.operand == tl.float16:
             largest = tl.maximum(largest, tl.max(tl.max(tl.abs(delta), 1), 0))
         if P.trace:

@@ -67,7 +67,8 @@ class Products(_Constants):
         trace: whether to evaluate the local objectives.
         transfers: the layers' transfer functions; their place is the code in the layer table.
         divergences: their matching losses, with ``trace``.
-        near: their forms for small changes, ``None`` where there is none; for operands of 16 bits.
+        own: whether any transfer function is the user's own.
+        near: the transfer functions' forms for small changes, ``None`` where there is none; for operands of 16 bits.
         ptx: whether epilogues divide by instructions of NVIDIA's; for operands of 16 bits.
     """
 
@@ -87,6 +88,7 @@ class Products(_Constants):
     trace: bool = False
     transfers: tuple[Any, ...] = ()
     divergences: tuple[Any, ...] = ()
+    own: bool = False
     near: tuple[Any, ...] = ()
     ptx: bool = False
 

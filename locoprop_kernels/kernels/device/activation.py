@@ -11,8 +11,10 @@ from locoprop_kernels.kernels.device.products import increment_scale, product, s
 @triton.jit
 def _difference_of(a0, change, parameter, F: tl.constexpr, NEAR: tl.constexpr, P: tl.constexpr):
     """``F(a0 + change) - F(a0)``; by the form for small changes where there is one, and all of them are small."""
-    if NEAR is None:  # nothing changes in the padding, where the user's own F may not be finite
-        found = tl.where(change == 0, 0.0, F(a0 + change, parameter) - F(a0, parameter))
+    if NEAR is None:
+        found = F(a0 + change, parameter) - F(a0, parameter)
+        if P.own:  # nothing changes in the padding, where it may not be finite
+            found = tl.where(change == 0, 0.0, found)
     else:
         if tl.max(tl.max(tl.abs(change), 1), 0) <= 0.5:
             found = NEAR(a0, change, parameter, P.ptx)

@@ -130,13 +130,14 @@ def _apply_rule(delta, grad, slots, rate, step, U: tl.constexpr):
 
 
 @triton.jit
-def step(parameter_ptr, own, offsets, change, place, when, loss_scale, FIRST: tl.constexpr, U: tl.constexpr):
+def step(parameter_ptr, own, offsets, before, change, place, when, loss_scale, FIRST: tl.constexpr, U: tl.constexpr):
     """One step of the update rule, where the gradient has changed by ``change``; ``when`` is ``(rate, step, prox)``.
 
-    Returns the new increment and the gradient at the start, both zero outside the parameter and where its mask is 0.
+    ``before`` is what :func:`load` found. Returns the new increment and the gradient at the start, both zero outside
+    the parameter and where its mask is 0.
     """
     rate, count, prox = when
-    start, delta, s0, s1, s2 = load(parameter_ptr, own, offsets, place, FIRST, U)
+    start, delta, s0, s1, s2 = before
     grad = (start + change) * loss_scale + prox * delta
     if U.regulariser is not None:
         value = _callers_value(parameter_ptr, place, U)

@@ -15,10 +15,20 @@ from locoprop_kernels.kernels.device.products import increment_scale, product, s
 
 @triton.jit
 def _block(row_ptr, n_block, P: tl.constexpr):
-    """Elements before a block of rows, and offsets of its rows behind them; for matrices with strides as Δ."""
+    """A block of rows: their numbers, elements before them, and their offsets behind; of matrices with strides as Δ."""
     row_stride = stride(row_ptr, c.WEIGHT + c.STRIDE)
+    local_rows = tl.arange(0, P.block_n)
     first = (n_block * P.block_n).to(tl.int64) * row_stride
-    return first, tl.arange(0, P.block_n)[:, None] * row_stride.to(tl.int32)
+    return n_block * P.block_n + local_rows, first, local_rows[:, None] * row_stride.to(tl.int32)
+
+
+@triton.jit
+def _increment_scale(row_ptr, n_block, t, P: tl.constexpr):
+    """By which the update of local step ``t`` scales Δ: for float16 alone."""
+    scale = 1.0
+    if P.operand == tl.float16:
+        scale = increment_scale(row_ptr, n_block, t, P)
+    return scale
 
 
 @triton.jit
@@ -26,8 +36,7 @@ def _weight_slice(row_ptr, block, column, change, when, scales, own, trace_ptr, 
                   U: tl.constexpr):  # fmt: skip
     """Update of a slice of a weight tile, from ``column`` on, whose gradient has changed by ``change``.
 
-    ``block`` is ``(rows, elements before them, their offsets)``, ``scales`` is ``(of the loss, of the new Δ)``. Returns
-    the largest |Δ|, for float16 alone.
+    ``scales`` are those of the loss and of the new Δ. Returns the largest |Δ|, for float16 alone.
     """
     t, rate, prox = when
     rows, first, row_offsets = block
@@ -36,7 +45,10 @@ def _weight_slice(row_ptr, block, column, change, when, scales, own, trace_ptr, 
     place = (rows, columns, tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS))
     rate, count = parameter.rule_at(row_ptr + c.WEIGHT, t, rate, U)
     moment = (rate, count, prox)
-    delta, gradient = parameter.step(row_ptr + c.WEIGHT, own, offsets, change, place, moment, scales[0], FIRST, U)
+    before = parameter.load(row_ptr + c.WEIGHT, own, offsets, place, FIRST, U)
+    delta, gradient = parameter.step(
+        row_ptr + c.WEIGHT, own, offsets, before, change, place, moment, scales[0], FIRST, U
+    )
     copy_ptr = address_for_fours(row_ptr, c.WEIGHT + c.COPY, P.operand) + first
     if P.form == "gram":
         copy_ptr += ((t + 1) % 2) * stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
@@ -85,7 +97,10 @@ def _bias_step(row_ptr, n_block, change, when, loss_scale, trace_ptr, FIRST: tl.
     own, offsets, place = _bias_part(row_ptr, n_block, P, U)
     rate, count = parameter.rule_at(bias_ptr, t, rate, U)
     moment = (rate, count, prox)
-    delta, gradient = parameter.step(bias_ptr, own, offsets, change[:, None], place, moment, loss_scale, FIRST, U)
+    before = parameter.load(bias_ptr, own, offsets, place, FIRST, U)
+    delta, gradient = parameter.step(
+        bias_ptr, own, offsets, before, change[:, None], place, moment, loss_scale, FIRST, U
+    )
     if P.form == "gram":
         gram.keep_bias(row_ptr, place[0], t, delta)
     if P.trace:
@@ -125,9 +140,8 @@ def check_bias(row_ptr, n_block, bad_ptr, P: tl.constexpr, U: tl.constexpr):
 @triton.jit
 def check_weight(row_ptr, n_block, columns, bad_ptr, P: tl.constexpr, U: tl.constexpr):
     """The same of a part of the weight."""
-    first, row_offsets = _block(row_ptr, n_block, P)
+    rows, first, row_offsets = _block(row_ptr, n_block, P)
     own = parameter.own_pointers(row_ptr + c.WEIGHT, first, U)
-    rows = n_block * P.block_n + tl.arange(0, P.block_n)
     place = (rows, columns, tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS))
     parameter.check(row_ptr + c.WEIGHT, own, row_offsets + columns[None, :], place, bad_ptr, P, U)
 
@@ -166,7 +180,7 @@ def partial_tile(row_ptr, n_block, k_block, split, t, P: tl.constexpr):
     start = split * most
     length = tl.minimum(tl.load(row_ptr + c.BATCH) - start, most)
     multiplied = _gradient_product(row_ptr, rows, columns, start, length, t, P)
-    first, row_offsets = _block(row_ptr, n_block, P)
+    _, first, row_offsets = _block(row_ptr, n_block, P)
     partial_ptr = address(row_ptr, c.PARTIALS, tl.float32) + split * stride(row_ptr, c.WEIGHT + c.COPY_SIZE) + first
     slices = sliced(multiplied, SLICES)
     for i in tl.static_range(SLICES):
@@ -175,10 +189,13 @@ def partial_tile(row_ptr, n_block, k_block, split, t, P: tl.constexpr):
 
 
 @triton.jit
-def _first_weight_tile(row_ptr, block, k_block, when, scales, own, trace_ptr, P: tl.constexpr, U: tl.constexpr):
+def _first_weight_tile(row_ptr, n_block, k_block, when, loss_scale, trace_ptr, P: tl.constexpr, U: tl.constexpr):
     """Update of the weight at the first local step, where ``E_0 = 0``: from what is the caller's, without a product."""
     SLICES: tl.constexpr = P.slices
     WIDTH: tl.constexpr = P.block_k // SLICES
+    block = _block(row_ptr, n_block, P)
+    own = parameter.own_pointers(row_ptr + c.WEIGHT, block[1], U)
+    scales = (loss_scale, _increment_scale(row_ptr, n_block, when[0], P))
     largest = 0.0
     for i in range(0, SLICES):
         change = tl.zeros((block[0].shape[0], WIDTH), tl.float32)
@@ -189,21 +206,23 @@ def _first_weight_tile(row_ptr, block, k_block, when, scales, own, trace_ptr, P:
 
 
 @triton.jit
-def _later_weight_tile(row_ptr, block, n_block, k_block, when, scales, own, trace_ptr, P: tl.constexpr,
-                       U: tl.constexpr):  # fmt: skip
+def _later_weight_tile(row_ptr, n_block, k_block, when, loss_scale, trace_ptr, P: tl.constexpr, U: tl.constexpr):
     """Update of the weight at the other local steps."""
     SLICES: tl.constexpr = P.slices
     t = when[0]
+    rows = n_block * P.block_n + tl.arange(0, P.block_n)
     columns = k_block * P.block_k + tl.arange(0, P.block_k)
     splits = 1
     length = tl.load(row_ptr + c.BATCH)
     if P.split:
         splits = tl.load(row_ptr + c.SPLITS)
         length = tl.where(splits > 1, 0, length)  # partial tiles have multiplied
-    multiplied = _gradient_product(row_ptr, block[0], columns, 0, length, t, P)
-    factor = 1.0
-    if P.operand == tl.float16:
-        factor = 1.0 / increment_scale(row_ptr, n_block, t - 1, P)
+    multiplied = _gradient_product(row_ptr, rows, columns, 0, length, t, P)
+    # What the epilogue needs is loaded behind the product, which has no registers to spare.
+    block = _block(row_ptr, n_block, P)
+    own = parameter.own_pointers(row_ptr + c.WEIGHT, block[1], U)
+    scales = (loss_scale, _increment_scale(row_ptr, n_block, t, P))
+    factor = 1.0 / _increment_scale(row_ptr, n_block, t - 1, P)
     if P.sampled:
         factor *= bits_to_float(tl.load(row_ptr + c.SETS))
     largest = 0.0
@@ -220,17 +239,10 @@ def _later_weight_tile(row_ptr, block, n_block, k_block, when, scales, own, trac
 def _weight_tile(row_ptr, n_block, k_block, when, loss_scale, trace_ptr, P: tl.constexpr, U: tl.constexpr):
     """Update of the weight; writes the partial sums of the objective from ``trace_ptr`` on."""
     t = when[0]
-    rows = n_block * P.block_n + tl.arange(0, P.block_n)
-    first, row_offsets = _block(row_ptr, n_block, P)
-    block, own = (rows, first, row_offsets), parameter.own_pointers(row_ptr + c.WEIGHT, first, U)
-    scale = 1.0
-    if P.operand == tl.float16:
-        scale = increment_scale(row_ptr, n_block, t, P)
-    scales = (loss_scale, scale)
     if t == 0:
-        largest = _first_weight_tile(row_ptr, block, k_block, when, scales, own, trace_ptr, P, U)
+        largest = _first_weight_tile(row_ptr, n_block, k_block, when, loss_scale, trace_ptr, P, U)
     else:
-        largest = _later_weight_tile(row_ptr, block, n_block, k_block, when, scales, own, trace_ptr, P, U)
+        largest = _later_weight_tile(row_ptr, n_block, k_block, when, loss_scale, trace_ptr, P, U)
     if P.operand == tl.float16:
         place = ((t + 1) % 3) * tl.load(row_ptr + c.N_BLOCKS) + n_block
         place = place * tl.load(row_ptr + c.K_BLOCKS) + k_block
