@@ -265,8 +265,8 @@ def _live_storages():
         if not issubclass(type(candidate), torch.Tensor):
             continue
         if candidate.device.type == "cpu" and candidate.layout == torch.strided:
-            storage = candidate.untyped_storage()
-            # Tensors that a tracer of torch has left behind have no memory, and say so when they are asked where it is.
+            # Tensors that a tracer or a transform of torch has left behind have no memory, and say so when asked for it.
             with contextlib.suppress(RuntimeError):
+                storage = candidate.untyped_storage()
                 found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
     return sorted(found)

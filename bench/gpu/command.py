@@ -10,7 +10,6 @@ through every section on the CPU, with tiny sizes and interpreted kernels.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -24,6 +23,7 @@ from bench import device
 from bench.gpu.goals import goals, print_goals
 from bench.gpu.sections import SECTIONS, Section, to_compile
 from bench.gpu.session import Session
+from locoprop_kernels.kernels.target import interpreted
 
 __all__ = ["main"]
 
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code is that of the tests."""
     options = _parser().parse_args(arguments)
     if options.dry_run:
-        if os.environ.get("TRITON_INTERPRET") != "1":
+        if not interpreted():
             print("bench.gpu: --dry-run needs TRITON_INTERPRET=1, set before Triton is imported", file=sys.stderr)
             return 2
     elif not torch.cuda.is_available():

@@ -72,14 +72,15 @@ def fresh_seed():
 
 def test_blocks_are_shared_among_programs():
     schedule = build([size[:3] for size in SIZES], Tiles(CONFIG.n, CONFIG.b, CONFIG.k), 3)
+    owners: dict[tuple[int, int], set[int]] = {}
     for phase in ("activation", "update"):
         rows, offsets = getattr(schedule, f"{phase}_tiles"), getattr(schedule, f"{phase}_offsets")
-        owners: dict[tuple[int, int], set[int]] = {}
         for program in range(3):
             for layer, block, _ in rows[offsets[program] : offsets[program + 1]].tolist():
                 owners.setdefault((layer, block), set()).add(program)
-        assert len(owners) == 3
-        assert all(len(programs) > 1 for programs in owners.values())
+    # A program that has all tiles of a block in one phase waits for others' in the other.
+    assert len(owners) == 3
+    assert all(len(programs) > 1 for programs in owners.values())
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,9 @@ def compare(pools, name, dtype, rows, **options):
         for others in (weights(made(dtype, name)), found[0])
     )
     assert displacement.norm() > 0
-    assert error.norm() <= TOLERANCE[dtype] * displacement.norm()
+    # Weights are rounded when they are stored, at each step: a displacement may be no larger than that allows to see.
+    rounding = torch.finfo(dtype).eps / 4 * torch.cat([one.double().flatten() for one in expected]).norm()
+    assert error.norm() <= TOLERANCE[dtype] * displacement.norm() + rounding
 
 
 class Own(rules.SGD):
