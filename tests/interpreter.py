@@ -265,7 +265,7 @@ def _live_storages():
         if not issubclass(type(candidate), torch.Tensor):
             continue
         if candidate.device.type == "cpu" and candidate.layout == torch.strided:
-            # Tensors that a tracer or a transform of torch has left behind have no memory, and say so when asked for it.
+            # Tensors that a tracer or a transform of torch has left behind have no memory, and say so when asked.
             with contextlib.suppress(RuntimeError):
                 storage = candidate.untyped_storage()
                 found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
