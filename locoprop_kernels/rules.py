@@ -82,8 +82,17 @@ class Rule(ABC):
             lr: learning rate.
             step: number of steps, as there.
         """
+        # A subclass may have other arithmetic than what the fused kernels stand for.
+        if is_elementwise(self) and self._update_fused_(deltas, grads, states, lr, step):
+            return
         for delta, grad, state in zip(deltas, grads, states, strict=True):
             self.update_(delta, grad, state, lr, step)
+
+    def _update_fused_(
+        self, deltas: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], lr: float, step: int
+    ) -> bool:
+        """:meth:`update_all_` by torch's own fused kernels, if they can work on these tensors: whether it was done."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -147,8 +156,7 @@ class RMSprop(Rule):
         return slots
 
     def update_(self, delta: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
-        if not self.centered and self.flavor == "torch" and fused.usable([delta, grad, *state.values()]):
-            fused.rmsprop_([delta], [grad], [state], lr, self)
+        if self._update_fused_([delta], [grad], [state], lr, step):
             return
         mean_square = state["square_avg"].mul_(self.alpha).addcmul_(grad, grad, value=1 - self.alpha)
         if self.centered:
@@ -169,14 +177,14 @@ class RMSprop(Rule):
         else:
             delta.addcdiv_(grad, denominator, value=-lr)
 
-    def update_all_(
+    def _update_fused_(
         self, deltas: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], lr: float, step: int
-    ) -> None:
+    ) -> bool:
         written = (value for state in states for value in state.values())
-        if not self.centered and self.flavor == "torch" and fused.usable([*deltas, *grads, *written]):
-            fused.rmsprop_(deltas, grads, states, lr, self)
-        else:
-            super().update_all_(deltas, grads, states, lr, step)
+        if self.centered or self.flavor != "torch" or not fused.usable([*deltas, *grads, *written]):
+            return False
+        fused.rmsprop_(deltas, grads, states, lr, self)
+        return True
 
 
 @dataclass(frozen=True)
@@ -212,8 +220,7 @@ class Adam(Rule):
 
     def update_(self, delta: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> None:
         beta1, beta2 = self.betas
-        if fused.usable([delta, grad, *map(state.__getitem__, self.slots)]):
-            fused.adam_([delta], [grad], [state], lr, step, self)
+        if self._update_fused_([delta], [grad], [state], lr, step):
             return
         mean = state["exp_avg"].lerp_(grad, 1 - beta1)
         mean_square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -223,14 +230,14 @@ class Adam(Rule):
         else:
             delta.addcdiv_(mean, mean_square.sqrt().div_(root_correction2).add_(self.eps), value=-lr / correction1)
 
-    def update_all_(
+    def _update_fused_(
         self, deltas: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], lr: float, step: int
-    ) -> None:
+    ) -> bool:
         moments = (state[slot] for state in states for slot in self.slots)
-        if fused.usable([*deltas, *grads, *moments]):
-            fused.adam_(deltas, grads, states, lr, step, self)
-        else:
-            super().update_all_(deltas, grads, states, lr, step)
+        if not fused.usable([*deltas, *grads, *moments]):
+            return False
+        fused.adam_(deltas, grads, states, lr, step, self)
+        return True
 
 
 @dataclass(frozen=True)

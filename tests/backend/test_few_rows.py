@@ -39,6 +39,19 @@ def test_fused_updates_are_the_rules_own(rule, monkeypatch):
     assert_alike(found, steps(other, rule, prox=0.1))
 
 
+class HalfAsFast(rules.Adam):
+    """A rule of the user's own that is ours but for its rate."""
+
+    def update_(self, delta, grad, state, lr, step):
+        super().update_(delta, grad, state, lr / 2, step)
+
+
+def test_what_a_subclass_overrides_is_not_replaced_by_fused_updates():
+    one, other = problem(), problem()
+    half = [rate / 2 for rate in OPTIONS["lr"]]
+    assert_alike(steps(one, HalfAsFast()), steps(other, rules.Adam(), lr=half))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rule", [rules.Adam(), rules.RMSprop(), rules.RMSprop(momentum=0.0)], ids=str)
 def test_gradients_are_left_as_they_are_by_fused_updates(rule, dtype):
