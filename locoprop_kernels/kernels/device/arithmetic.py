@@ -11,11 +11,15 @@ LEAST_EPS = tl.constexpr(1e-12)
 
 
 @triton.jit
+def _instruction(x, ASSEMBLY: tl.constexpr):
+    """One instruction, of float32 to float32."""
+    return tl.inline_asm_elementwise(ASSEMBLY, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def reciprocal(x, PTX: tl.constexpr):
     if PTX:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return _instruction(x, "rcp.approx.ftz.f32 $0, $1;")
     else:
         return 1.0 / x
 
@@ -23,9 +27,7 @@ def reciprocal(x, PTX: tl.constexpr):
 @triton.jit
 def root(x, PTX: tl.constexpr):
     if PTX:
-        return tl.inline_asm_elementwise(
-            "sqrt.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return _instruction(x, "sqrt.approx.ftz.f32 $0, $1;")
     else:
         return tl.sqrt(x)
 
@@ -33,9 +35,7 @@ def root(x, PTX: tl.constexpr):
 @triton.jit
 def power_of_two(x, PTX: tl.constexpr):
     if PTX:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return _instruction(x, "ex2.approx.ftz.f32 $0, $1;")
     else:
         return tl.exp2(x)
 
