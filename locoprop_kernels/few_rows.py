@@ -29,7 +29,7 @@ from locoprop_kernels.transfers import Transfer
 __all__ = ["BLOCK", "FewRowsForm", "blocks_of_outputs"]
 
 #: Weights of a block: their increment, two slots, gradient and start are 10 MB, which the last-level caches of servers
-# hold. Smaller blocks pay for more calls of torch, larger ones for the way to memory.
+#: hold. Smaller blocks pay for more calls of torch, larger ones for the way to memory.
 BLOCK = 2**19
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from locoprop_kernels.few_rows import BLOCK, FewRowsForm, blocks_of_outputs
 from locoprop_kernels.folding import allocated, begin, can_fold, unfolded
-from locoprop_kernels.loop import Loop, beginning, run
+from locoprop_kernels.loop import Loop, beginning, count_steps, run
 from locoprop_kernels.problem import LocalProblem, State, of_outputs
 from locoprop_kernels.scratch import give_back
 from locoprop_kernels.settings import Settings
@@ -75,9 +75,7 @@ class _Layer:
         """The increment, once all loops have run."""
         self.form.release()
         give_back(*self.start.values())
-        if self.settings.rule.counts_steps:
-            for slots in self.increment.state.values():
-                slots["step"] += self.settings.iterations
+        count_steps(self.increment, self.settings)
         return unfolded(self.increment) if self.fold else self.increment
 
 

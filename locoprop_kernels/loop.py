@@ -14,7 +14,7 @@ from locoprop_kernels.scratch import copy_of, take
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Increment
 
-__all__ = ["Loop", "beginning", "masked", "run"]
+__all__ = ["Loop", "beginning", "count_steps", "masked", "run"]
 
 
 class Loop:
@@ -127,6 +127,13 @@ def beginning(problem: LocalProblem, old: State, scale: float) -> tuple[dict[str
     state = {name: {slot: copy_of(value) for slot, value in slots.items()} for name, slots in old.items()}
     memory = [*delta.values(), *(value for slots in state.values() for value in slots.values() if value.dim())]
     return start, Increment(delta, state, memory)
+
+
+def count_steps(increment: Increment, settings: Settings) -> None:
+    """Add the local steps of a call to the rule's own counters, if it has them."""
+    if settings.rule.counts_steps:
+        for slots in increment.state.values():
+            slots["step"] += settings.iterations
 
 
 def masked(values: dict[str, Tensor], frozen: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from locoprop_kernels.few_rows_loop import few_rows_loops, is_small, together
 from locoprop_kernels.form import ChangeForm, Form
 from locoprop_kernels.gram import GramForm, gram_is_cheaper
-from locoprop_kernels.loop import Loop, beginning, run
+from locoprop_kernels.loop import Loop, beginning, count_steps, run
 from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Rows, Stacked, row_chunks
 from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
 from locoprop_kernels.products import Operand, held, product, rounded
@@ -162,9 +162,7 @@ def local_loop(
         kind = GramForm if decision.form == "gram" else _ProductForm
         form = kind(problem, settings.operands(problem))
     (trace,) = run([Loop(problem, settings, form, start, increment)], settings)
-    if settings.rule.counts_steps:
-        for slots in increment.state.values():
-            slots["step"] += settings.iterations
+    count_steps(increment, settings)
     return increment, trace
 
 
