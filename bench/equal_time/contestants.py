@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from bench.autoencoder.tasks import order
 from locoprop_torch import LocoProp
-from locoprop_torch.demo.experiments import FILES, autoencoder
+from locoprop_torch.demo.experiments import FILES, METHODS, autoencoder
 from locoprop_torch.demo.training import reconstruction_loss
 
 __all__ = ["CONTESTANTS", "PAPER", "QUICK", "Contestant", "Problem", "Setting"]
@@ -72,29 +72,27 @@ def _rmsprop(model: nn.Module, **values: Any) -> Optimizer:
     return torch.optim.RMSprop(model.parameters(), alpha=0.9, momentum=0.9, **values)
 
 
-# The sigmoid itself is inside the loss, where it cannot be found.
-_TRANSFERS = {"logits": "sigmoid"}
+def _notebook(method: str) -> Contestant:
+    """A method of the demo with the notebook's values."""
 
-
-def _notebook(rows: int | None) -> Callable[..., Optimizer]:
     def make(model: nn.Module, **values: Any) -> Optimizer:
-        return LocoProp(model, rule=FILES.rule, reduction="sum", rows=rows, transfers=_TRANSFERS, **values)
+        return replace(FILES, hyperparameters={method: values}).optimizer(method, model)
 
-    return make
+    return Contestant(METHODS[method], False, make, (FILES.hyperparameters[method],))
 
 
 def _defaults(model: nn.Module, **values: Any) -> Optimizer:
-    return LocoProp(model, transfers=_TRANSFERS, **values)
+    # The sigmoid itself is inside the loss, where it cannot be found.
+    return LocoProp(model, transfers={"logits": "sigmoid"}, **values)
 
 
 _order = lru_cache(maxsize=2)(order)
-_NOTEBOOK = {"lr": 1e-5, "activation_lr": 10.0, "local_iterations": 10}
 CONTESTANTS = {
-    "locoprop": Contestant("LocoProp-M, 32 rows", False, _notebook(32), (_NOTEBOOK,)),
+    "locoprop": _notebook("locoprop-rows"),
     "rmsprop": Contestant("RMSProp, momentum 0.9", True, _rmsprop, ({"lr": 1e-4}, {"lr": 3e-5}, {"lr": 3e-4})),
     "adam": Contestant("Adam", True, _adam, ({"lr": 1e-3}, {"lr": 3e-4}, {"lr": 3e-3})),
     "defaults": Contestant("LocoProp(model)", False, _defaults, ({},)),
-    "all-rows": Contestant("LocoProp-M, all rows", False, _notebook(None), (_NOTEBOOK,)),
+    "all-rows": replace(_notebook("locoprop-m"), label="LocoProp-M, all rows"),
 }
 
 
