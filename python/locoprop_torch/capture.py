@@ -27,7 +27,7 @@ from torch.utils.weak import TensorWeakRef
 from locoprop_kernels.patches import Rows, Stacked
 from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.transfers import Transfer
-from locoprop_torch.hooks import ForwardHook, attach, backward_pass
+from locoprop_torch.hooks import ForwardHook, InputGradientHook, attach, backward_pass, while_alive
 from locoprop_torch.kept import joined
 from locoprop_torch.layouts import Layout, layout_class
 from locoprop_torch.masks import trained_parameters
@@ -51,31 +51,6 @@ class _LayerHook(ForwardHook):
         transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
         if torch.is_grad_enabled() and output.requires_grad and not transformed:
             layer.watch(module, args[0] if args else next(iter(kwargs.values())), output)
-
-
-class _InputGradient:
-    """Hook on a layer's input, for gradients that are differentiated again, as in gradient penalties.
-
-    Their own backward pass reaches the weight by a way that need not go through the layer's output.
-    """
-
-    def __init__(self, layer: weakref.ref[CapturedLayer], captured: Pass) -> None:
-        self._layer, self._captured = layer, weakref.ref(captured)
-
-    @torch.compiler.disable
-    def __call__(self, gradient: Tensor) -> None:
-        captured = self._captured()
-        if captured is not None and torch.is_grad_enabled() and gradient.requires_grad:
-            gradient.register_hook(partial(_while_alive, self._layer, CapturedLayer._reach_by_input, captured))
-
-
-# A backward pass within a compiled function calls hooks as they are.
-@torch.compiler.disable
-def _while_alive(layer: weakref.ref[CapturedLayer], method: Callable[..., None], *arguments: Any) -> None:
-    """A hook that calls a method of a layer and does not keep the layer alive."""
-    owner = layer()
-    if owner is not None:
-        method(owner, *arguments)
 
 
 class CapturedLayer:
@@ -193,14 +168,14 @@ class CapturedLayer:
         self._latest = weakref.ref(output), weakref.ref(captured)
         output.register_hook(self._hook(CapturedLayer._reach, captured))
         if x.requires_grad:
-            handle = x.register_hook(_InputGradient(weakref.ref(self), captured))
+            handle = x.register_hook(InputGradientHook(weakref.ref(self), CapturedLayer._reach_by_input, captured))
             # A leaf may live on after the pass, and be the input of many more.
             if x.is_leaf:
                 weakref.finalize(captured, handle.remove).atexit = False
 
     def _hook(self, method: Callable[..., None], *arguments: Any) -> Callable[..., None]:
         """A hook that calls a method of this layer, with ``arguments`` first, as long as the layer is alive."""
-        return partial(_while_alive, weakref.ref(self), method, *arguments)
+        return partial(while_alive, weakref.ref(self), method, *arguments)
 
     def _watch_gradient(self, kind: str, parameter: nn.Parameter) -> None:
         self._handles[id(parameter)] = (

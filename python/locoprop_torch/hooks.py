@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["AttachedHook", "ForwardHook", "attach", "backward_pass"]
+__all__ = ["AttachedHook", "ForwardHook", "InputGradientHook", "attach", "backward_pass", "while_alive"]
 
 # Looked up on the instance by ``copy`` and ``pickle`` before they look at the class.
 _COPYING = ("__deepcopy__", "__reduce_ex__")
@@ -103,3 +104,33 @@ def _taken_off(module: nn.Module) -> Iterator[None]:
 def backward_pass() -> int:
     """The number of the backward pass that is running; -1 outside of one."""
     return torch._C._current_graph_task_id()
+
+
+class InputGradientHook:
+    """Hook on a layer's input, for gradients that are differentiated again, as in gradient penalties.
+
+    Their own backward pass reaches the weight by a way that need not go through the layer's output.
+
+    Args:
+        owner: the layer.
+        method: its method that is told of that backward pass.
+        captured: what the method is told: the pass that the input belongs to.
+    """
+
+    def __init__(self, owner: weakref.ref[Any], method: Callable[..., None], captured: Any) -> None:
+        self._owner, self._method, self._captured = owner, method, weakref.ref(captured)
+
+    @torch.compiler.disable
+    def __call__(self, gradient: Tensor) -> None:
+        captured = self._captured()
+        if captured is not None and torch.is_grad_enabled() and gradient.requires_grad:
+            gradient.register_hook(partial(while_alive, self._owner, self._method, captured))
+
+
+# A backward pass within a compiled function calls hooks as they are.
+@torch.compiler.disable
+def while_alive(owner: weakref.ref[Any], method: Callable[..., None], *arguments: Any) -> None:
+    """A hook that calls a method of its owner and does not keep the owner alive."""
+    found = owner()
+    if found is not None:
+        method(found, *arguments)
