@@ -102,10 +102,10 @@ print(json.dumps({name: compile_variant(*case).as_dict() for name, case in cases
 SOUND = ("good", "ampere", "tf32", "ieee", "amd", "copy", "local_steps", "in_parallel", "in_turn_on_ampere", "little")
 
 
-@cache
-def toys():
+def printed(script):
+    """What a script prints as JSON, in a process of its own that compiles kernels."""
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE_TOYS],
+        [sys.executable, "-c", script],
         env=ENVIRONMENT,
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -115,6 +115,11 @@ def toys():
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@cache
+def toys():
+    return printed(COMPILE_TOYS)
 
 
 @pytest.mark.parametrize("name", [*SOUND])
@@ -184,17 +189,7 @@ def test_epilogues_are_counted():
 
 def test_predictions_count_what_the_compiler_made():
     """To a quarter, as other compilers do not issue the same; after a change, ``python -m bench.epilogues --write``."""
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT_EPILOGUES],
-        env=ENVIRONMENT,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for phase, (instructions, special) in json.loads(done.stdout).items():
+    for phase, (instructions, special) in printed(COUNT_EPILOGUES).items():
         known = EPILOGUES["sm_90"][phase]
         assert instructions == pytest.approx(known.instructions, rel=0.25), phase
         assert special == pytest.approx(known.special, abs=0.2), phase
