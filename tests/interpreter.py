@@ -268,5 +268,7 @@ def _live_storages():
             # Tensors that a tracer or a transform of torch has left behind have no memory, and say so when asked.
             with contextlib.suppress(RuntimeError):
                 storage = candidate.untyped_storage()
-                found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+                size = storage.nbytes()
+                if isinstance(size, int):  # that of a tracer's own tensor may be a symbol
+                    found.add((storage.data_ptr(), storage.data_ptr() + size))
     return sorted(found)

@@ -110,6 +110,8 @@ def test_the_page_has_the_predictions_of_now(tmp_path, monkeypatch):
 
 
 def test_the_table_of_epilogues_is_written_as_it_stands(monkeypatch, tmp_path, capsys):
+    # The command takes it away for good, as it compiles.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     file = tmp_path / "epilogues.py"
     source = Path(epilogues.epilogues.__file__).read_text()
     file.write_text(source)
