@@ -69,8 +69,8 @@ def _try(config: Config, target: str, precision: str) -> dict[str, Any]:
     from locoprop_kernels.compile_report.inspection import compile_variant
     from locoprop_kernels.compile_report.variants import of_config
 
-    least = [*of_config(replace(config, general=False), precision)]
-    rest = [variant for variant in of_config(config, precision) if variant not in least]
+    least = [*of_config(target, replace(config, general=False), precision)]
+    rest = [variant for variant in of_config(target, config, precision) if variant not in least]
     found: dict[str, Any] = {"kernels": [], "drivers": []}
     for driver, variants in (("grouped", least), ("single", rest)):
         # What is most likely to spill comes first.

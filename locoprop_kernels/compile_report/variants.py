@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,26 +46,18 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
         if brief and precision == "fp16":
             chosen = tuple(config for config in chosen if config not in configs.candidates(target, "bf16"))
         for config in chosen:
-            found += of_config(config, precision, brief)
+            found += of_config(target, config, precision, brief)
             if precision == "bf16":
-                found.append(_one_transfer(config, precision))
+                found.append(_one_transfer(target, config, precision))
         for config in configs.candidates(target, precision, lean=True):
             if not brief or config not in configs.candidates(target, precision):
-                found += [*_masked(config, precision), *_with_rows(config, precision)]
+                found += [*_masked(target, config, precision), *_with_rows(target, config, precision)]
         for config in configs.for_rows(target, precision):
             if not (brief and precision == "fp16" and config in configs.for_rows(target, "bf16")):
-                found += _rows_driver(config, precision, brief)
+                found += _rows_driver(target, config, precision, brief)
         if chosen:
-            found.append(_prepare(chosen[-1], precision))  # does not depend on the tiles
-    found = [_for_target(variant, target) for variant in found]
+            found.append(_prepare(target, chosen[-1], precision))  # does not depend on the tiles
     return list({_compiled_from(variant): variant for variant in reversed(found)}.values())[::-1]
-
-
-def _for_target(variant: Variant, target: str) -> Variant:
-    """The variant with the arithmetic that its plan would have chosen on ``target``."""
-    ptx = target.startswith("sm_") and variant.precision in ("bf16", "fp16")
-    constants = {name: replace(value, ptx=ptx) if name in "PU" else value for name, value in variant.constants.items()}
-    return replace(variant, constants=constants)
 
 
 def _compiled_from(variant: Variant) -> tuple[Any, ...]:
@@ -75,38 +66,38 @@ def _compiled_from(variant: Variant) -> tuple[Any, ...]:
     return (variant.function.__name__, variant.divisible, *(tuple(sorted(part.items())) for part in given))
 
 
-def of_config(config: configs.Config, precision: str, brief: bool = False) -> Iterator[Variant]:
+def of_config(target: str, config: configs.Config, precision: str, brief: bool = False) -> Iterator[Variant]:
     """The kernels that depend on the tile sizes."""
     for name, rule in _RULES.items():
         if not config.general if len(rule.slots) > 2 else config.general and brief:
             continue
-        plan = _plan(config, precision, rule)
+        plan = _plan(target, config, precision, rule)
         if config.general:
             yield _variant("local_steps", single._local_steps_kernel, plan, name)
         yield _variant("update", phases._update_kernel, plan, name)
     yield _variant("activation", phases._activation_kernel, plan, ", ".join(_TRANSFERS))
     yield _variant("commit", commit._commit_kernel, plan, f"{plan.spec.U.slots} slots")
-    in_splits = _plan(config, precision, rules.RMSprop(), splits=2)
+    in_splits = _plan(target, config, precision, rules.RMSprop(), splits=2)
     yield _variant("partial", phases._partial_kernel, in_splits, "")
     yield _variant("update in splits", phases._update_kernel, in_splits, "rmsprop")
     if not config.general:
         return
     if precision != "fp16":
         yield _variant(
-            "gram update", phases._update_kernel, _plan(config, precision, rules.RMSprop(), "gram"), "rmsprop"
+            "gram update", phases._update_kernel, _plan(target, config, precision, rules.RMSprop(), "gram"), "rmsprop"
         )
-    yield _variant("softmax", softmax._softmax_kernel, _plan(config, precision, rules.RMSprop(), "softmax"), "")
+    yield _variant("softmax", softmax._softmax_kernel, _plan(target, config, precision, rules.RMSprop(), "softmax"), "")
 
 
-def _one_transfer(config: configs.Config, precision: str) -> Variant:
+def _one_transfer(target: str, config: configs.Config, precision: str) -> Variant:
     """The activation of layers with tanh alone, for the instructions of its epilogue."""
-    plan = _plan(config, precision, rules.RMSprop(), names=("tanh",))
+    plan = _plan(target, config, precision, rules.RMSprop(), names=("tanh",))
     return _variant("activation", phases._activation_kernel, plan, "tanh")
 
 
-def _masked(config: configs.Config, precision: str) -> Iterator[Variant]:
+def _masked(target: str, config: configs.Config, precision: str) -> Iterator[Variant]:
     """The kernels of a step in which a parameter has a mask, as far as others do not have them."""
-    plan = _plan(config, precision, rules.RMSprop(centered=True), masked=True)
+    plan = _plan(target, config, precision, rules.RMSprop(centered=True), masked=True)
     if precision != "fp16":  # which has no single launch then
         yield _variant("local_steps", single._local_steps_kernel, plan, "masked")
     yield _variant("update", phases._update_kernel, plan, "masked")
@@ -114,35 +105,38 @@ def _masked(config: configs.Config, precision: str) -> Iterator[Variant]:
     yield _variant("commit", commit._commit_kernel, plan, f"{plan.spec.U.slots} slots")
 
 
-def _with_rows(config: configs.Config, precision: str) -> Iterator[Variant]:
+def _with_rows(target: str, config: configs.Config, precision: str) -> Iterator[Variant]:
     """The kernels of a step in which each local step has rows of its own, as far as others do not have them."""
     rule = rules.RMSprop(centered=True)
-    plan = _plan(config, precision, rule, sets=_SETS)
+    plan = _plan(target, config, precision, rule, sets=_SETS)
     if precision != "fp16":  # which has no single launch then
         yield _variant("local_steps", single._local_steps_kernel, plan, "few rows")
-    softmax_plan = _plan(config, precision, rule, "softmax", sets=_SETS)
+    softmax_plan = _plan(target, config, precision, rule, "softmax", sets=_SETS)
     yield _variant("softmax", softmax._softmax_kernel, softmax_plan, "few rows")
     yield _variant("update", phases._update_kernel, plan, "few rows")
     yield _variant("activation", phases._activation_kernel, plan, "few rows")
 
 
-def _rows_driver(config: configs.Config, precision: str, brief: bool) -> Iterator[Variant]:
+def _rows_driver(target: str, config: configs.Config, precision: str, brief: bool) -> Iterator[Variant]:
     """The kernel of the rows driver: each local step with rows of its own, or all with those of a small batch."""
     centered = rules.RMSprop(centered=True)
-    masked = _plan(config, precision, centered, driver="rows", masked=True, sets=_SETS)
+    masked = _plan(target, config, precision, centered, driver="rows", masked=True, sets=_SETS)
     yield _variant("rows", rows._rows_kernel, masked, "masked")
     if not brief:
-        few = _plan(config, precision, rules.RMSprop(), driver="rows", sets=_SETS)
+        few = _plan(target, config, precision, rules.RMSprop(), driver="rows", sets=_SETS)
         yield _variant("rows", rows._rows_kernel, few, "few rows")
-        yield _variant("rows", rows._rows_kernel, _plan(config, precision, centered, driver="rows"), "small batch")
+        yield _variant(
+            "rows", rows._rows_kernel, _plan(target, config, precision, centered, driver="rows"), "small batch"
+        )
 
 
-def _prepare(config: configs.Config, precision: str) -> Variant:
-    plan = _plan(config, precision, rules.RMSprop())
+def _prepare(target: str, config: configs.Config, precision: str) -> Variant:
+    plan = _plan(target, config, precision, rules.RMSprop())
     return _variant("prepare", prepare._prepare_kernel, plan, "with transpose" if plan.spec.P.transposed else "")
 
 
 def _plan(
+    target: str,
     config: configs.Config,
     precision: str,
     rule: rules.Rule,
@@ -184,7 +178,7 @@ def _plan(
     decision = Decision(form, driver or form, config, programs, splits, rows)
     settings = Settings.checked(rule, [1.0] * 10, 0.0, "mean", operand, trace=False, regulariser=None)
     float32 = "ieee" if precision == "ieee" else "tf32"
-    machine = Machine("any", devices.UNKNOWN, available=_PROGRAMS, float32=float32)
+    machine = Machine(target, devices.UNKNOWN, available=_PROGRAMS, float32=float32)
     return Plan(range(len(shapes)), shapes, [decision] * len(shapes), task_of(settings), machine, torch.device("cpu"))
 
 
