@@ -73,7 +73,7 @@ _INTERPRETER = Config(n=16, b=64, k=128, r=32)
 
 # Chosen with `python -m bench.tune` for their predicted times, among those that neither spill nor exceed the shared
 # memory. Nothing is measured.
-_EXACT = Config(n=64, b=64, k=64, r=16, warps=8, stages=2, slices=4)
+_EXACT = Config(n=64, b=64, k=64, r=16, warps=4, stages=2, slices=8)
 _SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, slices=8)
 _SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, slices=8)
 _AMD = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, slices=8)
@@ -98,16 +98,12 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_100", "bf16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=4),),
     ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8),),
     ("sm_100", "tf32"): (_SQUARE,),
-    ("sm_100", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=4, stages=2, slices=8),),
     ("sm_120", "tf32"): (_SQUARE,),
+    ("sm_120", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=8, stages=2, slices=4),),
     ("gfx90a", "bf16"): (_AMD,),
     ("gfx90a", "fp16"): (_AMD,),
     ("gfx942", "bf16"): (_AMD,),
     ("gfx942", "fp16"): (_AMD,),
-}
-# Where the above would spill registers with a mask, or with rows that a local step has to itself.
-_LEAN: dict[tuple[str, str], tuple[Config, ...]] = {
-    ("sm_80", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=8, stages=2, slices=4),),
 }
 _OTHERS = {"bf16": (_SMALL,), "fp16": (_SMALL,), "tf32": (_SMALL,), "ieee": (_EXACT,)}
 
@@ -132,10 +128,11 @@ _ROWS_WIDE = (
     Config(n=16, b=128, k=32, r=32, warps=4, stages=2, occupancy=2),
 )
 _ROWS = {(target, "bf16"): _ROWS_TALL for target in ("sm_90", "sm_100", "sm_120")} | {
-    ("sm_90", "fp16"): _ROWS_NARROW[:1]
+    ("sm_90", "fp16"): _ROWS_NARROW[:1],
+    ("sm_120", "ieee"): _ROWS_WIDE[1:-1],
 }
-# In IEEE float32 the last would spill registers, in TF32 the first too, in float16 all but on sm_90: there other
-# drivers run.
+# In IEEE float32 the last would spill registers, in TF32 and on sm_120 the first too, in float16 all but on sm_90:
+# there other drivers run.
 _ROWS_OTHERS: dict[str, tuple[Config, ...]] = {
     "bf16": _ROWS_NARROW,
     "fp16": (),
@@ -166,9 +163,7 @@ def candidates(target: str, precision: str, lean: bool = False) -> tuple[Config,
     """
     others = (_INTERPRETER,) if target == "interpreter" else _OTHERS[precision]
     found = _TABLE.get((target, precision), others)
-    if lean:
-        return _LEAN.get((target, precision), tuple(config for config in found if config.general))
-    return found
+    return tuple(config for config in found if config.general) if lean else found
 
 
 def for_rows(target: str, precision: str) -> tuple[Config, ...]:
