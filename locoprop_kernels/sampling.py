@@ -23,6 +23,8 @@ __all__ = ["Sampling", "count_sets", "count_sets_of_parts", "set_order", "set_si
 
 _WORD = 2**32
 _MIXINGS = 4
+# Local steps whose sets are put in order together.
+_AT_ONCE = 16
 
 
 class Sampling(NamedTuple):
@@ -60,7 +62,6 @@ def set_size(batch: int, sets: int, number: int) -> int:
     return -(-(batch - number) // sets)
 
 
-@lru_cache(maxsize=256)
 def set_order(seed: int, sets: int, count: int) -> tuple[int, ...]:
     """The sets that ``count`` local steps take, in order: a function of its arguments, the same on every machine.
 
@@ -74,11 +75,19 @@ def set_order(seed: int, sets: int, count: int) -> tuple[int, ...]:
         sets: ``S``.
         count: how many local steps take a set.
     """
+    # Those who keep rows and those who use them ask for counts that differ by one.
+    return _order(seed, sets, -(-count // _AT_ONCE) * _AT_ONCE)[:count]
+
+
+@lru_cache(maxsize=256)
+def _order(seed: int, sets: int, count: int) -> tuple[int, ...]:
     powers = sets & -sets
     odd = sets // powers
-    generator = np.random.Generator(np.random.PCG64([seed, odd]))
-    rounds = [generator.permutation(odd) for _ in range(-(-count // odd))]
-    places = np.concatenate([*rounds, np.zeros(0, np.int64)])[:count].tolist()
+    places = [0] * count
+    if odd > 1:
+        generator = np.random.Generator(np.random.PCG64([seed, odd]))
+        rounds = [generator.permutation(odd) for _ in range(-(-count // odd))]
+        places = np.concatenate([*rounds, np.zeros(0, np.int64)])[:count].tolist()
     if powers == 1:
         return tuple(places)
     # Another generator, as this must not depend on the number of rounds.
