@@ -11,6 +11,7 @@ A process that cannot go on says so in the next exchange, and then all of them r
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -66,7 +67,8 @@ def of(optimizer: LocoProp) -> Alone | Processes:
     They are those of the ``DistributedDataParallel`` in which the model was called, or of the default process group.
 
     Raises:
-        ValueError: the model is distributed in a way that is not supported, or its process group is gone.
+        ValueError: the model is distributed in a way that is not supported, or its process group is gone or was never
+            initialised.
     """
     model = optimizer.model
     check_model(model)
@@ -78,6 +80,8 @@ def of(optimizer: LocoProp) -> Alone | Processes:
                 "the process group of the model's DistributedDataParallel is not initialised: call "
                 "torch.distributed.init_process_group(...) before the model is wrapped, and keep it until the last step"
             )
+        if optimizer._owners is None:
+            _refuse_strangers()
         return Alone()
     parameters = {f"{n}.{kind}": p for n, layer in optimizer._layers.items() for kind, p in layer.parameters.items()}
     group = group_of(parameters) or (dist.group.WORLD if wrapper is None else wrapper.process_group)
@@ -85,6 +89,24 @@ def of(optimizer: LocoProp) -> Alone | Processes:
         return Alone()
     device = next(iter(optimizer._layers.values())).weight.device
     return Processes(group, device, wrapper, is_tensor_parallel(model))
+
+
+def _refuse_strangers() -> None:
+    """Refuse to train alone where a launcher has started several processes that do not know of each other.
+
+    It tells them what ``init_process_group()`` reads: torchrun, Lightning and clusters do.
+
+    Raises:
+        ValueError: says what would work.
+    """
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "")
+    if dist.is_available() and rank is not None and size.isdecimal() and int(size) > 1:
+        raise ValueError(
+            f"this is process {rank} of {size} (RANK and WORLD_SIZE in its environment), and their process group is "
+            "not initialised, so each would train alone: call torch.distributed.init_process_group() and wrap the "
+            "model in DistributedDataParallel, or use fully_shard; to train a model of its own in every process, set "
+            'os.environ["WORLD_SIZE"] = "1"'
+        )
 
 
 def whole_state(optimizer: LocoProp) -> dict[Tensor, dict[str, Tensor]] | None:

@@ -21,13 +21,17 @@ def needs(package):
     return pytest.mark.skipif(missing, reason=f"needs {package}, of the extra [ecosystem]")
 
 
+def environment():
+    """That of a user who has installed the packages."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+
+
 def run(example, count, folder):
     """The loss that an example prints in the end, with so many processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
     done = subprocess.run(
         [*launch, str(ROOT / "examples" / example)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return float(present(re.search(r"^loss ([\d.]+)$", done.stdout, re.MULTILINE))[1])
