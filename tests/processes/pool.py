@@ -15,6 +15,8 @@ __all__ = ["Pool", "free_port"]
 
 #: After which a process that waits for another one raises.
 PATIENCE = 20.0
+# For the first import of torch, on a machine that others use too.
+_STARTING = 180.0
 _PRELOADED = ["torch", "torch.distributed", "torch.distributed.tensor", "locoprop_torch", "tests.processes.pool"]
 
 
@@ -92,6 +94,8 @@ class Pool:
             self._processes.append(context.Process(target=_serve, args=target, daemon=True))
         for process in self._processes:
             process.start()
+        for _ in self._processes:
+            self._results.get(timeout=_STARTING)
 
     def stop(self):
         """End the processes."""
@@ -110,6 +114,7 @@ def join(rank, size, port, patience=PATIENCE):
 def _serve(rank, size, port, tasks, results):
     torch.set_num_threads(1)
     join(rank, size, port)
+    results.put(rank)
     while True:
         function, arguments = tasks.get()
         text, value = None, None

@@ -63,6 +63,26 @@ def test_bytes_and_calls_are_those_of_the_model(pools, size, wrap):
         assert rows == 2 * processes.of_rows(ROWS, ITERATIONS, SIZE, SIZE, size, 4)
 
 
+def kept(rank):
+    """Bytes of what is kept of the passes of a layer until a step, in two parts, and after it."""
+    model = nn.Sequential(nn.Linear(SIZE, 2 * SIZE), nn.Tanh(), nn.Linear(2 * SIZE, SIZE))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    opt, found = LocoProp(model, rows=ROWS, local_iterations=ITERATIONS), []
+    with wrapped.no_sync():
+        wrapped(torch.randn(BATCH, SIZE)).square().mean().backward()
+    wrapped(torch.randn(BATCH, SIZE)).square().mean().backward()
+    for act in (lambda: None, opt.step):
+        act()
+        tensors = [t for layer in opt._layers.values() for one in layer.passes for t in (one.x, one.preactivation)]
+        found.append(sum(t.numel() * t.element_size() for t in tensors if t is not None))
+    return found
+
+
+def test_passes_are_kept_whole_until_the_step(pools):
+    """As the guide says, which is more than one process keeps."""
+    assert pools[2].run(kept) == [[2 * (2 * BATCH) * (SIZE + 2 * SIZE) * 4, 0]] * 2
+
+
 def test_few_rows_are_a_small_part_of_the_traffic_of_sharded_weights():
     assert processes.of_rows(32, 10, 4096, 4096, 1024, 2) < 0.15 * processes.of_fsdp(4096, 4096, 1024, 2)
 
