@@ -28,13 +28,13 @@ def free_port():
 
 
 class Pool:
-    """``size`` processes of a gloo group.
+    """``size`` processes of a group, of gloo; with NCCL each of them has the GPU with its number.
 
     A function runs in all of them, as ``function(rank, *arguments)``; it and its arguments can be pickled.
     """
 
-    def __init__(self, size):
-        self.size = size
+    def __init__(self, size, backend="gloo"):
+        self.size, self._backend = size, backend
         self._processes = []
 
     def run(self, function, *arguments):
@@ -90,7 +90,7 @@ class Pool:
         self._tasks = [context.Queue() for _ in range(self.size)]
         port = free_port()
         for rank, tasks in enumerate(self._tasks):
-            target = (rank, self.size, port, tasks, self._results)
+            target = (rank, self.size, port, self._backend, tasks, self._results)
             self._processes.append(context.Process(target=_serve, args=target, daemon=True))
         for process in self._processes:
             process.start()
@@ -105,15 +105,17 @@ class Pool:
         self._processes = []
 
 
-def join(rank, size, port, patience=PATIENCE):
-    """Make this process the one with number ``rank`` of a gloo group."""
+def join(rank, size, port, patience=PATIENCE, backend="gloo"):
+    """Make this process the one with number ``rank`` of a group."""
     address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", address, timedelta(seconds=patience), world_size=size, rank=rank)
+    dist.init_process_group(backend, address, timedelta(seconds=patience), world_size=size, rank=rank)
 
 
-def _serve(rank, size, port, tasks, results):
+def _serve(rank, size, port, backend, tasks, results):
     torch.set_num_threads(1)
-    join(rank, size, port)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    join(rank, size, port, backend=backend)
     results.put(rank)
     while True:
         function, arguments = tasks.get()

@@ -49,13 +49,13 @@ def made(name, dtype):
     return make().to(dtype), options
 
 
-def sharded(model, hybrid=False, **options):
+def sharded(model, hybrid=False, device="cpu", **options):
     """The model, every layer with parameters by itself and the rest; ``hybrid``: in two processes, copied to others."""
     from torch.distributed.fsdp import fully_shard
 
     count = dist.get_world_size()
     shape, names = ((count // 2, 2), ("copies", "shards")) if hybrid else ((count,), ("shards",))
-    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = dist.device_mesh.init_device_mesh(device, shape, mesh_dim_names=names)
     for layer in list(model.modules()):
         # Those that share parameters must be in one group.
         if isinstance(layer, (nn.Linear, nn.Conv1d)) and not isinstance(model, Tied):
