@@ -158,6 +158,15 @@ def test_uneven_batches(pools, name, sizes, rows):
     compare(pools, name, sizes, torch.float64, rows)
 
 
+@pytest.mark.sweep
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("shard_state", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_four_processes(pools, name, shard_state, rows, dtype):
+    compare(pools, name, [3, 1, 0, 8], dtype, rows, shard_state)
+
+
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("sizes", [[5, 5], [2, 6]])
 @pytest.mark.parametrize("name", ["mlp", "tied", "unit"])

@@ -119,6 +119,21 @@ def test_fewer_outputs_than_processes(pools, name, rows):
     compare(pools, name, [3, 1, 0, 8], rows=rows)
 
 
+@pytest.mark.sweep
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_four_processes(pools, name, hybrid, rows, dtype):
+    compare(pools, name, [3, 1, 0, 8], dtype, rows, hybrid=hybrid)
+
+
+def test_the_same_bits_again(pools):
+    arguments = "mlp", [4, 3], torch.float32, 2, {}
+    first, second = (pools[2].run(of_process, *arguments)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("name", ["unit", "convolution", "softmax"])
 def test_hybrid_sharding(pools, name, rows):
@@ -136,30 +151,41 @@ def test_what_is_resharded_after_the_forward_pass(pools, reshard):
     compare(pools, "mlp", [4, 3], rows=3, reshard=reshard)
 
 
-def mixed(rank, rows):
-    """The weights after steps with passes in float32 and parameters in float64, and what is in state."""
+def mixed(rank, policy, rows):
+    """The weights after steps with passes in another precision than the parameters, and what is in state."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64, output_dtype=torch.float64)
-    model = sharded(mlp(), mp_policy=policy)
+    model = sharded(mlp(), mp_policy=MixedPrecisionPolicy(**policy))
     opt = LocoProp(model, **OPTIONS, rows=rows, rule="adam")
     for step in range(5):
         opt.zero_grad()
         xs, ys = batch_of(step, 0, [5, 4], torch.float64)
-        (F.mse_loss(model(xs[rank]), ys[rank], reduction="sum") * 2 / 9).backward()
+        (F.mse_loss(model(xs[rank]).double(), ys[rank], reduction="sum") * 2 / 9).backward()
         opt.step()
     kinds = {value.dtype for slots in opt.state.values() for name, value in slots.items() if name != "step"}
     return [whole(p) for p in model.parameters()], kinds
 
 
-@pytest.mark.parametrize("rows", [None, 3])
-def test_mixed_precision(pools, rows):
+BRAIN, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+POLICIES: dict[str, dict[str, Any]] = {
+    "all": {"param_dtype": SINGLE, "reduce_dtype": DOUBLE, "output_dtype": DOUBLE},
+    "passes": {"param_dtype": SINGLE},
+    "averages": {"reduce_dtype": SINGLE},
+    "half": {"param_dtype": BRAIN, "reduce_dtype": SINGLE, "output_dtype": DOUBLE},
+    "inputs as they are": {"param_dtype": DOUBLE, "cast_forward_inputs": False},
+}
 
+
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_mixed_precision(pools, policy, rows):
     expected = trained("adam", [5, 4], None, torch.float64, rows)
-    for found, kinds in pools[2].run(mixed, rows):
+    coarsest = max(torch.finfo(dtype).eps for name, dtype in POLICIES[policy].items() if name.endswith("dtype"))
+    tolerance = max(8 * coarsest, TOLERANCE[torch.float64])
+    for found, kinds in pools[2].run(mixed, POLICIES[policy], rows):
         assert kinds == {torch.float64}
         for weight, other, start in zip(found, expected, weights(mlp()), strict=True):
-            assert (weight - other).norm() < 1e-5 * (other - start).norm()
+            assert (weight - other).norm() < tolerance * (other - start).norm()
 
 
 def refused(rank):
