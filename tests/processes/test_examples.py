@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.helpers import present
+from tests.helpers import RECENT, present
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -26,11 +26,12 @@ def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
 
 
-def run(example, count, folder):
+def run(example, count, folder, *arguments):
     """The loss that an example prints in the end, with so many processes."""
+    folder.mkdir(exist_ok=True)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     done = subprocess.run(
-        [*launch, str(ROOT / "examples" / example)],
+        [*launch, str(ROOT / "examples" / example), *arguments],
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -48,6 +49,14 @@ def run(example, count, folder):
 )
 def test_torchrun(example, most, tmp_path):
     """As many processes as there are, the result is the same to rounding."""
-    alone, two = (run(example, count, tmp_path) for count in (1, 2))
+    alone, two = (run(example, count, tmp_path / str(count)) for count in (1, 2))
     assert alone == pytest.approx(two, rel=1e-4)
     assert alone < most
+
+
+@pytest.mark.skipif(not RECENT, reason="older FSDP2 needs a GPU")
+@pytest.mark.sweep
+def test_a_sharded_run_goes_on_with_other_processes(tmp_path):
+    whole = run("fsdp.py", 1, tmp_path / "whole", "40")
+    parts = [run("fsdp.py", count, tmp_path / "parts", steps) for count, steps in ((2, "25"), (1, "40"))]
+    assert 1.2 > parts[0] > parts[1] == pytest.approx(whole, rel=1e-4)
