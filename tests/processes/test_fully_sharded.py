@@ -129,7 +129,7 @@ def test_four_processes(pools, name, hybrid, rows, dtype):
 
 
 def test_the_same_bits_again(pools):
-    arguments = "mlp", [4, 3], torch.float32, 2, {}
+    arguments: Any = ("mlp", [4, 3], torch.float32, 2, {})
     first, second = (pools[2].run(of_process, *arguments)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
