@@ -69,8 +69,9 @@ def agree(wire: Wire, optimizer: LocoProp, numbers: Sequence[int], error: Except
     if len(set(slopes)) > 1:
         raise ValueError(
             "the gradients differ between the processes, so they were not averaged: wrap the model in "
-            "DistributedDataParallel, and let the last backward pass before a step be outside of no_sync(); to train "
-            "another model in each process, wrap it with a process group that has this process alone"
+            "DistributedDataParallel, call the wrapper, and let the last backward pass before a step be outside of "
+            "no_sync(); to train another model in each process, wrap it with a process group that has this process "
+            "alone"
         )
     if len(set(described)) == 1:
         return [list(numbers)] * wire.size
