@@ -76,12 +76,21 @@ def test_interpreted_kernels(pools, how, rows, steps):
     compare(pools[2], "unit", how, "cpu", "triton", rows, torch.float32, steps)
 
 
+DOUBLE = torch.float64
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("rows", [None, 3])
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", ["unit", "grouped", "softmax"])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_nccl(gpus, name, how, rows, dtype):
-    backend = "triton" if dtype is torch.float32 else "reference"
+@pytest.mark.parametrize(
+    ("name", "rows", "dtype", "backend"),
+    [
+        ("unit", None, DOUBLE, "reference"),
+        ("unit", 3, DOUBLE, "reference"),
+        ("grouped", 3, DOUBLE, "reference"),
+        ("softmax", 3, DOUBLE, "reference"),
+        ("unit", 3, torch.float32, "triton"),
+    ],
+)
+def test_nccl(gpus, name, how, rows, dtype, backend):
     compare(gpus, name, how, "cuda", backend, rows, dtype)
