@@ -21,7 +21,7 @@ from locoprop_kernels.testing import TextbookLayer
 
 # (B, K, N) of each layer.
 SHAPES = ((1000, 1000, 500), (1000, 784, 1000))
-OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
+OPERANDS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 ITERATIONS = 10
 RATES = [2e-5] * ITERATIONS
 

@@ -51,6 +51,7 @@ _DESIGN_COLUMNS: tuple[str, ...] = (
     "loops",
     "with least L2",
 )
+_FLOAT8_COLUMNS: tuple[str, ...] = ("case", "bf16", "fp8", "bf16 with least L2", "fp8 with least L2")
 
 #: The epilogues of sm_90 as they were when their instructions were first counted.
 BEFORE = (("activation", Issued(62.0, 4.0)), ("update", Issued(45.2, 2.0)))
@@ -94,12 +95,25 @@ class Prediction:
     balance: float
 
 
-def predict(case: Case, found: tuple[configs.Config, ...] | None = None, device: DeviceModel = H100) -> Prediction:
-    """Predicted local loops of ``case`` with bf16 operands in product form, as the Triton backend would run them."""
-    found = found or configs.candidates(device.target, "bf16")
+def predict(
+    case: Case,
+    found: tuple[configs.Config, ...] | None = None,
+    device: DeviceModel = H100,
+    precision: str = "bf16",
+) -> Prediction:
+    """Predicted local loops of ``case`` in product form, as the Triton backend would run them.
+
+    Args:
+        case: the case.
+        found: the configurations to choose from; ``None`` for the default ones.
+        device: what is assumed of the device.
+        precision: of the operands, ``"bf16"`` or ``"fp8"``.
+    """
+    found = found or configs.candidates(device.target, precision)
+    device = device.in_float8() if precision == "fp8" else device
     sizes = _sizes(case)
     most = max(batch for batch, _, _ in sizes)
-    for_rows = tuple(config for config in configs.for_rows(device.target, "bf16") if config.b >= most)
+    for_rows = tuple(config for config in configs.for_rows(device.target, precision) if config.b >= most)
     choice = choose(found, sizes, "product", 2, device, None, for_rows)
     return predict_with(case, choice.config, choice.driver, device)
 
@@ -125,6 +139,9 @@ def predict_with(case: Case, config: configs.Config, driver: str, device: Device
     step = max(queued, memory)
     # The first step has no product.
     first = UPDATE_BYTES * weights / device.cache_bandwidth
+    if device.operand_bytes == 1:
+        # Four launches ahead find the scales: the largest |X| (float32), the first update twice, and E after it.
+        first += 2 * first + step / 2 + 4 * device.launch + 4 * inputs / device.memory_bandwidth
     return Prediction(
         config=config,
         driver=driver,
@@ -192,17 +209,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
     parser.add_argument("case", nargs="*", help="names, families or prefixes of cases, as of the benchmark")
     parser.add_argument("--device", choices=[*devices], default=H100.name, help="default: %(default)s")
+    parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16", help="default: %(default)s")
     parser.add_argument("--designs", action="store_true", help="the design before beside the present one, instead")
-    parser.add_argument("--write", action="store_true", help="put both tables into bench/MODEL.md, by an H100")
+    parser.add_argument("--write", action="store_true", help="put all tables into bench/MODEL.md, by an H100")
     options = parser.parse_args(arguments)
     if options.write:
         _write(_PAGE)
         return 0
     device = devices[options.device]
+    if options.precision == "fp8" and not device.flops_fp8:
+        parser.error(f"argument --precision: no kernel multiplies float8_e4m3fn on {device.name}; take bf16")
     if options.designs:
         rows, columns = _designs(device), _DESIGN_COLUMNS
     else:
-        rows = [_row(case, device) for case in select(options.case, quick=False) if case.loss != "squared"]
+        cases = [case for case in select(options.case, quick=False) if case.loss != "squared"]
+        rows = [_row(case, device, options.precision) for case in cases]
         columns = _COLUMNS
     table = Table(*columns)
     for row in rows:
@@ -211,9 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _row(case: Case, device: DeviceModel) -> list[str]:
+def _row(case: Case, device: DeviceModel, precision: str = "bf16") -> list[str]:
     """A line of the table of predictions."""
-    found = predict(case, device=device)
+    found = predict(case, device=device, precision=precision)
     config = found.config
     return [
         case.name,
@@ -224,8 +245,18 @@ def _row(case: Case, device: DeviceModel) -> list[str]:
         *(f"{1e6 * seconds:,.0f} µs" for seconds in (found.step, found.memory)),
         *(f"{1e3 * seconds:.3g} ms" for seconds in (found.floor, found.seconds)),
         f"{found.floor / found.seconds:.0%}",
-        f"{1e3 * predict(case, device=device.pessimistic).seconds:.3g} ms",
+        f"{1e3 * predict(case, device=device.pessimistic, precision=precision).seconds:.3g} ms",
     ]
+
+
+def _beside_float8(case: Case) -> list[str]:
+    """The loop with operands in bfloat16 and in float8, on an H100."""
+    found = [
+        predict(case, device=device, precision=precision).seconds
+        for device in (H100, H100.pessimistic)
+        for precision in ("bf16", "fp8")
+    ]
+    return [case.name, *(f"{1e3 * seconds:.3g} ms" for seconds in found)]
 
 
 def _designs(device: DeviceModel) -> list[list[str]]:
@@ -249,18 +280,19 @@ def _designs(device: DeviceModel) -> list[list[str]]:
 
 
 def _write(page: Path) -> None:
-    """Replace the tables of the page, whose table of predictions keeps its cases."""
+    """Replace the tables of the page, whose tables of predictions keep their cases."""
     text = page.read_text()
-    for columns in (_DESIGN_COLUMNS, _COLUMNS):
+    for columns in (_DESIGN_COLUMNS, _COLUMNS, _FLOAT8_COLUMNS):
         head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
         before, found, after = text.partition(head)
         if not found:
             raise ValueError(f"{page.name} must have a table with the columns {', '.join(columns)}")
         old = list(takewhile(lambda line: line.startswith("|"), after.splitlines(keepends=True)))
         rows = _designs(H100)
-        if columns is _COLUMNS:
+        if columns is not _DESIGN_COLUMNS:
             cases = {case.name: case for case in select([], quick=False)}
-            rows = [_row(cases[line.split("|")[1].strip()], H100) for line in old]
+            own = [cases[line.split("|")[1].strip()] for line in old]
+            rows = [_row(case, H100) if columns is _COLUMNS else _beside_float8(case) for case in own]
         new = "".join(f"| {' | '.join(row)} |\n" for row in rows)
         text = before + head + new + after[len("".join(old)) :]
     page.write_text(text)

@@ -24,13 +24,15 @@ class DeviceModel:
         name: of the device, for people and for ``--device``.
         target: backend and architecture, as Triton and the table of configurations call it.
         multiprocessors: of the whole device (compute units on AMD).
-        flops_bf16: products of bfloat16 and of float16. Costs of tiles assume this rate for every precision.
+        flops_bf16: products of bfloat16 and of float16. Costs of tiles assume this rate for every precision but float8.
         flops_tf32: products of TF32, or of float32 where matrix instructions keep all of its bits.
         flops_ieee: products of float32 with all of its bits.
         memory_bandwidth: bytes to and from the device's memory.
         cache_bandwidth: bytes out of the last cache that all multiprocessors share.
         cache_bytes: size of that cache.
         shared_bytes: the most shared memory that one program gets.
+        flops_fp8: products of float8_e4m3fn with sums in float32; 0 where kernels have none.
+        operand_bytes: of an operand's element, as costs of tiles take it; see :meth:`in_float8`.
         least_cache_bandwidth: the same, if the device is slower than is hoped; ``None`` where there is one estimate.
         clock: cycles of a multiprocessor.
         tile_efficiency: share of ``flops_bf16`` that a kernel reaches inside its tiles, if their operands come in time.
@@ -59,6 +61,8 @@ class DeviceModel:
     cache_bandwidth: float
     cache_bytes: float
     shared_bytes: int
+    flops_fp8: float = 0.0
+    operand_bytes: int = 2
     least_cache_bandwidth: float | None = None
     # Published: an H100's under load.
     clock: float = 1.755e9
@@ -98,9 +102,14 @@ class DeviceModel:
             flops_bf16=share * self.flops_bf16,
             flops_tf32=share * self.flops_tf32,
             flops_ieee=share * self.flops_ieee,
+            flops_fp8=share * self.flops_fp8,
             cache_bandwidth=share * self.cache_bandwidth,
             least_cache_bandwidth=self.least_cache_bandwidth and share * self.least_cache_bandwidth,
         )
+
+    def in_float8(self) -> DeviceModel:
+        """The device as costs of tiles with float8 operands see it: another rate, and operands of a byte."""
+        return replace(self, flops_bf16=self.flops_fp8 or self.flops_bf16, operand_bytes=1)
 
     @property
     def pessimistic(self) -> DeviceModel:
@@ -163,6 +172,8 @@ H100 = DeviceModel(
     cache_bytes=50e6,
     # Measured on such machines: products with cuBLAS, and copies.
     flops_bf16=798e12,
+    # Guess: twice the measured rate of bfloat16, as in the datasheet.
+    flops_fp8=1596e12,
     memory_bandwidth=3.0e12,
     # Published: kernels with tiles of 128 x 256 and no multicast multiply 650 to 670 TFLOP/s, which needs as much; and
     # what microbenchmarks have measured.
@@ -214,6 +225,7 @@ DEVICES = (
         # Vendor's datasheet.
         multiprocessors=142,
         flops_bf16=362e12,
+        flops_fp8=733e12,
         flops_tf32=183e12,
         flops_ieee=91.6e12,
         memory_bandwidth=0.864e12,
@@ -238,6 +250,7 @@ DEVICES = (
         target="sm_100",
         # Vendor's technical brief.
         flops_bf16=2250e12,
+        flops_fp8=4500e12,
         flops_tf32=1125e12,
         memory_bandwidth=7.7e12,
         # Published: 148 multiprocessors, 126 MB of cache, and float32 from clock and cores.
@@ -256,6 +269,7 @@ DEVICES = (
         target="sm_103",
         # Vendor's datasheet.
         flops_bf16=2250e12,
+        flops_fp8=4500e12,
         flops_tf32=1125e12,
         memory_bandwidth=8.0e12,
         # Guesses: as of a B200.
@@ -274,6 +288,7 @@ DEVICES = (
         # Vendor's white paper, with sums in float32.
         multiprocessors=170,
         flops_bf16=209.5e12,
+        flops_fp8=419e12,
         flops_tf32=104.8e12,
         flops_ieee=104.8e12,
         memory_bandwidth=1.79e12,

@@ -17,6 +17,7 @@ from locoprop_kernels.transfers import get as get_transfer
 
 __all__ = [
     "COMPUTE_DTYPES",
+    "PARAMETER_DTYPES",
     "REDUCTIONS",
     "LocalProblem",
     "State",
@@ -32,7 +33,8 @@ REDUCTIONS = ("mean", "sum")
 State = dict[str, dict[str, Tensor]]
 """A rule's state in a problem: ``{"weight": {slot: tensor}, "bias": {slot: tensor}}``."""
 _TENSORS = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias", "mask_weight", "mask_bias")
-COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PARAMETER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPUTE_DTYPES = (*PARAMETER_DTYPES, torch.float8_e4m3fn)
 
 
 def shown(value: Any) -> str:
@@ -205,8 +207,8 @@ class LocalProblem:
                     f"{label}: {name} must be on the weight's device {self.weight.device}, got {tensor.device}"
                 )
             self._check_dtype(label, name, tensor.dtype)
-        if self.weight.dtype not in COMPUTE_DTYPES:
-            raise ValueError(f"{label}: weight must have one of the dtypes {COMPUTE_DTYPES}, got {self.weight.dtype}")
+        if self.weight.dtype not in PARAMETER_DTYPES:
+            raise ValueError(f"{label}: weight must have one of the dtypes {PARAMETER_DTYPES}, got {self.weight.dtype}")
         if 0 in (b, k, n, *lead):
             raise ValueError(f"{label}: the batch and the layer must not be empty, got B={b}, K={k}, N={n}")
         if self.bias is None and (self.grad_bias is not None or self.mask_bias is not None):

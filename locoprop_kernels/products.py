@@ -1,4 +1,4 @@
-"""Matrix products with rounded operands, and how float16 keeps its range.
+"""Matrix products with rounded operands, and how float16 and float8 keep their range.
 
 Which of torch's routines multiplies on a CPU is decided in :mod:`locoprop_kernels.routes`.
 """
@@ -15,12 +15,15 @@ from locoprop_kernels import routes
 __all__ = ["Operand", "added_product", "gram", "held", "product", "rounded"]
 
 _PANEL = 384  # columns of XᵀX at a time on CPUs
+# Of dtypes of a narrow range: operands are scaled so that the largest number lies below this power of two. Numbers of
+# float8_e4m3fn end at 448, and what is large there leaves most room for what is small.
+_TOP = {torch.float16: 0, torch.float8_e4m3fn: 8}
 
 
 class Operand(NamedTuple):
     """A matrix, or a batch of them, rounded to the dtype of the products' operands and held as :func:`held` says.
 
-    Its value is ``tensor * 2**exponent``; ``exponent`` is ``None`` for 0.
+    Its value is ``tensor * 2**exponent``; ``exponent`` is ``None`` for 0, else ``[.., 1, 1]``.
     """
 
     tensor: Tensor
@@ -35,25 +38,30 @@ def held(operands: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that holds operands rounded to ``operands``.
 
     It is float32 on CPUs that multiply fastest in it: the same numbers, and what is multiplied again and again is
-    converted once. Products of two bfloat16 numbers are exact there, so no result is less accurate.
+    converted once. Products of two bfloat16 numbers are exact there, so no result is less accurate. torch has no
+    products of float8 numbers with one scale each; bfloat16 holds all of them.
     """
-    upcast = device.type == "cpu" and routes.route(operands) == "upcast"
-    return torch.float32 if upcast else operands
+    if device.type == "cpu" and routes.route(operands) == "upcast":
+        return torch.float32
+    return torch.bfloat16 if operands == torch.float8_e4m3fn else operands
 
 
 def rounded(matrix: Tensor, dtype: torch.dtype) -> Operand:
     """``matrix`` rounded to ``dtype``; no copy where it has that dtype, and is held in it, already.
 
     Increments can lie far below float16's normal range, and sums over a batch above it: such operands carry an exact
-    power of two along.
+    power of two along, one for each matrix. So do operands in float8, whose range is narrower yet.
     """
     if matrix.dtype is dtype is torch.float32:
         return Operand(matrix)
-    if dtype == torch.float16:
-        exponent = torch.frexp(matrix.detach().abs().amax().float()).exponent
-        scaled = torch.ldexp(matrix.float(), -exponent)
-        return Operand(scaled.to(dtype).to(held(dtype, matrix.device)), exponent)
-    return Operand(matrix.to(dtype).to(held(dtype, matrix.device)))
+    if dtype not in _TOP:
+        return Operand(matrix.to(dtype).to(held(dtype, matrix.device)))
+    largest = matrix.detach().abs().amax((-2, -1), keepdim=True) if matrix.numel() else matrix.new_zeros(())
+    exponent = torch.frexp(largest.float()).exponent - _TOP[dtype]
+    scaled = torch.ldexp(matrix.float(), -exponent)
+    if dtype == torch.float8_e4m3fn:  # which has no infinity; versions of torch differ in what they make of one
+        scaled = torch.where(scaled.isfinite(), scaled, torch.nan)
+    return Operand(scaled.to(dtype).to(held(dtype, matrix.device)), exponent)
 
 
 def product(left: Operand, right: Operand, result: torch.dtype) -> Tensor:

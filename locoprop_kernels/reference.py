@@ -78,7 +78,7 @@ class _ProductForm(ChangeForm):
 
     def _f_(self, a: Tensor) -> Tensor:
         """``f`` of transposed pre-activations ``[N, b]``, which it may overwrite."""
-        return self.transfer.apply_(a.mT, fast=self.operands.itemsize == 2).mT
+        return self.transfer.apply_(a.mT, fast=self.operands.itemsize <= 2).mT
 
     def _preactivation(self, delta: dict[str, Tensor], x: Operand, rows: slice) -> Tensor:
         a0 = self.preactivation[..., rows]
@@ -160,7 +160,7 @@ def local_loop(
     form: Form | None = None
     if settings.iterations > 1 or settings.trace:
         kind = GramForm if decision.form == "gram" else _ProductForm
-        form = kind(problem, settings.operands(problem))
+        form = kind(problem, settings.operands(problem, decision.form))
     (trace,) = run([Loop(problem, settings, form, start, increment)], settings)
     count_steps(increment, settings)
     return increment, trace

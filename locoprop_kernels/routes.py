@@ -98,8 +98,8 @@ def adopt(operands: torch.dtype, by: str) -> None:
 
 def available(operands: torch.dtype) -> tuple[str, ...]:
     """The routes that products with such operands may take on CPUs, the default one first."""
-    if operands == torch.float16:
-        # The others round the result to float16 too, which has no room for sums over a batch.
+    if operands in (torch.float16, torch.float8_e4m3fn):
+        # The others round the result to float16 too, which has no room for sums over a batch; float8 has no others.
         return ("upcast",)
     routes = ("onednn", "mm") if _onednn_linear is not None else ("mm",)
     if operands == torch.float32:

@@ -18,7 +18,7 @@ from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, LocalProblem, i
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
 from locoprop_kernels.sampling import count_sets_of_parts, set_order
 
-__all__ = ["Settings", "check_objective", "check_rows"]
+__all__ = ["Settings", "check_objective", "check_rows", "operands_of"]
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,18 @@ class Settings:
         """The set of each local step but the first, which needs none, and of the objective at the end."""
         return set_order(self.rows_seed, sets, self.iterations)
 
-    def operands(self, problem: LocalProblem) -> torch.dtype:
+    def operands(self, problem: LocalProblem, form: str = "product") -> torch.dtype:
         """Dtype of the products' operands in a problem."""
-        return self.compute_dtype or problem.weight.dtype
+        return operands_of(self.compute_dtype or problem.weight.dtype, self.sets(problem), form)
+
+
+def operands_of(asked: torch.dtype, sets: int = 1, form: str = "product") -> torch.dtype:
+    """Dtype of the operands where ``asked`` is asked for: bfloat16 in place of float8 where that gains nothing.
+
+    This is so on few rows (``sets > 1``), where products hardly count beside the way through the weights, and in the
+    Gram form, which is cheaper than products over the batch in float8. Either is more accurate in bfloat16.
+    """
+    return torch.bfloat16 if asked == torch.float8_e4m3fn and (sets > 1 or form == "gram") else asked
 
 
 def _checked_rates(lr: Any) -> tuple[float, ...]:

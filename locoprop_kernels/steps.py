@@ -52,6 +52,12 @@ def _choose_backend(backend: str, checked: Checked, settings: Settings) -> tuple
         reason = plan
     if backend == "triton":
         raise ValueError(f"backend 'triton' cannot run this step: {reason}; backend='reference' would work")
+    if settings.compute_dtype == torch.float8_e4m3fn and device.type == "cuda":
+        # The reference would only round to it, and be slower than in any other precision.
+        raise ValueError(
+            f"compute_dtype=torch.float8_e4m3fn cannot run on this GPU: {reason}; backend='reference' "
+            "would work, which rounds operands alike and is slow"
+        )
     if reason not in _logged_reasons:
         _logged_reasons.add(reason)
         _log.info("backend 'auto' takes the reference backend: %s", reason)
@@ -84,8 +90,10 @@ def local_steps_(
         prox: proximal coefficient ``λ >= 0``; acts on weight and bias.
         reduction: ``"sum"`` over the batch, or ``"mean"``: all but the proximal term is divided by ``B``.
         backend: ``"auto"`` (the reason is logged once), ``"triton"`` or ``"reference"``.
-        compute_dtype: dtype of the operands of the matrix products (float64, float32, bfloat16, float16); ``None``
-            takes the parameters'. Sums, increments and state stay in float32 (float64 for float64 parameters).
+        compute_dtype: dtype of the operands of the matrix products (float64, float32, bfloat16, float16,
+            float8_e4m3fn); ``None`` takes the parameters'. Sums, increments and state stay in float32 (float64 for
+            float64 parameters). On GPUs float8 needs the Triton backend and compute capability 8.9, and is refused
+            elsewhere; on few ``rows`` and in the Gram form bfloat16 takes its place.
         commit: ``False`` leaves everything as it was and puts the increments into the report.
         trace: also evaluate the local objectives, see :class:`ProblemReport`.
         regulariser: a regulariser beside the proximal term: a :class:`Regulariser`, or its gradient as a function.

@@ -10,15 +10,22 @@ import torch
 from locoprop_kernels import devices, rules, transfers
 from locoprop_kernels.compile_report.inspection import Epilogue, Variant
 from locoprop_kernels.kernels import commit, configs, phases, prepare, rows, single, softmax
-from locoprop_kernels.kernels.decide import LayerShape, Machine, task_of
+from locoprop_kernels.kernels.decide import SCALED, LayerShape, Machine, task_of
 from locoprop_kernels.kernels.plan import Plan
 from locoprop_kernels.kernels.spec import Spec
+from locoprop_kernels.kernels.target import no_float8
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision
 
 __all__ = ["of_config", "variants"]
 
-_OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
+_OPERANDS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "tf32": torch.float32,
+    "ieee": torch.float32,
+}
 _RULES: dict[str, rules.Rule] = {"rmsprop": rules.RMSprop(), "rmsprop centered": rules.RMSprop(centered=True)}
 _TRANSFERS = ("tanh", "relu", "sigmoid")
 # Instructions for an element that an epilogue with 16-bit operands should not exceed on sm_90, by kernel and note.
@@ -40,7 +47,7 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
     """
     found: list[Variant] = []
     for precision in _OPERANDS:
-        if precision == "tf32" and target.startswith("gfx"):
+        if (precision == "tf32" and target.startswith("gfx")) or (precision == "fp8" and no_float8(target)):
             continue
         chosen = configs.candidates(target, precision)
         if brief and precision == "fp16":
@@ -51,12 +58,14 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
                 found.append(_one_transfer(target, config, precision))
         for config in configs.candidates(target, precision, lean=True):
             if not brief or config not in configs.candidates(target, precision):
-                found += [*_masked(target, config, precision), *_with_rows(target, config, precision)]
+                found += _masked(target, config, precision)
+                if precision != "fp8":  # few rows have bfloat16 in its place
+                    found += _with_rows(target, config, precision)
         for config in configs.for_rows(target, precision):
             if not (brief and precision == "fp16" and config in configs.for_rows(target, "bf16")):
                 found += _rows_driver(target, config, precision, brief)
         if chosen:
-            found.append(_prepare(target, chosen[-1], precision))  # does not depend on the tiles
+            found += _prepare(target, chosen[-1], precision)  # does not depend on the tiles
     return list({_compiled_from(variant): variant for variant in reversed(found)}.values())[::-1]
 
 
@@ -82,7 +91,7 @@ def of_config(target: str, config: configs.Config, precision: str, brief: bool =
     yield _variant("update in splits", phases._update_kernel, in_splits, "rmsprop")
     if not config.general:
         return
-    if precision != "fp16":
+    if precision not in SCALED:  # which take products, or bfloat16
         yield _variant(
             "gram update", phases._update_kernel, _plan(target, config, precision, rules.RMSprop(), "gram"), "rmsprop"
         )
@@ -98,7 +107,7 @@ def _one_transfer(target: str, config: configs.Config, precision: str) -> Varian
 def _masked(target: str, config: configs.Config, precision: str) -> Iterator[Variant]:
     """The kernels of a step in which a parameter has a mask, as far as others do not have them."""
     plan = _plan(target, config, precision, rules.RMSprop(centered=True), masked=True)
-    if precision != "fp16":  # which has no single launch then
+    if precision not in SCALED:  # which have no single launch then
         yield _variant("local_steps", single._local_steps_kernel, plan, "masked")
     yield _variant("update", phases._update_kernel, plan, "masked")
     yield _variant("activation", phases._activation_kernel, plan, ", ".join(_TRANSFERS))
@@ -109,7 +118,7 @@ def _with_rows(target: str, config: configs.Config, precision: str) -> Iterator[
     """The kernels of a step in which each local step has rows of its own, as far as others do not have them."""
     rule = rules.RMSprop(centered=True)
     plan = _plan(target, config, precision, rule, sets=_SETS)
-    if precision != "fp16":  # which has no single launch then
+    if precision not in SCALED:  # which have no single launch then
         yield _variant("local_steps", single._local_steps_kernel, plan, "few rows")
     softmax_plan = _plan(target, config, precision, rule, "softmax", sets=_SETS)
     yield _variant("softmax", softmax._softmax_kernel, softmax_plan, "few rows")
@@ -130,9 +139,11 @@ def _rows_driver(target: str, config: configs.Config, precision: str, brief: boo
         )
 
 
-def _prepare(target: str, config: configs.Config, precision: str) -> Variant:
+def _prepare(target: str, config: configs.Config, precision: str) -> Iterator[Variant]:
     plan = _plan(target, config, precision, rules.RMSprop())
-    return _variant("prepare", prepare._prepare_kernel, plan, "with transpose" if plan.spec.P.transposed else "")
+    if precision == "fp8":
+        yield _variant("largest", prepare._largest_kernel, plan, "")
+    yield _variant("prepare", prepare._prepare_kernel, plan, "with transpose" if plan.spec.P.transposed else "")
 
 
 def _plan(
@@ -201,21 +212,21 @@ def _variant(kernel: str, function: Any, plan: Plan, note: str) -> Variant:
     options: dict[str, Any] = spec.options
     if kernel in ("commit", "softmax"):
         options = spec.wide
-    elif kernel == "prepare":
+    elif kernel in ("prepare", "largest"):
         options = {}
     elif kernel == "local_steps":
         options = {**spec.options, **single.COOPERATIVE}
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(plan.layout.kind.operand, spec.P.precision)
+    precision = configs.PRECISIONS.get(plan.layout.kind.operand, spec.P.precision)
     shape = f"{config.n}x{config.b}x{config.k}x{config.r} {config.warps} warps {config.stages} stages, "
     operands = "" if kernel == "commit" else f"{precision} "
     return Variant(
         kernel=kernel,
-        configuration=f"{operands}{'' if kernel == 'prepare' else shape}{note}",
+        configuration=f"{operands}{'' if kernel in ('prepare', 'largest') else shape}{note}",
         function=function,
         signature=signature,
         constants=constants,
         divisible=tuple(name for name in signature if name.endswith("_ptr")),
-        precision="none" if kernel in ("commit", "prepare", "softmax") else precision,
+        precision="none" if kernel in ("commit", "largest", "prepare", "softmax") else precision,
         options=options,
         epilogue=_epilogue(kernel, plan, note),
     )

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from locoprop_kernels import schedule
 
 __all__ = [
+    "PRECISIONS",
     "Asked",
     "Config",
     "asked",
@@ -68,6 +71,9 @@ class Config:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
+"""What the tables call the precision of products, by the dtype of their operands; float32 has two."""
+
 # In the interpreter an operation costs the same for any tile; different sizes catch swapped dimensions.
 _INTERPRETER = Config(n=16, b=64, k=128, r=32)
 
@@ -75,6 +81,7 @@ _INTERPRETER = Config(n=16, b=64, k=128, r=32)
 # memory. Nothing is measured.
 _EXACT = Config(n=64, b=64, k=64, r=16, warps=4, stages=2, slices=8)
 _SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, slices=8)
+_FLOAT8 = Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8)
 _SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, slices=8)
 _AMD = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, slices=8)
 _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
@@ -100,12 +107,17 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_100", "tf32"): (_SQUARE,),
     ("sm_120", "tf32"): (_SQUARE,),
     ("sm_120", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=8, stages=2, slices=4),),
+    ("sm_90", "fp8"): (
+        Config(n=128, b=128, k=128, r=128, warps=8, stages=3, slices=8),
+        Config(n=64, b=64, k=64, r=64, warps=4, stages=4, slices=4, occupancy=2),
+        Config(n=128, b=256, k=256, r=128, warps=8, stages=4, slices=8, general=False),
+    ),
     ("gfx90a", "bf16"): (_AMD,),
     ("gfx90a", "fp16"): (_AMD,),
     ("gfx942", "bf16"): (_AMD,),
     ("gfx942", "fp16"): (_AMD,),
 }
-_OTHERS = {"bf16": (_SMALL,), "fp16": (_SMALL,), "tf32": (_SMALL,), "ieee": (_EXACT,)}
+_OTHERS = {"fp8": (_FLOAT8,), "bf16": (_SMALL,), "fp16": (_SMALL,), "tf32": (_SMALL,), "ieee": (_EXACT,)}
 
 
 # Of the rows driver, whose programs hold all rows of a local step.
@@ -136,6 +148,7 @@ _ROWS = {(target, "bf16"): _ROWS_TALL for target in ("sm_90", "sm_100", "sm_120"
 _ROWS_OTHERS: dict[str, tuple[Config, ...]] = {
     "bf16": _ROWS_NARROW,
     "fp16": (),
+    "fp8": (),
     "tf32": _ROWS_WIDE[1:-1],
     "ieee": _ROWS_WIDE[:-1],
 }
@@ -158,7 +171,7 @@ def candidates(target: str, precision: str, lean: bool = False) -> tuple[Config,
 
     Args:
         target: backend and architecture.
-        precision: ``"bf16"``, ``"fp16"``, ``"tf32"`` or ``"ieee"`` (float32).
+        precision: ``"fp8"``, ``"bf16"``, ``"fp16"``, ``"tf32"`` or ``"ieee"`` (float32).
         lean: those that leave registers for a mask, or for rows that a local step has to itself.
     """
     others = (_INTERPRETER,) if target == "interpreter" else _OTHERS[precision]

@@ -20,11 +20,14 @@ from locoprop_kernels.kernels.spec import Update
 from locoprop_kernels.patches import Rows
 from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.sampling import set_size
-from locoprop_kernels.settings import Settings
+from locoprop_kernels.settings import Settings, operands_of
 from locoprop_kernels.solution import Decision
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["LayerShape", "Machine", "Task", "decide", "is_aligned", "machine_of", "shape_of", "task_of"]
+__all__ = ["SCALED", "LayerShape", "Machine", "Task", "decide", "is_aligned", "machine_of", "shape_of", "task_of"]
+
+SCALED = ("fp16", "fp8")
+"""Precisions whose operands carry scales."""
 
 
 class LayerShape(NamedTuple):
@@ -68,9 +71,9 @@ class LayerShape(NamedTuple):
     a0_chunks: bool
     sets: int = 1
 
-    def operand(self, compute_dtype: torch.dtype | None) -> torch.dtype:
+    def operand(self, compute_dtype: torch.dtype | None, form: str = "product") -> torch.dtype:
         """Dtype of the products' operands."""
-        return compute_dtype or self.parameter
+        return operands_of(compute_dtype or self.parameter, self.sets, form)
 
     def tiled(self, form: str) -> tuple[int, int, int]:
         """``(B, K, N)`` as it is cut into tiles: the rows of a local step, or ``XᵀX`` in their place."""
@@ -120,7 +123,11 @@ class Machine(NamedTuple):
 
     def precision(self, operand: torch.dtype) -> str:
         """Precision of products, as the table of configurations calls it, by the dtype of their operands."""
-        return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(operand) or self.float32
+        return configs.PRECISIONS.get(operand) or self.float32
+
+    def model_for(self, operand: torch.dtype) -> DeviceModel:
+        """What is assumed of the device for products with such operands."""
+        return self.model.in_float8() if self.precision(operand) == "fp8" else self.model
 
     def candidates(self, operand: torch.dtype, lean: bool = False) -> tuple[configs.Config, ...]:
         """The configurations to choose from; ``lean`` as of :func:`configs.candidates`."""
@@ -213,7 +220,7 @@ def _forms(shapes: Sequence[LayerShape], task: Task, machine: Machine) -> list[s
         for _ in range(shape.groups)
     )
     if grams and not machine.interpreted:
-        found = machine.candidates(shapes[0].operand(task.compute_dtype))
+        found = machine.candidates(shapes[0].operand(task.compute_dtype, "gram"))
         slots = task.update.slots
         if not choose.gram_pays(found, grams, task.iterations, slots, machine.model):
             return ["product" if form == "gram" else form for form in forms]
@@ -232,20 +239,21 @@ def _form(shape: LayerShape, task: Task) -> str:
 
 def _launches(shapes: Sequence[LayerShape], form: str, together: int, task: Task, machine: Machine) -> list[Decision]:
     """Decisions for problems that are launched together."""
-    operand = shapes[0].operand(task.compute_dtype)
+    operand = shapes[0].operand(task.compute_dtype, form)
     lean = shapes[0].sets > 1 or any(shape.masked for shape in shapes)
     sizes: list[tuple[int, int, int]] = []
     first_rows = []
     for shape in shapes:
         first_rows.append(len(sizes))
         sizes += [shape.tiled(form)] * shape.groups
-    for_rows = machine.for_rows(operand, sizes) if form == "product" else ()
+    has_rows = form == "product" and machine.precision(operand) != "fp8"
+    for_rows = machine.for_rows(operand, sizes) if has_rows else ()
     driver = None if machine.asked.driver == "rows" else machine.asked.driver
-    if lean and operand == torch.float16:  # the single launch would spill registers
+    if lean and machine.precision(operand) in SCALED:  # the single launch would spill registers
         driver = "grouped"
     found = () if for_rows and machine.asked.driver == "rows" else machine.candidates(operand, lean)
-    slots = task.update.slots
-    config, programs, splits, name = choose.choose(found, tuple(sizes), form, slots, machine.model, driver, for_rows)
+    slots, model = task.update.slots, machine.model_for(operand)
+    config, programs, splits, name = choose.choose(found, tuple(sizes), form, slots, model, driver, for_rows)
     rows = task.rows if shapes[0].sets > 1 else None
     if form != "product":
         name = form

@@ -73,7 +73,7 @@ def place_chunks(problem: LocalProblem, index: int, layout: Layout, scratch: Ten
     row = layout.template[layout.rows[index].start]
     sizes = {"x": (layer.batch, layer.inputs), "a0": (layer.outputs, layer.batch)}
     sources = {
-        "x": (problem.x, kind.operand, int(row[c.X_STEP.value])),
+        "x": (problem.x, kind.staged or kind.operand, int(row[c.X_STEP.value])),
         "a0": (problem.preactivation, kind.preactivation, int(row[c.A0_STEP.value])),
     }
     order = settings.set_order(layer.sets)[: kind.samples] if kind.samples else (0,)

@@ -94,6 +94,7 @@ class Kind:
         transposed: whether the update tile reads a transposed copy of ``X``.
         samples: how many sets of rows local steps have of their own; 0 where all take all rows.
         driver: how the problems are launched.
+        staged: dtype of what comes in chunks, before it is scaled; ``None`` where ``X`` has no scale.
     """
 
     form: str
@@ -104,6 +105,7 @@ class Kind:
     transposed: bool
     samples: int = 0
     driver: str = "grouped"
+    staged: torch.dtype | None = None
 
 
 class _Arena:
@@ -173,6 +175,7 @@ class Layout:
         trace_ranges: per layer, ``[(first, last), ...]`` of its own among them.
         functions: the different pairs of transfer function and divergence; their place is the code in the table.
         tiles: lists of tiles beside those of the schedule, by name.
+        largest_x: where the largest |X| of each row of the table is found, in the scratch; empty without scales of X.
     """
 
     def __init__(self, layers: tuple[LayerPlan, ...], kind: Kind) -> None:
@@ -185,14 +188,14 @@ class Layout:
         self.trace_ranges: list[list[tuple[int, int]]] = []
         self.trace_slots = 0
         self.functions: list[tuple[Any, Any]] = []
-        self._arena = _Arena(self.template.shape)
-        self._blocks = 0
-        tiles: dict[str, list[NDArray[np.int32]]] = {name: [] for name in _TILE_LISTS}
-        self._lists = tiles
+        self._arena, self._blocks = _Arena(self.template.shape), 0
+        self.largest_x = self._lay_out_largest_x()
+        self._lists: dict[str, list[NDArray[np.int32]]] = {name: [] for name in _TILE_LISTS}
         for index, layer in enumerate(layers):
             self._lay_out(index, layer)
         self.tiles = {
-            name: np.concatenate([np.zeros((0, width), np.int32), *tiles[name]]) for name, width in _TILE_LISTS.items()
+            name: np.concatenate([np.zeros((0, width), np.int32), *self._lists[name]])
+            for name, width in _TILE_LISTS.items()
         }
         self.bytes = self._arena.size
         # Places in the table, and for each the number of what is added there.
@@ -247,10 +250,8 @@ class Layout:
     def _lay_out(self, index: int, layer: LayerPlan) -> None:
         """Reserve what a layer needs in the buffer, and fill its rows of the template."""
         form, config = self.kind.form, self.kind.config
-        n, b, k = (
-            _round_up(size, tile)
-            for size, tile in ((layer.outputs, config.n), (layer.batch, config.b), (layer.inputs, config.k))
-        )
+        sizes = ((layer.outputs, config.n), (layer.batch, config.b), (layer.inputs, config.k))
+        n, b, k = (_round_up(size, tile) for size, tile in sizes)
         n_blocks, b_blocks = n // config.n, -(-layer.batch // config.b)
         k_blocks = -(-layer.inputs // config.k) if layer.weight else 1
         group = np.arange(layer.groups)
@@ -282,7 +283,7 @@ class Layout:
             self._lay_out_results(index, "bias", c.BIAS.value, n, 1, layer.outputs, 1)
             if form == "gram":
                 self._set(index, c.BIAS_COPY_SIZE, n)
-                self._scratch_place(index, c.BIAS_COPY, 2 * n, 4)
+                self._take(index, c.BIAS_COPY.value, 2 * n, 4)
         if form != "gram":
             self._lay_out_activations(index, layer, n, b, b_blocks)
         self.trace_ranges.append(
@@ -292,19 +293,29 @@ class Layout:
             ]
         )
 
+    def _lay_out_largest_x(self) -> slice:
+        """An aligned number for each row of the table, side by side; none where ``X`` has no scale."""
+        rows = len(self.template) if self.kind.staged else 0
+        start = self._arena.take(rows, 16)
+        self.template[:rows, c.X_AMAX.value] = start + 16 * np.arange(rows)
+        self._arena.offsets[:rows, c.X_AMAX.value] = True
+        return slice(start, start + 16 * rows)
+
     def _lay_out_x(self, index: int, layer: LayerPlan, b: int, k: int) -> None:
         self._set(index, c.REDUCED, layer.inputs)
         self._set(index, c.X_STRIDE, k)
         steps = max(1, self.kind.samples)
         self._set(index, c.X_STEP, b * k)
         if not layer.x_in_place:
-            x = self._scratch_place(index, c.X, steps * b * k, self.kind.operand.itemsize, k)
-            name = "chunked_x" if layer.x_chunks else "prepare_x"
-            self._add_tiles(name, index, steps, -(-b // COPY_BLOCK), -(-k // COPY_BLOCK))
+            x = self._take(index, c.X.value, steps * b * k, self.kind.operand.itemsize, k)
+            grid = (steps, -(-b // COPY_BLOCK), -(-k // COPY_BLOCK))
+            self._add_tiles("chunked_x" if layer.x_chunks else "prepare_x", index, *grid)
             if layer.x_chunks:
-                self._prepare_in_place(index, "x", c.X_SOURCE, x, (k, 1))
+                if self.kind.staged:
+                    x = self._take(index, c.X_SOURCE.value, steps * b * k, self.kind.staged.itemsize, k)
+                self._prepare_from(index, "x", c.X_SOURCE, x, (k, 1))
         if self.kind.transposed:
-            self._scratch_place(index, c.XT, steps * b * k, self.kind.operand.itemsize)
+            self._take(index, c.XT.value, steps * b * k, self.kind.operand.itemsize)
             self._set(index, c.XT_STRIDE, b)
 
     def _lay_out_products(self, index: int, layer: LayerPlan, n: int, k: int, n_blocks: int, k_blocks: int) -> None:
@@ -314,28 +325,29 @@ class Layout:
             return
         copies = 2 if self.kind.form == "gram" else 1
         self._set(index, c.WEIGHT_COPY_SIZE, n * k)
-        self._scratch_place(index, c.WEIGHT_COPY, copies * n * k, self.kind.operand.itemsize)
-        self._scratch_place(index, c.AMAX, 3 * n_blocks * k_blocks, 4)
+        self._take(index, c.WEIGHT_COPY.value, copies * n * k, self.kind.operand.itemsize)
+        self._take(index, c.AMAX.value, 3 * n_blocks * k_blocks, 4)
         rows = _round_up(-(-layer.batch // layer.splits), self.kind.config.r)
         splits = -(-layer.batch // rows)
         if splits > 1:
             self._set(index, c.SPLIT_ROWS, rows)
             self._set(index, c.SPLITS, splits)
-            self._scratch_place(index, c.PARTIALS, splits * n * k, 4)
+            self._take(index, c.PARTIALS.value, splits * n * k, 4)
             self._add_tiles("partial", index, n_blocks, k_blocks, splits)
 
     def _lay_out_activations(self, index: int, layer: LayerPlan, n: int, b: int, b_blocks: int) -> None:
         steps = max(1, self.kind.samples)
         self._set(index, c.A0_STEP, n * b)
-        a0 = self._scratch_place(index, c.A0, steps * n * b, self.kind.preactivation.itemsize, b)
+        a0 = self._take(index, c.A0.value, steps * n * b, self.kind.preactivation.itemsize, b)
         self._add_tiles("prepare_a0", index, steps, -(-b // COPY_BLOCK), -(-n // COPY_BLOCK))
         if layer.a0_chunks:
-            self._prepare_in_place(index, "a0", c.A0_SOURCE, a0, (1, b))
-        self._scratch_place(index, c.E, n * b, self.kind.operand.itemsize)
-        self._scratch_place(index, c.ROW_SUMS, b_blocks * n, 4)
+            self._prepare_from(index, "a0", c.A0_SOURCE, a0, (1, b))
+        self._take(index, c.E.value, n * b, self.kind.operand.itemsize)
+        self._take(index, c.E_AMAX.value, 3 * (n // self.kind.config.n) * b_blocks, 4)
+        self._take(index, c.ROW_SUMS.value, b_blocks * n, 4)
         self._set(index, c.ROW_SUM_COUNT, b_blocks)
         if self.kind.form == "softmax":
-            self._scratch_place(index, c.CHANGE, n * b, 4)
+            self._take(index, c.CHANGE.value, n * b, 4)
             self._add_tiles("softmax", index, b_blocks)
 
     def _lay_out_results(self, index: int, name: str, base: int, rows: int, stride: int, n: int, k: int) -> None:
@@ -355,18 +367,15 @@ class Layout:
     def _set(self, index: int, column: Any, value: int | NDArray[np.int64]) -> None:
         self.template[self.rows[index], column.value] = value
 
-    def _prepare_in_place(self, index: int, name: str, column: Any, place: Place, strides: tuple[int, int]) -> None:
-        """Chunks are copied to their place, and rounded and padded there."""
+    def _prepare_from(self, index: int, name: str, column: Any, place: Place, strides: tuple[int, int]) -> None:
+        """Chunks are copied to ``place``, and from there rounded and padded to their own, mostly the same."""
         rows, first = self.rows[index], column.value
         self.chunks[index][name] = place
         self.template[rows, first] = place.offset + place.step * np.arange(rows.stop - rows.start)
         self._arena.offsets[rows, first] = True
         self.template[rows, first + 1 : first + 3] = strides
 
-    def _scratch_place(self, index: int, column: Any, elements: int, itemsize: int, stride: int = 1) -> Place:
-        return self._take(index, column.value, elements, itemsize, stride)
-
-    def _take(self, index: int, column: int, elements: int, itemsize: int, stride: int) -> Place:
+    def _take(self, index: int, column: int, elements: int, itemsize: int, stride: int = 1) -> Place:
         """A piece of the buffer for each group of a layer, whose offsets go into the template."""
         groups, step = self.layers[index].groups, _round_up(elements * itemsize, ALIGNMENT)
         offset = self._arena.take((groups - 1) * step // itemsize + elements, itemsize)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from locoprop_kernels.graphs import capturing
-from locoprop_kernels.kernels.decide import LayerShape, Machine, Task
+from locoprop_kernels.kernels.decide import SCALED, LayerShape, Machine, Task
 from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device import functions
 from locoprop_kernels.kernels.device import rules as device_rules
@@ -35,7 +35,12 @@ from locoprop_kernels.solution import Decision
 __all__ = ["Plan"]
 
 _KEPT_UPLOADS = 32
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
 
 
 class Plan:
@@ -79,13 +84,13 @@ class Plan:
     ) -> None:
         first, decision = shapes[0], decisions[0]
         config = decision.config
-        operand = first.operand(task.compute_dtype)
+        operand = first.operand(task.compute_dtype, decision.form)
         precision = machine.precision(operand)
+        # The matrix units take both operands along the reduction alone.
+        transposed = precision in ("tf32", "fp8")
         self.members, self.form, self.driver = tuple(members), decision.form, decision.driver
         self.device = device
-        layers = tuple(
-            _layer(shape, own, operand, precision == "tf32") for shape, own in zip(shapes, decisions, strict=True)
-        )
+        layers = tuple(_layer(shape, own, operand, transposed) for shape, own in zip(shapes, decisions, strict=True))
         slots = tuple(task.update.hyper.slots)
         # The first local step needs no rows, and the objective at the end does.
         samples = 0 if decision.rows is None else task.iterations - 1 + task.trace
@@ -97,19 +102,21 @@ class Plan:
                 operand,
                 first.preactivation,
                 slots,
-                precision == "tf32",
+                transposed,
                 samples,
                 decision.driver,
+                first.x if precision == "fp8" else None,
             ),
         )
+        model = machine.model_for(operand)
         sizes = [size for shape in shapes for size in [shape.tiled(decision.form)] * shape.groups]
         self.schedule: Schedule | None = None
         if decision.programs:
-            self.schedule = build(sizes, config.tiles, decision.programs, machine.model)
-            validate(self.schedule, sizes, config.tiles, machine.available * config.occupancy, machine.model)
+            self.schedule = build(sizes, config.tiles, decision.programs, model)
+            validate(self.schedule, sizes, config.tiles, machine.available * config.occupancy, model)
             activation, update = self.schedule.activation_tiles, self.schedule.update_tiles
         else:
-            activation, update = most_expensive_first(sizes, config.tiles, machine.model)
+            activation, update = most_expensive_first(sizes, config.tiles, model)
         self.activation_tiles, self.update_tiles = self._upload(activation), self._upload(update)
         self.blocks = self._upload(row_blocks(sizes, config.tiles)) if decision.driver == "rows" else None
         self.tiles = {name: self._upload(tiles) for name, tiles in self.layout.tiles.items()}
@@ -237,6 +244,7 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
         slices=config.slices,
         operand=operand,
         precision=exact,
+        scaled=precision in SCALED,
         preactivation=preactivation,
         form=kind.form,
         split=len(layout.tiles["partial"]) > 0,
@@ -261,13 +269,14 @@ def _spec(layout: Layout, shapes: Sequence[LayerShape], task: Task, precision: s
     )
     options: dict[str, Any] = {} if interpreted else config.options
     x = operand if kind.form == "gram" else _TRITON_DTYPES[shape.x]
+    chunks = x if kind.staged else operand
     return Spec(
         P=products,
         U=update,
         tiles=Products(config.n, 0, config.k, 0, interpreted),
         stored=Update(task.update.slots, task.update.counts_steps, parameter=parameter),
         copy_x=Copy(*x_columns, c.X_STEP.value, x, operand, exact, interpreted, COPY_BLOCK),
-        copy_chunks=Copy(*x_columns, c.X_STEP.value, operand, operand, exact, interpreted, COPY_BLOCK),
+        copy_chunks=Copy(*x_columns, c.X_STEP.value, chunks, operand, exact, interpreted, COPY_BLOCK),
         copy_a0=Copy(*a0_columns, c.A0_STEP.value, preactivation, preactivation, "ieee", interpreted, COPY_BLOCK),
         options=options,
         wide={**options, "num_warps": 8} if options else {},

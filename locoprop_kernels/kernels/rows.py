@@ -129,7 +129,7 @@ def _first_pass(row_ptr, n_block, when, own, trace_ptr, P: tl.constexpr, U: tl.c
         moment = (0, 0, when[1], when[2])
         product, largest = _weight_pass(row_ptr, n_block, product, 1.0, moment, 1.0, own, trace_ptr, True, P, U)
         if P.operand == tl.float16:
-            scale = scale_of(largest)
+            scale = scale_of(largest, P)
             tl.debug_barrier()
             product = _product(row_ptr, n_block, scale, own, P)
     return product * (1.0 / scale), scale
@@ -164,7 +164,7 @@ def _later_pass(row_ptr, n_block, e, when, following, scale, own, trace_ptr, P: 
             row_ptr, n_block, left, factor / scale, moment, scale, own, trace_ptr, False, P, U
         )
         if P.operand == tl.float16:
-            new_scale = scale_of(largest)
+            new_scale = scale_of(largest, P)
     return product * (1.0 / scale), new_scale
 
 

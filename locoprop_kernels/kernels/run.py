@@ -178,8 +178,8 @@ class _Launched:
         if plan.blocks is not None:
             rows.launch(step, plan.blocks, spec)
             return
-        if plan.layout.kind.operand == torch.float16:
-            phases.launch_update(step, plan.update_tiles, 0, spec)  # finds the scale of the first increment
+        if spec.P.scaled:
+            self._find_scales()
         if plan.schedule is not None:
             single.launch(step, plan.work_lists, self.counters, spec)
         elif plan.form == "gram":
@@ -191,9 +191,27 @@ class _Launched:
         plan, spec, table = self.plan, self.plan.spec, self.step.table
         for index, problem in enumerate(self.problems):
             place_chunks(problem, index, plan.layout, self.buffer, self.settings)
+        if plan.layout.kind.staged is not None:
+            self.buffer[plan.layout.largest_x].zero_()
+            prepare.launch_largest(table, plan.tiles["prepare_x"], spec.copy_x)
+            prepare.launch_largest(table, plan.tiles["chunked_x"], spec.copy_chunks)
         prepare.launch(table, plan.tiles["prepare_x"], spec.copy_x)
         prepare.launch(table, plan.tiles["chunked_x"], spec.copy_chunks)
         prepare.launch(table, plan.tiles["prepare_a0"], spec.copy_a0)  # the Gram form has no such tiles
+
+    def _find_scales(self) -> None:
+        """The first local step ahead, and in float8 what it changes: scales are taken from what came before."""
+        plan, step, spec = self.plan, self.step, self.plan.spec
+        phases.launch_update(step, plan.update_tiles, 0, spec)
+        if plan.layout.kind.operand == torch.float8_e4m3fn and (step.iterations > 1 or spec.P.trace):
+            phases.launch_update(step, plan.update_tiles, 0, spec)
+            self._run_activation(1)
+
+    def _run_activation(self, t: int) -> None:
+        """``E`` of all layers before local step ``t``."""
+        phases.launch_activation(self.step, self.plan.activation_tiles, t, self.plan.spec)
+        if self.plan.form == "softmax":
+            softmax.launch(self.step, self.plan.tiles["softmax"], t, self.plan.spec)
 
     def _run_phases(self) -> None:
         """A launch for each phase of a local step."""
@@ -201,9 +219,7 @@ class _Launched:
         iterations = step.iterations
         for t in range(iterations + 1):
             if t > 0 and (t < iterations or spec.P.trace):  # E_0 = 0
-                phases.launch_activation(step, plan.activation_tiles, t, spec)
-                if plan.form == "softmax":
-                    softmax.launch(step, plan.tiles["softmax"], t, spec)
+                self._run_activation(t)
             if 0 < t < iterations and spec.P.split:
                 phases.launch_partial(step, plan.tiles["partial"], t, spec)
             if t < iterations:

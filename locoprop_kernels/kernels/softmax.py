@@ -6,7 +6,7 @@ from torch import Tensor
 
 from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device.memory import address, as_operand, stride
-from locoprop_kernels.kernels.device.products import increment_scale
+from locoprop_kernels.kernels.device.products import difference_scale, keep_largest_difference
 from locoprop_kernels.kernels.spec import Spec, StepArguments
 
 
@@ -55,11 +55,14 @@ def _softmax_kernel(table_ptr, tiles_ptr, t, iterations, counts_ptr, trace_ptr, 
         y = tl.exp(a - largest[None, :]) / total[None, :]
         difference = tl.where(present[None, :], y - tl.exp(a0 - largest0[None, :]) / total0[None, :], 0.0)
         scale = 1.0
-        if P.operand == tl.float16:
-            scale = increment_scale(row_ptr, n_block, t - 1, P)
+        if P.scaled:
+            scale = difference_scale(row_ptr, n_block, t, P)
         tl.store(address(row_ptr, c.E, P.operand) + offsets, as_operand(difference * scale, P))
         sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + block * stride(row_ptr, c.ROW_SUMS_STRIDE)
         tl.store(sums_ptr + n_block * P.block_n + tl.arange(0, P.block_n), tl.sum(difference, 1))
+        if P.operand == tl.float8e4nv:
+            largest_difference = tl.max(tl.max(tl.abs(difference), 1), 0)
+            keep_largest_difference(row_ptr, n_block, block, t, largest_difference)
     if P.trace:
         loss = _divergence(row_ptr, examples, n_blocks, largest0, largest, t, P)
         slot = tl.load(row_ptr + c.TRACE_ACTIVATION) + block

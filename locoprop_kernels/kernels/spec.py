@@ -59,6 +59,7 @@ class Products(_Constants):
         slices: into how many slices (1, 2, 4, 8) an epilogue cuts a tile.
         operand: dtype of the products' operands.
         precision: ``"tf32"``, or ``"ieee"``.
+        scaled: whether Δ and ``E`` carry scales, and in float8 ``X`` too.
         preactivation: dtype of ``A0``.
         form: ``"product"``, ``"gram"`` or ``"softmax"``.
         split: whether products over splits of the batch come from another kernel.
@@ -80,6 +81,7 @@ class Products(_Constants):
     slices: int = 1
     operand: Any = tl.float32
     precision: str = "ieee"
+    scaled: bool = False
     preactivation: Any = tl.float32
     form: str = "product"
     split: bool = False

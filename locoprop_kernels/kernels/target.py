@@ -19,7 +19,15 @@ from locoprop_kernels.rules import Rule
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["float32_precision", "interpreted", "multiprocessors", "target_of", "unsupported", "unsupported_problem"]
+__all__ = [
+    "float32_precision",
+    "interpreted",
+    "multiprocessors",
+    "no_float8",
+    "target_of",
+    "unsupported",
+    "unsupported_problem",
+]
 
 # Larger convolutions go to the reference, which holds 16 MiB of patches at a time.
 _MOST_UNFOLDED_BYTES = 2**30
@@ -49,6 +57,17 @@ def float32_precision() -> str:
     if setting == "none":
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return "tf32" if setting == "tf32" else "ieee"
+
+
+def no_float8(target: str) -> str | None:
+    """Why the matrix units of a target do not take ``float8_e4m3fn``, or ``None`` if they do."""
+    if target == "interpreter" or (target.startswith("sm_") and int(target.removeprefix("sm_")) >= 89):
+        return None
+    own = ", whose matrix units take float8_e4m3fnuz instead" if target == "gfx942" else ""
+    return (
+        f"compute_dtype=torch.float8_e4m3fn needs an NVIDIA GPU of compute capability 8.9 or later, got {target}{own} "
+        "(compute_dtype=torch.bfloat16 would work)"
+    )
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -103,6 +122,8 @@ def unsupported_problem(problem: LocalProblem, settings: Settings) -> str | None
     dtypes = (problem.weight.dtype, problem.x.dtype, problem.preactivation.dtype, settings.compute_dtype)
     if torch.float64 in dtypes:
         return "float64 is not supported (float32, bfloat16 and float16 are)"
+    if settings.compute_dtype == torch.float8_e4m3fn and (reason := no_float8(target_of(problem.weight.device))):
+        return reason
     assert isinstance(problem.transfer, Transfer)
     if problem.transfer.name != "softmax" and functions.lookup(problem.transfer) is None:
         return f"the transfer function {str(problem.transfer)!r} has no Triton function"

@@ -30,7 +30,7 @@ __all__ = [
 
 CostArray = NDArray[np.int64]
 
-# Bytes of an operand's element, taken to be 16-bit in every precision.
+# Bytes of an operand's element, taken to be 16-bit in every precision; in products, the device model's.
 OPERAND_BYTES = 2
 # Bytes of an activation in an epilogue: A0 in, E out.
 ACTIVATION_BYTES = 6
@@ -101,8 +101,8 @@ def _product_step(height: int, width: int, device: DeviceModel) -> float:
     # Into the shared memory, and out of it once for each instruction's rows, with both operands.
     rows = min(height, device.matrix_rows)
     shared = height + width + height / rows * (rows + width)
-    reading = OPERAND_BYTES * shared / device.shared_bytes_per_cycle / device.clock
-    loading = OPERAND_BYTES * (height + width) / device.bytes_per_second
+    reading = device.operand_bytes * shared / device.shared_bytes_per_cycle / device.clock
+    loading = device.operand_bytes * (height + width) / device.bytes_per_second
     return max(multiplying, reading, loading)
 
 

@@ -144,6 +144,8 @@ def _operands(optimizer: LocoProp) -> list[torch.dtype]:
     """The dtypes of products whose route may differ between processes: those on CPUs."""
     weights = [layer.weight for layer in optimizer._layers.values()]
     found = {optimizer.compute_dtype or weight.dtype for weight in weights if weight.device.type == "cpu"}
+    if torch.float8_e4m3fn in found:  # has one route itself, and bfloat16 may take its place
+        found.add(torch.bfloat16)
     return [dtype for dtype in _DTYPES if dtype in found]
 
 

@@ -85,7 +85,9 @@ class LocoProp(Optimizer):
             with this one. Its groups are among ``param_groups``, marked ``"aux": True``, and its state is in
             ``state_dict``.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``.
-        compute_dtype: dtype of the operands of the local products; ``None`` for the parameters'.
+        compute_dtype: dtype of the operands of the local products; ``None`` for the parameters'. With
+            ``torch.float8_e4m3fn`` they carry scales; it is for ``rows=None``, and needs a GPU that multiplies it, or a
+            CPU to try it on.
         target: ``"dual"``, ``"primal"`` or a function, see :mod:`locoprop_torch.targets`; or one by submodule name.
         regulariser: a further regulariser, see :class:`locoprop_kernels.Regulariser`.
         weight_decay: decoupled weight decay ``>= 0``, as AdamW's: ``W`` is multiplied by ``1 - lr * weight_decay``.

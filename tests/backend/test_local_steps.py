@@ -59,6 +59,7 @@ def run(problems, **options):
         ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, reference; got 'cuda'"),
         ({"compute_dtype": torch.int32}, ValueError, "compute_dtype must be"),
         ({"compute_dtype": "bfloat16"}, ValueError, "compute_dtype must be"),
+        ({"compute_dtype": torch.float8_e5m2}, ValueError, "compute_dtype must be .*e4m3fn.* got torch.float8_e5m2"),
     ],
 )
 def test_bad_options(options, error, message):

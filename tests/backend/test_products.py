@@ -7,9 +7,16 @@ from locoprop_kernels import routes
 from locoprop_kernels.products import gram, product, rounded
 from tests.helpers import force_routes
 
-# Rounding of each operand by 2**-8 (bf16) or 2**-11 at most, then accumulation of K terms; two of the bf16 routes on
-# CPUs also round the result.
-BUDGET = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 3.02 * 2.0**-8, torch.float16: 1e-3}
+# Rounding of each operand by 2**-8 (bf16), 2**-11 or 2**-4 (float8) at most, then accumulation of K terms; two of the
+# bf16 routes on CPUs also round the result.
+FLOAT8 = torch.float8_e4m3fn
+BUDGET = {
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.bfloat16: 3.02 * 2.0**-8,
+    torch.float16: 1e-3,
+    FLOAT8: 2.1 * 2.0**-4,
+}
 SHAPES = [(1, 1, 1), (1, 9, 5), (7, 1, 3), (33, 65, 17), (128, 100, 64), (5, 0, 3), (0, 4, 3), (4, 3, 0)]
 ROUTES = [(dtype, route) for dtype in BUDGET for route in routes.available(dtype) if routes.runs(dtype, route)]
 
@@ -51,7 +58,7 @@ def test_product_of_a_batch_is_that_of_its_matrices(monkeypatch, dtype, route):
     assert (value.double() - exact).norm() <= BUDGET[dtype] * left.double().norm() * right.double().norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FLOAT8], ids=str)
 def test_upcast_operands_are_the_rounded_numbers_and_their_product_is_not_rounded(monkeypatch, dtype):
     force_routes(monkeypatch, dtype, "upcast")
     left, right = torch.randn(64, 300), torch.randn(300, 48)
@@ -100,12 +107,34 @@ def test_onednn_gets_a_dense_right_operand(monkeypatch):
         gram(rounded(x, torch.float32), torch.float32)
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 2e-3), (FLOAT8, 8e-2)], ids=str)
 @pytest.mark.parametrize("magnitude", [1e-12, 1e-6, 1.0, 1e6, 1e12])
-def test_float16_operands_keep_their_range(magnitude):
+def test_operands_keep_their_range(magnitude, dtype, limit):
     left, right = torch.randn(5, 40) * magnitude, torch.randn(40, 6) / magnitude * 1e3
     exact = left.double() @ right.double()
-    value = product(rounded(left, torch.float16), rounded(right, torch.float16).t().t(), torch.float32)
-    assert (value.double() - exact).norm() <= 2e-3 * exact.norm()
+    value = product(rounded(left, dtype), rounded(right, dtype).t().t(), torch.float32)
+    assert (value.double() - exact).norm() <= limit * exact.norm()
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 2e-3), (FLOAT8, 8e-2)], ids=str)
+def test_matrices_of_a_batch_have_scales_of_their_own(dtype, limit):
+    sizes = torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
+    left, right = torch.randn(3, 7, 40) * sizes, torch.randn(3, 40, 9) * sizes
+    exact = left.double() @ right.double()
+    value = product(rounded(left, dtype), rounded(right, dtype), torch.float32)
+    assert ((value.double() - exact).norm(dim=(1, 2)) <= limit * exact.norm(dim=(1, 2))).all()
+
+
+def test_float8_has_its_numbers_to_the_nearest_and_to_the_end_of_its_range():
+    every = torch.arange(256, dtype=torch.uint8).view(FLOAT8).float()
+    finite = every[every.isfinite() & (every.abs() < 256)]
+    value = rounded(finite[:, None], FLOAT8)
+    assert value.exponent is not None
+    assert torch.equal(torch.ldexp(value.tensor, value.exponent), finite[:, None])
+    large = rounded(torch.tensor([[255.9, 1.0]]), FLOAT8)
+    assert large.exponent is not None
+    assert torch.ldexp(large.tensor, large.exponent).tolist() == [[256.0, 1.0]]
+    assert rounded(torch.tensor([[1.0, torch.inf, -torch.inf]]), FLOAT8).tensor[0, 1:].isnan().all()
 
 
 @pytest.mark.parametrize(("dtype", "route"), ROUTES, ids=str)

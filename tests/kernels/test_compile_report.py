@@ -360,12 +360,13 @@ def test_kernels_on_hopper(arguments, tmp_path):
     assert set(report["versions"]) == {"python", "torch", "triton"}
     records = report["records"]
     assert all(record["spill_bytes"] == 0 and not record["violations"] for record in records)
-    products = [record for record in records if record["precision"] in ("bf16", "fp16", "tf32")]
-    assert {"bf16", "tf32"} <= {record["precision"] for record in products}
+    products = [record for record in records if record["precision"] in ("fp8", "bf16", "fp16", "tf32")]
+    assert {"fp8", "bf16", "tf32"} <= {record["precision"] for record in products}
     for record in products:
         name = f"{record['kernel']} [{record['configuration']}]"
         # A program of the rows driver has fewer rows of the weight than a warp group multiplies.
-        expected = "HMMA" if record["kernel"] == "rows" else "HGMMA"
+        wide = "QGMMA" if record["precision"] == "fp8" else "HGMMA"
+        expected = "HMMA" if record["kernel"] == "rows" else wide
         assert expected in record["matrix_instructions"], name
         assert {"LDGSTS", "UTMALDG"} & set(record["load_instructions"]), name
     for column in ("kernel", "configuration", "registers", "spill_bytes", "shared_bytes", "matrix instructions"):

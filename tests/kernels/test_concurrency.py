@@ -89,6 +89,7 @@ def test_blocks_are_shared_among_programs():
         {},
         pytest.param({"trace": True}, marks=pytest.mark.sweep),
         pytest.param({"compute_dtype": torch.float16}, marks=pytest.mark.sweep),
+        pytest.param({"compute_dtype": torch.float8_e4m3fn}, marks=pytest.mark.sweep),
     ],
     ids=str,
 )

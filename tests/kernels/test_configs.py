@@ -61,7 +61,7 @@ def test_very_many_tiles_are_left_to_the_hardwares_queue():
 
 def test_every_target_has_a_configuration_of_each_precision():
     for target in (*(device.target for device in DEVICES), "sm_75"):
-        for precision in ("bf16", "fp16", "tf32", "ieee"):
+        for precision in ("fp8", "bf16", "fp16", "tf32", "ieee"):
             found = configs.candidates(target, precision)
             assert found
             assert len(set(found)) == len(found)
@@ -84,7 +84,7 @@ def test_a_small_step_is_not_left_to_a_slow_host():
 
 def test_the_loads_of_every_configuration_fit_into_the_shared_memory():
     for device in DEVICES:
-        for precision, itemsize in (("bf16", 2), ("fp16", 2), ("tf32", 4), ("ieee", 4)):
+        for precision, itemsize in (("fp8", 1), ("bf16", 2), ("fp16", 2), ("tf32", 4), ("ieee", 4)):
             if precision == "tf32" and device.target.startswith("gfx"):  # has no kernels
                 continue
             for config in configs.candidates(device.target, precision):
@@ -131,7 +131,7 @@ def test_decisions_follow_the_device():
 
 def test_programs_that_should_be_resident_at_once_fit():
     """Registers and shared memory of a Hopper multiprocessor: 64 Ki and 228 KiB, 1 KiB of it for each program."""
-    for precision, itemsize in (("bf16", 2), ("fp16", 2), ("tf32", 4), ("ieee", 4)):
+    for precision, itemsize in (("fp8", 1), ("bf16", 2), ("fp16", 2), ("tf32", 4), ("ieee", 4)):
         for config in configs.candidates("sm_90", precision):
             assert config.occupancy * config.warps * 32 * 256 <= 65536
             pipeline = config.stages * (config.n + max(config.b, config.k)) * config.r * itemsize

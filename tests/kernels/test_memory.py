@@ -31,6 +31,7 @@ CONFIG = configs.Config(n=16, b=64, k=128, r=32)
 CASES: dict[str, dict[str, Any]] = {
     "float32": {},
     "float16 operands, traced": {"compute_dtype": torch.float16, "trace": True},
+    "float8 operands, traced": {"compute_dtype": torch.float8_e4m3fn, "trace": True},
     "bfloat16 operands, halved epilogues, no state": {
         "compute_dtype": torch.bfloat16,
         "config": configs.Config(n=16, b=64, k=128, r=32, slices=2),

@@ -5,7 +5,14 @@ import triton.language as tl
 
 from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device.memory import address, address_for_fours, as_operand, bits_to_float, stride
-from locoprop_kernels.kernels.device.products import increment_scale, product, sliced
+from locoprop_kernels.kernels.device.products import (
+    difference_scale,
+    increment_scale,
+    inputs_scale,
+    keep_largest_difference,
+    product,
+    sliced,
+)
 
 
 @triton.jit
@@ -88,18 +95,24 @@ def difference(row_ptr, change, rows, columns, t, count_ptr, trace_ptr, P: tl.co
 
 
 @triton.jit
-def _epilogue(row_ptr, multiplied, rows, start, t, count_ptr, trace_ptr, scale, P: tl.constexpr):
-    """``E`` of a slice of a tile; returns its sums over the batch."""
+def _epilogue(row_ptr, multiplied, rows, start, t, count_ptr, trace_ptr, scales, P: tl.constexpr):
+    """``E`` of a slice of a tile; ``scales`` is ``(of the product, of E)``.
+
+    Returns the sums of ``E`` over the batch and, for float8 alone, its largest number in each row.
+    """
     columns = start + tl.arange(0, multiplied.shape[1])
     offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
-    change = change_of(row_ptr, multiplied * (1.0 / scale), rows, columns, t, count_ptr, P)
+    change = change_of(row_ptr, multiplied * (1.0 / scales[0]), rows, columns, t, count_ptr, P)
     found = change
     if P.form == "softmax":  # another kernel goes over whole rows
         tl.store(address(row_ptr, c.CHANGE, tl.float32) + offsets, change)
     else:
         found = difference(row_ptr, change, rows, columns, t, count_ptr, trace_ptr, P)
-        tl.store(address_for_fours(row_ptr, c.E, P.operand) + offsets, as_operand(found * scale, P))
-    return tl.sum(found, 1)
+        tl.store(address_for_fours(row_ptr, c.E, P.operand) + offsets, as_operand(found * scales[1], P))
+    largest = tl.zeros_like(rows).to(tl.float32)
+    if P.operand == tl.float8e4nv:
+        largest = tl.max(tl.abs(found), 1)
+    return tl.sum(found, 1), largest
 
 
 @triton.jit
@@ -122,17 +135,27 @@ def activation_tile(row_ptr, n_block, b_block, t, count_ptr, trace_ptr, trace_st
     length = tl.load(row_ptr + c.REDUCED)
     multiplied = product(delta_ptrs, x_ptrs, P.block_r, P.block_r, length, accumulator, P)
 
-    scale = 1.0
-    if P.operand == tl.float16:
+    scale, e_scale = 1.0, 1.0
+    if P.scaled:
         if length > 0:  # a frozen weight has no scales
             scale = increment_scale(row_ptr, n_block, t - 1, P)
+            e_scale = scale
+            if P.operand == tl.float8e4nv:
+                scale *= inputs_scale(row_ptr, P)
+                e_scale = difference_scale(row_ptr, n_block, t, P)
     b_blocks = tl.load(row_ptr + c.B_BLOCKS)
     trace_ptr += t * trace_stride + tl.load(row_ptr + c.TRACE_ACTIVATION) + n_block * b_blocks * SLICES
     sums = tl.zeros_like(rows).to(tl.float32)
+    largest = tl.zeros_like(rows).to(tl.float32)
     slices = sliced(multiplied, SLICES)
     for i in tl.static_range(SLICES):
         start = b_block * P.block_b + i * (P.block_b // SLICES)
-        sums += _epilogue(row_ptr, slices[i], rows, start, t, count_ptr, trace_ptr + b_block * SLICES + i, scale, P)
+        slice_ptr = trace_ptr + (b_block * SLICES + i)
+        part, most = _epilogue(row_ptr, slices[i], rows, start, t, count_ptr, slice_ptr, (scale, e_scale), P)
+        sums += part
+        largest = tl.maximum(largest, most)
     if P.form != "softmax":
         sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + b_block * stride(row_ptr, c.ROW_SUMS_STRIDE)
         tl.store(sums_ptr + rows, sums)
+        if P.operand == tl.float8e4nv:
+            keep_largest_difference(row_ptr, n_block, b_block, t, tl.max(largest, 0))

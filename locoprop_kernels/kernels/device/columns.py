@@ -41,10 +41,12 @@ GROUP = tl.constexpr(35)  # which group of its layer the row is
 X_STEP = tl.constexpr(36)  # elements from one local step's X to the next, where each has rows of its own
 A0_STEP = tl.constexpr(37)  # likewise of A0
 SETS = tl.constexpr(38)  # how many times a local step's rows count, float32 bits
+X_AMAX = tl.constexpr(39)  # largest |X|, one float32; with float8 operands
+E_AMAX = tl.constexpr(40)  # largest |E| of each activation tile, three local steps of [n-blocks, b-blocks]; likewise
 
-WEIGHT = tl.constexpr(40)  # start of the weight's columns, below
-BIAS = tl.constexpr(64)  # start of the bias' columns; a bias is a matrix [N, 1] to the epilogue
-WIDTH = tl.constexpr(88)
+WEIGHT = tl.constexpr(42)  # start of the weight's columns, below
+BIAS = tl.constexpr(66)  # start of the bias' columns; a bias is a matrix [N, 1] to the epilogue
+WIDTH = tl.constexpr(90)
 
 # Columns of a parameter, counted from WEIGHT or BIAS. GRAD = 0 says that it is frozen or absent.
 DELTA = tl.constexpr(0)  # Δ, float32, zero-padded

@@ -51,11 +51,38 @@ def _round_bits(value, BITS: tl.constexpr):
 
 
 @triton.jit
+def _to_float8(value):
+    """Round float32 to float8e4nv as GPUs do: to nearest even, and to 448 at most.
+
+    The interpreter would truncate, wrap around, and knows no NaN there.
+    """
+    # A sum with 1.5 · 2^14 has no bits below 2^-9, which is the last one of small numbers.
+    small = (value + 24576.0) - 24576.0
+    rounded = tl.where(tl.abs(value) < 0.015625, small, _round_bits(value, 20))
+    bounded = tl.minimum(tl.maximum(rounded, -448.0), 448.0)
+    bits = bounded.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    return tl.where(is_finite(value), bits, 0x7F).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def widened(value):
+    """An operand in float32, for the interpreter."""
+    wide = value.to(tl.float32)
+    if value.dtype == tl.float8e4nv:
+        wide = tl.where((value.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F, float("nan"), wide)
+    return wide
+
+
+@triton.jit
 def to_dtype(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Round float32 to ``DTYPE``, to nearest; the interpreter would truncate to bfloat16."""
+    """Round float32 to ``DTYPE``, to nearest; the interpreter would truncate to bfloat16 and to float8."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         value = _round_bits(value, 16)
-    return value.to(DTYPE)
+    if INTERPRETED and DTYPE == tl.float8e4nv:
+        result = _to_float8(value)
+    else:
+        result = value.to(DTYPE)
+    return result
 
 
 @triton.jit
@@ -67,4 +94,6 @@ def as_operand(value, P: tl.constexpr):
         # It is scaled by a guess: what outgrew that saturates, and what is not finite stays so.
         bounded = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
         value = tl.where(is_finite(value), bounded, value)
+    elif P.operand == tl.float8e4nv:  # likewise, as the conversion saturates; it has a NaN and no infinity
+        value = tl.where(is_finite(value), value, float("nan"))
     return to_dtype(value, P.operand, P.interpreted)

@@ -10,7 +10,7 @@ import triton.language as tl
 from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device import gram, parameter
 from locoprop_kernels.kernels.device.memory import address, address_for_fours, as_operand, bits_to_float, stride
-from locoprop_kernels.kernels.device.products import increment_scale, product, sliced
+from locoprop_kernels.kernels.device.products import difference_scale, increment_scale, inputs_scale, product, sliced
 
 
 @triton.jit
@@ -24,9 +24,9 @@ def _block(row_ptr, n_block, P: tl.constexpr):
 
 @triton.jit
 def _increment_scale(row_ptr, n_block, t, P: tl.constexpr):
-    """By which the update of local step ``t`` scales Δ: for float16 alone."""
+    """By which the update of local step ``t`` scales Δ, where operands are scaled."""
     scale = 1.0
-    if P.operand == tl.float16:
+    if P.scaled:
         scale = increment_scale(row_ptr, n_block, t, P)
     return scale
 
@@ -36,7 +36,7 @@ def _weight_slice(row_ptr, block, column, change, when, scales, own, trace_ptr, 
                   U: tl.constexpr):  # fmt: skip
     """Update of a slice of a weight tile, from ``column`` on, whose gradient has changed by ``change``.
 
-    ``scales`` are those of the loss and of the new Δ. Returns the largest |Δ|, for float16 alone.
+    ``scales`` are those of the loss and of the new Δ. Returns the largest |Δ|, where operands are scaled.
     """
     t, rate, prox = when
     rows, first, row_offsets = block
@@ -56,7 +56,7 @@ def _weight_slice(row_ptr, block, column, change, when, scales, own, trace_ptr, 
     if P.trace:
         tl.store(trace_ptr, parameter.objective(delta, gradient, prox))
     largest = 0.0
-    if P.operand == tl.float16:
+    if P.scaled:
         largest = tl.max(tl.abs(delta))
     return largest
 
@@ -222,7 +222,9 @@ def _later_weight_tile(row_ptr, n_block, k_block, when, loss_scale, trace_ptr, P
     block = _block(row_ptr, n_block, P)
     own = parameter.own_pointers(row_ptr + c.WEIGHT, block[1], U)
     scales = (loss_scale, _increment_scale(row_ptr, n_block, t, P))
-    factor = 1.0 / _increment_scale(row_ptr, n_block, t - 1, P)
+    factor = 1.0
+    if P.scaled:
+        factor = 1.0 / (difference_scale(row_ptr, n_block, t, P) * inputs_scale(row_ptr, P))
     if P.sampled:
         factor *= bits_to_float(tl.load(row_ptr + c.SETS))
     largest = 0.0
@@ -243,7 +245,7 @@ def _weight_tile(row_ptr, n_block, k_block, when, loss_scale, trace_ptr, P: tl.c
         largest = _first_weight_tile(row_ptr, n_block, k_block, when, loss_scale, trace_ptr, P, U)
     else:
         largest = _later_weight_tile(row_ptr, n_block, k_block, when, loss_scale, trace_ptr, P, U)
-    if P.operand == tl.float16:
+    if P.scaled:
         place = ((t + 1) % 3) * tl.load(row_ptr + c.N_BLOCKS) + n_block
         place = place * tl.load(row_ptr + c.K_BLOCKS) + k_block
         tl.store(address(row_ptr, c.AMAX, tl.float32) + place, largest)
