@@ -59,7 +59,7 @@ WANTED = (("activation", Issued(15.0, 2.0)), ("update", Issued(25.0, 2.0)))
 #: Cases whose predictions are compared with those of the design before, with the configuration and driver it took.
 DESIGNS = {
     "paper-local": (configs.Config(128, 128, 64, 64, stages=4, slices=2), "single"),
-    "square-4096-B8192": (configs.Config(128, 256, 256, 64, stages=4, slices=8, general=False), "grouped"),
+    "square-4096-B8192": (configs.Config(128, 256, 256, 64, stages=4, slices=8, driver="grouped"), "grouped"),
 }
 
 # Of a weight's UPDATE_BYTES, what the epilogues write: Δ, its 16-bit copy and two slots.

@@ -14,7 +14,7 @@ from locoprop_kernels.kernels.choose import choose, gram_pays, predicted
 from locoprop_kernels.kernels.configs import Config
 
 NARROW = Config(n=128, b=64, k=64, r=64)
-WIDE = Config(n=128, b=256, k=256, r=64, slices=8, general=False)
+WIDE = Config(n=128, b=256, k=256, r=64, slices=8, driver="grouped")
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 
 
@@ -165,4 +165,4 @@ def test_masked_kernels_have_configurations_of_their_own():
         masked = configs.candidates(target, precision, lean=True)
         assert masked
         assert all(config.general for config in masked)
-    assert configs.candidates("sm_80", "ieee", lean=True) != configs.candidates("sm_80", "ieee")
+    assert configs.candidates("sm_90", "bf16", lean=True) != configs.candidates("sm_90", "bf16")

@@ -127,7 +127,8 @@ def _store_slices(change, place, parameter, scale, CODE: tl.constexpr, SMALL: tl
     WIDTH: tl.constexpr = P.block_b // SLICES
     slices = sliced(change, SLICES)
     # A thread has four neighbours, which it adds up by itself.
-    sums = tl.zeros((change.shape[0], WIDTH // 4), tl.float32)
+    FOURS: tl.constexpr = (WIDTH + 3) // 4
+    sums = tl.zeros((change.shape[0], FOURS), tl.float32)
     for i in tl.static_range(SLICES):
         a0 = tl.load(a0_ptr + i * WIDTH + offsets).to(tl.float32)
         if P.trace:
@@ -135,7 +136,7 @@ def _store_slices(change, place, parameter, scale, CODE: tl.constexpr, SMALL: tl
             _store_loss(loss, outputs, i * WIDTH + tl.arange(0, WIDTH) < examples, trace_ptr + i)
         found = _difference_of(a0, slices[i], parameter, CODE, SMALL, P)
         tl.store(e_ptr + i * WIDTH + offsets, as_operand(found * scale, P))
-        sums += tl.sum(found.reshape(change.shape[0], WIDTH // 4, 4), 2)
+        sums += tl.sum(found.reshape(change.shape[0], FOURS, WIDTH // FOURS), 2)
     return tl.sum(sums, 1)
 
 
