@@ -19,8 +19,8 @@ def dot(left, right, accumulator, P: tl.constexpr):
 def product(left_ptr, left_offsets, right_ptr, right_offsets, right_step, length, P: tl.constexpr):
     """Product over ``length`` columns of ``left`` and rows of ``right``; ``block_r`` of these are ``right_step`` apart.
 
-    All scratch is zero-padded to whole tiles, so the loop needs no masks. Offsets of 32 bits behind a pointer that moves
-    take half of the registers that pointers would.
+    All scratch is zero-padded to whole tiles, so the loop needs no masks. Offsets of 32 bits behind a pointer that
+    moves take half of the registers that pointers would.
     """
     accumulator = tl.zeros((left_offsets.shape[0], right_offsets.shape[1]), tl.float32)
     for _ in range(0, length, P.block_r):
