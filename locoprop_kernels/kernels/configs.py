@@ -81,6 +81,7 @@ _INTERPRETER = Config(n=16, b=64, k=128, r=32)
 _EXACT = Config(n=64, b=64, k=64, r=16, warps=4, stages=2, slices=8)
 _SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, slices=8)
 _SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, slices=8)
+_QUARTERED = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, slices=4)
 # Two programs on a multiprocessor: a thread of four warps has at most 255 registers, so that both always fit.
 _PAIR = Config(n=128, b=128, k=128, r=64, warps=4, stages=3, slices=8, occupancy=2, driver="single")
 _AMD = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, slices=8)
@@ -105,7 +106,8 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ),
     ("sm_100", "bf16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=4),),
     ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8),),
-    ("sm_100", "tf32"): (_SQUARE,),
+    ("sm_100", "tf32"): (_QUARTERED,),
+    ("sm_103", "tf32"): (_QUARTERED,),
     ("sm_120", "tf32"): (_SQUARE,),
     ("sm_120", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=8, stages=2, slices=4),),
     ("gfx90a", "bf16"): (_AMD,),
