@@ -69,7 +69,7 @@ def _try(config: Config, target: str, precision: str) -> dict[str, Any]:
     from locoprop_kernels.compile_report.inspection import compile_variant
     from locoprop_kernels.compile_report.variants import of_config
 
-    least = [*of_config(target, replace(config, general=False), precision)]
+    least = [*of_config(target, replace(config, driver="grouped"), precision)]
     rest = [variant for variant in of_config(target, config, precision) if variant not in least]
     found: dict[str, Any] = {"kernels": [], "drivers": []}
     for driver, variants in (("grouped", least), ("single", rest)):
@@ -81,12 +81,12 @@ def _try(config: Config, target: str, precision: str) -> dict[str, Any]:
                 record = compile_variant(variant, target)
             except Exception as error:  # the compiler gave up: as bad as a spill
                 found["rejected"] = f"{variant.kernel}: {type(error).__name__}"
-                return {**found, "config": asdict(replace(config, general=False))}
+                return {**found, "config": asdict(replace(config, driver="grouped"))}
             facts = {name: getattr(record, name) for name in ("kernel", "registers", "spill_bytes", "shared_bytes")}
             found["kernels"].append(facts)
             if record.violations():
                 found["rejected"] = f"{variant.kernel} [{variant.configuration}] {', '.join(record.violations())}"
-                return {**found, "config": asdict(replace(config, general=False))}
+                return {**found, "config": asdict(replace(config, driver="grouped"))}
         found["drivers"].append(driver)
     return {**found, "config": asdict(config)}
 

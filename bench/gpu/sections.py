@@ -66,11 +66,11 @@ _CONFIGS = (
     (Config(128, 128, 128, 64, warps=8, stages=3, slices=4), "single"),
     (Config(64, 64, 64, 64, warps=4, stages=4, slices=4), "single"),
     (Config(64, 64, 64, 64, warps=4, stages=4, slices=4, occupancy=2), "single"),
-    (Config(64, 128, 128, 64, warps=4, stages=3, slices=4), "single"),
+    (Config(128, 128, 128, 64, warps=4, stages=3, slices=8, occupancy=2), "single"),
     (Config(128, 128, 64, 64, warps=8, stages=4, slices=2), "grouped"),
     (Config(128, 128, 128, 64, warps=8, stages=4, slices=4), "grouped"),
-    (Config(128, 256, 256, 64, warps=8, stages=4, slices=8, general=False), "grouped"),
-    (Config(128, 256, 256, 64, warps=8, stages=3, slices=8, general=False), "grouped"),
+    (Config(128, 256, 256, 64, warps=8, stages=4, slices=8, driver="grouped"), "grouped"),
+    (Config(128, 256, 256, 64, warps=8, stages=3, slices=8, driver="grouped"), "grouped"),
 )
 # In the interpreter, where programs run one after another.
 _TINY_CONFIGS = ((Config(n=16, b=64, k=128, r=32), "single"), (Config(n=16, b=64, k=64, r=32), "grouped"))

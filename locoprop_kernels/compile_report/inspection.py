@@ -36,6 +36,9 @@ _ACCESS = re.compile(r"(LD|ST)G(?=\.|$)|(?:global|flat)_(load|store)_")
 _BITS = {"64": 64, "128": 128, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 _NARROWER = re.compile(r"\.[US](8|16)\b|_(u?s?byte|u?s?short)")
 _SASS_BYTES = 16
+# Of a multiprocessor, and of its shared memory what a program takes beside its own; of NVIDIA's.
+_REGISTERS = 65536
+_OWN_BYTES = 1024
 # A product that stayed in a plain register layout is done with scalar multiply-adds.
 _SCALAR_DOT = re.compile(r"\btt\.dot\b[^\n]*parent = #blocked")
 
@@ -70,6 +73,7 @@ class Variant:
         divisible: arguments that are multiples of 16 (sizes) or aligned to 16 bytes (pointers).
         precision: of the products' operands: "bf16", "fp16", "tf32", "ieee", "fp8"; "none" without products.
         options: options of the launch: ``num_warps``, ``num_stages``, ...
+        resident: programs that a multiprocessor must hold at once.
         epilogue: what to count the instructions of; ``None`` for nothing.
     """
 
@@ -81,6 +85,7 @@ class Variant:
     divisible: tuple[str, ...] = ()
     precision: str = "none"
     options: Mapping[str, Any] = field(default_factory=dict)
+    resident: int = 1
     epilogue: Epilogue | None = None
 
 
@@ -144,6 +149,8 @@ class Record:
         scalar_products: ``tl.dot`` operations that did not become matrix instructions.
         seconds: compilation time (short if it was cached).
         code_bytes: size of the code.
+        threads: of the programs that a multiprocessor must hold at once.
+        resident: these programs.
         serial_loops: loops of products that wait more than once for asynchronous matrix instructions, so that these
             run one after another.
         epilogue: its counts, where the variant asks for them.
@@ -163,6 +170,8 @@ class Record:
     scalar_products: int
     seconds: float
     code_bytes: int = 0
+    threads: int = 0
+    resident: int = 1
     serial_loops: int = 0
     epilogue: Counts | None = None
 
@@ -175,6 +184,13 @@ class Record:
             found.append(
                 f"needs {self.shared_bytes} bytes of shared memory, more than {self.target}'s {self.shared_limit}"
             )
+        # Registers come in eights; each program takes 1 KiB for itself, as the largest one does.
+        registers = self.threads * -(-self.registers // 8) * 8
+        if self.resident > 1 and registers > _REGISTERS:
+            found.append(f"needs {registers} registers for {self.resident} programs, more than {_REGISTERS}")
+        shared = self.resident * (self.shared_bytes + _OWN_BYTES)
+        if self.resident > 1 and shared > self.shared_limit + _OWN_BYTES:
+            found.append(f"needs {shared} bytes of shared memory for {self.resident} programs")
         if self.precision not in ("none", "ieee"):
             if not self.matrix_instructions:
                 found.append(f"multiplies {self.precision} without matrix instructions")
@@ -260,6 +276,8 @@ def compile_variant(variant: Variant, target: str) -> Record:
         scalar_products=len(_SCALAR_DOT.findall(compiled.asm["ttgir"])),
         seconds=round(seconds, 3),
         code_bytes=code.size,
+        threads=variant.resident * lanes,
+        resident=variant.resident,
         serial_loops=sum(count > 1 for count in waits),
         epilogue=_counts(code.blocks, variant.epilogue, lanes, target) if variant.epilogue else None,
     )

@@ -54,7 +54,7 @@ def variants(target: str, brief: bool = False) -> list[Variant]:
             chosen = tuple(config for config in chosen if config not in configs.candidates(target, "bf16"))
         for config in chosen:
             found += of_config(target, config, precision, brief)
-            if precision == "bf16":
+            if precision == "bf16" and config.driver != "single":
                 found.append(_one_transfer(target, config, precision))
         for config in configs.candidates(target, precision, lean=True):
             if not brief or config not in configs.candidates(target, precision):
@@ -81,11 +81,14 @@ def of_config(target: str, config: configs.Config, precision: str, brief: bool =
         if not config.general if len(rule.slots) > 2 else config.general and brief:
             continue
         plan = _plan(target, config, precision, rule)
-        if config.general:
+        if config.driver != "grouped":
             yield _variant("local_steps", single._local_steps_kernel, plan, name)
-        yield _variant("update", phases._update_kernel, plan, name)
-    yield _variant("activation", phases._activation_kernel, plan, ", ".join(_TRANSFERS))
+        if config.driver != "single":
+            yield _variant("update", phases._update_kernel, plan, name)
     yield _variant("commit", commit._commit_kernel, plan, f"{plan.spec.U.slots} slots")
+    if config.driver == "single":
+        return
+    yield _variant("activation", phases._activation_kernel, plan, ", ".join(_TRANSFERS))
     in_splits = _plan(target, config, precision, rules.RMSprop(), splits=2)
     yield _variant("partial", phases._partial_kernel, in_splits, "")
     yield _variant("update in splits", phases._update_kernel, in_splits, "rmsprop")
@@ -228,6 +231,7 @@ def _variant(kernel: str, function: Any, plan: Plan, note: str) -> Variant:
         divisible=tuple(name for name in signature if name.endswith("_ptr")),
         precision="none" if kernel in ("commit", "largest", "prepare", "softmax") else precision,
         options=options,
+        resident=config.occupancy if kernel == "local_steps" else 1,
         epilogue=_epilogue(kernel, plan, note),
     )
 

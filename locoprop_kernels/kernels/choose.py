@@ -66,15 +66,13 @@ def _best(
     options = [("rows", config) for config in for_rows]
     most = device.most_tiles_per_multiprocessor * device.multiprocessors
     for config in found:
-        if not config.general and (form != "product" or slots > 2 or driver == "single"):
+        if not config.general and (form != "product" or slots > 2):
             continue
-        few = sum(schedule.count_tiles(layers, config.tiles)) <= most
-        if driver == "single" or (driver is None and config.general and few):
-            options.append(("single", config))
-        if driver != "single":
-            options.append(("grouped", config))
+        few = driver == "single" or sum(schedule.count_tiles(layers, config.tiles)) <= most
+        possible = [name for name in ("single", "grouped") if driver in (None, name) and config.driver in (None, name)]
+        options += [(name, config) for name in possible if few or name == "grouped"]
     if not options:
-        raise ValueError(f"found must hold a configuration that every kernel may use (general=True), got {found}")
+        raise ValueError(f"found must hold a configuration that every kernel may use (driver=None), got {found}")
     costs = [predicted(config, name, layers, form, device) for name, config in options]
     best = costs.index(min(costs))
     return costs[best], *options[best]

@@ -35,8 +35,8 @@ class Config:
         slices: into how many slices (1, 2, 4, 8) the epilogues cut a tile, to save registers.
         occupancy: programs of the single launch that a multiprocessor holds at once: while one waits for its loads or
             writes a tile, another multiplies.
-        general: whether every kernel may use it. Where some would spill, only the launches per phase of the product
-            form do, without masks and with rules of at most two slots.
+        driver: the only driver that takes it, ``"single"`` or ``"grouped"``, for problems in product form without masks
+            and rules of at most two slots, because other kernels would spill; ``None`` where every kernel may use it.
     """
 
     n: int
@@ -47,11 +47,16 @@ class Config:
     stages: int = 3
     slices: int = 1
     occupancy: int = 1
-    general: bool = True
+    driver: str | None = None
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.b % self.r or self.k % self.r:  # the padding up to r would be read, but never written
             raise ValueError(f"r must divide b and k, got r={self.r}, b={self.b}, k={self.k}")
+
+    @property
+    def general(self) -> bool:
+        """Whether every kernel may use it."""
+        return self.driver is None
 
     @property
     def tiles(self) -> schedule.Tiles:
@@ -83,6 +88,9 @@ _EXACT = Config(n=64, b=64, k=64, r=16, warps=4, stages=2, slices=8)
 _SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, slices=8)
 _FLOAT8 = Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8)
 _SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, slices=8)
+_QUARTERED = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, slices=4)
+# Two programs on a multiprocessor: a thread of four warps has at most 255 registers, so that both always fit.
+_PAIR = Config(n=128, b=128, k=128, r=64, warps=4, stages=3, slices=8, occupancy=2, driver="single")
 _AMD = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, slices=8)
 _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_80", "bf16"): (_SQUARE,),
@@ -91,7 +99,8 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_90", "bf16"): (
         Config(n=128, b=128, k=128, r=64, warps=8, stages=4, slices=4),
         Config(n=64, b=64, k=64, r=64, warps=4, stages=4, slices=4, occupancy=2),
-        Config(n=128, b=256, k=256, r=64, warps=8, stages=4, slices=8, general=False),
+        Config(n=128, b=256, k=256, r=64, warps=8, stages=4, slices=8, driver="grouped"),
+        _PAIR,
     ),
     ("sm_90", "fp16"): (
         Config(n=128, b=128, k=64, r=64, warps=8, stages=4, slices=2),
@@ -100,17 +109,18 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_90", "tf32"): (
         Config(n=128, b=128, k=64, r=32, warps=8, stages=4, slices=2),
         Config(n=64, b=64, k=64, r=32, warps=4, stages=4, slices=4, occupancy=2),
-        Config(n=128, b=256, k=256, r=32, warps=8, stages=4, slices=8, general=False),
+        Config(n=128, b=256, k=256, r=32, warps=8, stages=4, slices=8, driver="grouped"),
     ),
     ("sm_100", "bf16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=4),),
     ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8),),
-    ("sm_100", "tf32"): (_SQUARE,),
+    ("sm_100", "tf32"): (_QUARTERED,),
+    ("sm_103", "tf32"): (_QUARTERED,),
     ("sm_120", "tf32"): (_SQUARE,),
     ("sm_120", "ieee"): (Config(n=64, b=64, k=32, r=16, warps=8, stages=2, slices=4),),
     ("sm_90", "fp8"): (
         Config(n=128, b=128, k=128, r=128, warps=8, stages=3, slices=8),
         Config(n=64, b=64, k=64, r=64, warps=4, stages=4, slices=4, occupancy=2),
-        Config(n=128, b=256, k=256, r=128, warps=8, stages=4, slices=8, general=False),
+        Config(n=128, b=128, k=256, r=128, warps=8, stages=4, slices=8, driver="grouped"),
     ),
     ("gfx90a", "bf16"): (_AMD,),
     ("gfx90a", "fp16"): (_AMD,),

@@ -134,15 +134,14 @@ class Plan:
 
     @cached_property
     def work_lists(self) -> tuple[Tensor, ...]:
-        """Tiles and offsets of both phases, and the tiles per n-block of each, as the single launch takes them."""
+        """Records and offsets of the tiles of both phases, as the single launch takes them."""
         assert self.schedule is not None
+        activations, updates = self.schedule.records()
         return (
-            self.activation_tiles,
+            self._upload(activations),
             self._upload(self.schedule.activation_offsets),
-            self.update_tiles,
+            self._upload(updates),
             self._upload(self.schedule.update_offsets),
-            self._upload(self.schedule.activations_per_block),
-            self._upload(self.schedule.updates_per_block),
         )
 
     def table(

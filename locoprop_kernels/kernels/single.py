@@ -13,6 +13,8 @@ from locoprop_kernels.kernels.device.activation import activation_tile
 from locoprop_kernels.kernels.device.update import update_tile
 from locoprop_kernels.kernels.spec import Spec, StepArguments
 
+RECORD = tl.constexpr(8)
+"""Numbers of a tile's record, see :func:`locoprop_kernels.schedule.Schedule.records`."""
 COOPERATIVE = {"launch_cooperative_grid": True}
 """Option of the launch: refuse rather than start programs that cannot all be resident."""
 
@@ -32,17 +34,22 @@ def _signal(counter_ptr):
     tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
 
 
-@triton.jit(do_not_specialize=["blocks", "iterations", "trace_stride"])
+@triton.jit
+def _record(records_ptr, i):
+    """Layer, n-block and column block of a tile; whom it waits for and signals, and how far a local step counts."""
+    record_ptr = records_ptr + i * RECORD
+    layer, n_block, column_block = tl.load(record_ptr), tl.load(record_ptr + 1), tl.load(record_ptr + 2)
+    return layer, n_block, column_block, tl.load(record_ptr + 3), tl.load(record_ptr + 4), tl.load(record_ptr + 5)
+
+
+@triton.jit(do_not_specialize=["iterations", "trace_stride"])
 def _local_steps_kernel(
     table_ptr,
-    activation_tiles_ptr,
+    activations_ptr,
     activation_offsets_ptr,
-    update_tiles_ptr,
+    updates_ptr,
     update_offsets_ptr,
-    activations_per_block_ptr,
-    updates_per_block_ptr,
     counters_ptr,
-    blocks,
     rates_ptr,
     iterations,
     prox,
@@ -53,38 +60,28 @@ def _local_steps_kernel(
     P: tl.constexpr,
     U: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    activations_done_ptr = counters_ptr
-    updates_done_ptr = counters_ptr + blocks
-    first_activation = tl.load(activation_offsets_ptr + program)
-    end_activation = tl.load(activation_offsets_ptr + program + 1)
-    first_update = tl.load(update_offsets_ptr + program)
-    end_update = tl.load(update_offsets_ptr + program + 1)
+    activation_offsets_ptr += tl.program_id(0)
+    update_offsets_ptr += tl.program_id(0)
     steps = iterations
     if P.trace:
         steps += 1  # the objective at the end
     for t in range(0, steps):
         if t > 0:  # E_0 = 0
-            for i in range(first_activation, end_activation):
-                layer = tl.load(activation_tiles_ptr + 3 * i)
+            for i in range(tl.load(activation_offsets_ptr), tl.load(activation_offsets_ptr + 1)):
+                layer, n_block, b_block, waits_for, own, level = _record(activations_ptr, i)
+                _wait(counters_ptr + waits_for, t * level)
                 row_ptr = table_ptr + layer * c.WIDTH
-                n_block = tl.load(activation_tiles_ptr + 3 * i + 1)
-                b_block = tl.load(activation_tiles_ptr + 3 * i + 2)
-                block = tl.load(row_ptr + c.FIRST_BLOCK) + n_block
-                _wait(updates_done_ptr + block, t * tl.load(updates_per_block_ptr + block))
                 count_ptr = counts_ptr + layer * (iterations + 1)
                 activation_tile(row_ptr, n_block, b_block, t, count_ptr, trace_ptr, trace_stride, P)
-                _signal(activations_done_ptr + block)
+                _signal(counters_ptr + own)
         if t < iterations:
             when = (t, t == iterations - 1, tl.load(rates_ptr + t), prox)
-            for i in range(first_update, end_update):
-                row_ptr = table_ptr + tl.load(update_tiles_ptr + 3 * i) * c.WIDTH
-                n_block = tl.load(update_tiles_ptr + 3 * i + 1)
-                k_block = tl.load(update_tiles_ptr + 3 * i + 2)
-                block = tl.load(row_ptr + c.FIRST_BLOCK) + n_block
-                _wait(activations_done_ptr + block, t * tl.load(activations_per_block_ptr + block))
+            for i in range(tl.load(update_offsets_ptr), tl.load(update_offsets_ptr + 1)):
+                layer, n_block, k_block, waits_for, own, level = _record(updates_ptr, i)
+                _wait(counters_ptr + waits_for, t * level)
+                row_ptr = table_ptr + layer * c.WIDTH
                 update_tile(row_ptr, n_block, k_block, when, bad_ptr, trace_ptr, trace_stride, P, U)
-                _signal(updates_done_ptr + block)
+                _signal(counters_ptr + own)
 
 
 def launch(step: StepArguments, lists: tuple[Tensor, ...], counters: Tensor, spec: Spec) -> None:
@@ -92,7 +89,7 @@ def launch(step: StepArguments, lists: tuple[Tensor, ...], counters: Tensor, spe
 
     Args:
         step: what the launches of a step have in common.
-        lists: tiles and offsets of the activation phase, of the update phase, and the tiles per n-block of each.
+        lists: records of tiles and offsets of the activation phase, then of the update phase.
         counters: int32 ``[2 * n-blocks]``, zero.
         spec: compile-time arguments and options.
     """
@@ -102,7 +99,6 @@ def launch(step: StepArguments, lists: tuple[Tensor, ...], counters: Tensor, spe
         step.table,
         *lists,
         counters,
-        len(counters) // 2,
         step.rates,
         step.iterations,
         step.prox,

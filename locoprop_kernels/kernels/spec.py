@@ -94,6 +94,11 @@ class Products(_Constants):
     near: tuple[Any, ...] = ()
     ptx: bool = False
 
+    @property
+    def any_near(self) -> bool:
+        """Whether any of the transfer functions has a form for small changes."""
+        return any(function is not None for function in self.near)
+
 
 @dataclass(frozen=True, repr=False)
 class Update(_Constants):

@@ -74,6 +74,25 @@ class Schedule:
         """Lower bound over predicted cost of a local step: 1 is perfect."""
         return self.lower_bound / self.makespan()
 
+    def records(self) -> tuple[IntArray, IntArray]:
+        """The tiles of both phases with all that a program needs to wait and to signal, so that one read finds it.
+
+        Returns:
+            Of each phase int32 ``[count, 8]``: layer, n-block and column block; the counter to wait for, the one to
+            signal, and how far a local step counts the first; two zeros, so that a record lies in one sector of memory.
+            The counters of activation tiles come first, one for each n-block, then those of update tiles.
+        """
+        blocks = int(self.first_block[-1])
+        found = []
+        for rows, other, own_first, other_first in (
+            (self.activation_tiles, self.updates_per_block, 0, blocks),
+            (self.update_tiles, self.activations_per_block, blocks, 0),
+        ):
+            block = block_of(rows, self.first_block)
+            waits = np.stack([other_first + block, own_first + block, other[block]], 1)
+            found.append(np.concatenate([rows, waits, np.zeros((len(rows), 2))], 1).astype(np.int32))
+        return found[0], found[1]
+
     def _predict(self, steps: Sequence[tuple[str, ...]]) -> int:
         phases = {
             "activation": _by_position(

@@ -120,6 +120,27 @@ def test_the_papers_autoencoder():
     )
 
 
+def test_records_say_whom_to_wait_for_and_whom_to_signal():
+    """Activation tiles wait for the update tiles of their n-block and the other way round; counters only grow."""
+    schedule = build(AUTOENCODER, Tiles(128, 64, 64), 132)
+    blocks = int(schedule.first_block[-1])
+    records = dict(zip(PHASES, schedule.records(), strict=True))
+    signals = np.zeros(2 * blocks, np.int64)
+    for phase, found in records.items():
+        assert found.dtype == np.int32
+        assert found.shape == (len(getattr(schedule, f"{phase}_tiles")), 8)
+        assert np.array_equal(found[:, :3], getattr(schedule, f"{phase}_tiles"))
+        np.add.at(signals, found[:, 4], 1)
+    for phase, found in records.items():
+        block = schedule.first_block[found[:, 0]] + found[:, 1]
+        own = block + (blocks if phase == "update" else 0)
+        assert np.array_equal(found[:, 4], own)
+        assert np.array_equal(found[:, 3], (own + blocks) % (2 * blocks))
+        # A local step signals as often as who waits for it counts.
+        assert np.array_equal(found[:, 5], signals[found[:, 3]])
+        assert not found[:, 6:].any()
+
+
 def test_large_networks_are_fast():
     layers = [(4096, 4096, 4096)] * 100
     start = time.process_time()

@@ -302,6 +302,17 @@ def test_ieee_and_kernels_without_products_need_no_matrix_instructions():
     assert dataclasses.replace(GOOD, precision="ieee", matrix_instructions=exact).violations() == []
 
 
+def test_programs_that_wait_for_each_other_must_fit_a_multiprocessor_together():
+    pair = dataclasses.replace(GOOD, registers=255, threads=256, resident=2)
+    assert pair.violations() == []
+    (registers,) = dataclasses.replace(pair, registers=168, threads=512).violations()
+    assert registers == "needs 86016 registers for 2 programs, more than 65536"
+    (shared,) = dataclasses.replace(pair, shared_bytes=116_000).violations()
+    assert shared == "needs 234048 bytes of shared memory for 2 programs"
+    alone = dataclasses.replace(pair, shared_bytes=116_000, threads=512, registers=168, resident=1)
+    assert alone.violations() == []
+
+
 def test_unknown_targets(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="target must be one of sm_80"):

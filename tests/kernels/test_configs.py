@@ -14,7 +14,7 @@ from locoprop_kernels.kernels.choose import choose, gram_pays, predicted
 from locoprop_kernels.kernels.configs import Config
 
 NARROW = Config(n=128, b=64, k=64, r=64)
-WIDE = Config(n=128, b=256, k=256, r=64, slices=8, general=False)
+WIDE = Config(n=128, b=256, k=256, r=64, slices=8, driver="grouped")
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 import locoprop_kernels as lk
 from locoprop_kernels.kernels import configs, target
 from locoprop_kernels.kernels.device import functions
-from locoprop_kernels.kernels.device.activation import _transfer_difference
+from locoprop_kernels.kernels.device.activation import _all_small, _difference_of
 from locoprop_kernels.kernels.spec import Products
 from tests.kernels.comparison import SMALL, cut_batches, error_of_the_step, run_both, twins
 from tests.problems import copied, problem_for, random_layer
@@ -95,8 +95,12 @@ def test_dtypes_may_differ_between_layers():
 @triton.jit
 def _differences(a0_ptr, change_ptr, found_ptr, P: tl.constexpr):
     offsets = tl.program_id(0) * 1024 + tl.arange(0, 1024)[None, :]
-    change = tl.load(change_ptr + offsets)
-    tl.store(found_ptr + offsets, _transfer_difference(tl.load(a0_ptr + offsets), change, 0, 0.0, P))
+    a0, change = tl.load(a0_ptr + offsets), tl.load(change_ptr + offsets)
+    if _all_small(change, P):
+        found = _difference_of(a0, change, 0.0, 0, True, P)
+    else:
+        found = _difference_of(a0, change, 0.0, 0, False, P)
+    tl.store(found_ptr + offsets, found)
 
 
 @pytest.mark.parametrize("deviation", [1e-6, 0.1, 3.0, 30.0])

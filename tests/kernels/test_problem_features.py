@@ -233,7 +233,7 @@ def test_steps_of_the_reduction_divide_the_tiles(sizes):
 
 
 def test_masks_take_configurations_whose_kernels_do_not_spill_with_them(monkeypatch):
-    wide = configs.Config(n=16, b=64, k=32, r=8, general=False)
+    wide = configs.Config(n=16, b=64, k=32, r=8, driver="grouped")
     monkeypatch.setitem(configs._TABLE, ("interpreter", "ieee"), (wide, SMALL))
     for masks, config in ((False, wide), (True, SMALL)):
         with configs.use(driver="grouped"):

@@ -16,51 +16,53 @@ from locoprop_kernels.kernels.device.products import (
 
 
 @triton.jit
-def _difference_of(a0, change, parameter, F: tl.constexpr, NEAR: tl.constexpr, P: tl.constexpr):
-    """``F(a0 + change) - F(a0)``; by the form for small changes where there is one, and all of them are small."""
-    if NEAR is None:
+def _difference_of(a0, change, parameter, CODE: tl.constexpr, SMALL: tl.constexpr, P: tl.constexpr):
+    """``f(a0 + change) - f(a0)`` for the transfer function of that code, negative for the identity.
+
+    ``SMALL`` asks for the form for small changes.
+    """
+    if CODE < 0:
+        found = change
+    elif SMALL:
+        NEAR: tl.constexpr = P.near[CODE]
+        found = NEAR(a0, change, parameter, P.ptx)
+    else:
+        F: tl.constexpr = P.transfers[CODE]
         found = F(a0 + change, parameter) - F(a0, parameter)
         if P.own:  # nothing changes in the padding, where it may not be finite
             found = tl.where(change == 0, 0.0, found)
-    else:
-        if tl.max(tl.max(tl.abs(change), 1), 0) <= 0.5:
-            found = NEAR(a0, change, parameter, P.ptx)
-        else:
-            found = F(a0 + change, parameter) - F(a0, parameter)
     return found
 
 
 @triton.jit
-def _transfer_difference(a0, change, code, parameter, P: tl.constexpr):
-    """``f(a0 + change) - f(a0)`` for the layer's own ``f``; the identity has no code."""
-    found = change
-    for i in tl.static_range(len(P.transfers)):
-        if code == i:
-            found = _difference_of(a0, change, parameter, P.transfers[i], P.near[i], P)
-    return found
-
-
-@triton.jit
-def _divergence(a0, change, code, parameter, P: tl.constexpr):
+def _loss_of(a0, change, parameter, CODE: tl.constexpr, P: tl.constexpr):
     """Matching loss of each element, in float64."""
     a0, change = a0.to(tl.float64), change.to(tl.float64)
-    a = a0 + change
-    loss = 0.5 * change * change
-    for i in tl.static_range(len(P.divergences)):
-        if code == i:
-            divergence: tl.constexpr = P.divergences[i]
-            f: tl.constexpr = P.transfers[i]
-            loss = divergence(a, a0, parameter.to(tl.float64), f)
+    if CODE < 0:
+        loss = 0.5 * change * change
+    else:
+        DIVERGENCE: tl.constexpr = P.divergences[CODE]
+        F: tl.constexpr = P.transfers[CODE]
+        loss = DIVERGENCE(a0 + change, a0, parameter.to(tl.float64), F)
     return loss
 
 
 @triton.jit
-def _present(row_ptr, rows, columns, t, count_ptr, P: tl.constexpr):
-    """Which outputs there are, and which examples in local step ``t``."""
+def _all_small(change, P: tl.constexpr):
+    """Whether the forms for small changes are right, if any layer has one."""
+    small = False
+    if P.any_near:
+        small = tl.max(tl.abs(change)) <= 0.5
+    return small
+
+
+@triton.jit
+def _examples(row_ptr, t, count_ptr, P: tl.constexpr):
+    """How many examples there are in local step ``t``."""
     batch = tl.load(row_ptr + c.BATCH)
     if P.sampled:
-        batch = tl.load(count_ptr + t)
-    return (rows < tl.load(row_ptr + c.OUTPUTS))[:, None], (columns < batch)[None, :]
+        batch = tl.load(count_ptr + t).to(tl.int64)
+    return batch
 
 
 @triton.jit
@@ -68,10 +70,31 @@ def change_of(row_ptr, product, rows, columns, t, count_ptr, P: tl.constexpr):
     """The change of the pre-activations, the product with Δ and δ: zero beyond the outputs and the examples."""
     change = product
     if tl.load(row_ptr + c.BIAS + c.GRAD) != 0:
-        _, examples = _present(row_ptr, rows, columns, t, count_ptr, P)
+        present = (columns < _examples(row_ptr, t, count_ptr, P))[None, :]
         delta = tl.load(address(row_ptr, c.BIAS + c.DELTA, tl.float32) + rows)  # zero-padded, as Δ and X are
-        change += delta[:, None] * tl.where(examples, 1.0, 0.0)
+        change += delta[:, None] * tl.where(present, 1.0, 0.0)
     return change
+
+
+@triton.jit
+def _transfer(row_ptr):
+    """The place of the layer's transfer function among all, negative for the identity, and its parameter."""
+    return tl.load(row_ptr + c.TRANSFER), bits_to_float(tl.load(row_ptr + c.PARAMETER))
+
+
+@triton.jit
+def _a0_pointer(row_ptr, t, P: tl.constexpr):
+    """Where ``A0`` begins in local step ``t``."""
+    a0_ptr = address(row_ptr, c.A0, P.preactivation)
+    if P.sampled:
+        a0_ptr += (t - 1) * stride(row_ptr, c.A0_STEP)
+    return a0_ptr
+
+
+@triton.jit
+def _store_loss(loss, outputs, examples, trace_ptr):
+    """The sum over the outputs and examples that there are."""
+    tl.store(trace_ptr, tl.sum(tl.sum(tl.where(outputs[:, None] & examples[None, :], loss, 0.0), 1), 0))
 
 
 @triton.jit
@@ -80,39 +103,104 @@ def difference(row_ptr, change, rows, columns, t, count_ptr, trace_ptr, P: tl.co
 
     Stores the sum of the matching loss at ``trace_ptr``, where that is asked for.
     """
-    code = tl.load(row_ptr + c.TRANSFER)
-    parameter = bits_to_float(tl.load(row_ptr + c.PARAMETER))
-    a0_ptr = address(row_ptr, c.A0, P.preactivation)
-    if P.sampled:
-        a0_ptr += (t - 1) * stride(row_ptr, c.A0_STEP)
+    code, parameter = _transfer(row_ptr)
     offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
-    a0 = tl.load(a0_ptr + offsets).to(tl.float32)
+    a0 = tl.load(_a0_pointer(row_ptr, t, P) + offsets).to(tl.float32)
     if P.trace:
-        outputs, examples = _present(row_ptr, rows, columns, t, count_ptr, P)
-        loss = tl.where(outputs & examples, _divergence(a0, change, code, parameter, P), 0.0)
-        tl.store(trace_ptr, tl.sum(tl.sum(loss, 1), 0))
-    return _transfer_difference(a0, change, code, parameter, P)
+        loss = _loss_of(a0, change, parameter, -1, P)
+        for i in tl.static_range(len(P.divergences)):
+            if code == i:
+                loss = _loss_of(a0, change, parameter, i, P)
+        examples = columns < _examples(row_ptr, t, count_ptr, P)
+        _store_loss(loss, rows < tl.load(row_ptr + c.OUTPUTS), examples, trace_ptr)
+    found, small = change, _all_small(change, P)
+    for i in tl.static_range(len(P.transfers)):
+        if code == i:
+            if P.near[i] is None:
+                found = _difference_of(a0, change, parameter, i, False, P)
+            else:
+                if small:
+                    found = _difference_of(a0, change, parameter, i, True, P)
+                else:
+                    found = _difference_of(a0, change, parameter, i, False, P)
+    return found
 
 
 @triton.jit
-def _epilogue(row_ptr, multiplied, rows, start, t, count_ptr, trace_ptr, scales, P: tl.constexpr):
-    """``E`` of a slice of a tile; ``scales`` is ``(of the product, of E)``.
+def _store_slices(change, place, parameter, scale, CODE: tl.constexpr, SMALL: tl.constexpr, P: tl.constexpr):
+    """``E`` of a tile, slice by slice, for one transfer function.
 
-    Returns the sums of ``E`` over the batch and, for float8 alone, its largest number in each row.
+    Returns its sums over the batch and, for float8 alone, the largest |E| of each row.
     """
-    columns = start + tl.arange(0, multiplied.shape[1])
-    offsets = rows.to(tl.int64)[:, None] * stride(row_ptr, c.E_STRIDE) + columns[None, :]
-    change = change_of(row_ptr, multiplied * (1.0 / scales[0]), rows, columns, t, count_ptr, P)
-    found = change
+    a0_ptr, e_ptr, offsets, outputs, examples, trace_ptr = place
+    SLICES: tl.constexpr = P.slices
+    WIDTH: tl.constexpr = P.block_b // SLICES
+    slices = sliced(change, SLICES)
+    # A thread has four neighbours, which it adds up by itself.
+    FOURS: tl.constexpr = (WIDTH + 3) // 4
+    sums = tl.zeros((change.shape[0], FOURS), tl.float32)
+    largest = tl.zeros((change.shape[0],), tl.float32)
+    for i in tl.static_range(SLICES):
+        a0 = tl.load(a0_ptr + i * WIDTH + offsets).to(tl.float32)
+        if P.trace:
+            loss = _loss_of(a0, slices[i], parameter, CODE, P)
+            _store_loss(loss, outputs, i * WIDTH + tl.arange(0, WIDTH) < examples, trace_ptr + i)
+        found = _difference_of(a0, slices[i], parameter, CODE, SMALL, P)
+        tl.store(e_ptr + i * WIDTH + offsets, as_operand(found * scale, P))
+        sums += tl.sum(found.reshape(change.shape[0], FOURS, WIDTH // FOURS), 2)
+        if P.operand == tl.float8e4nv:
+            largest = tl.maximum(largest, tl.max(tl.abs(found), 1))
+    return tl.sum(sums, 1), largest
+
+
+@triton.jit
+def _store_difference(row_ptr, change, place, scale, P: tl.constexpr):
+    """The same for the layer's own transfer function: which one, and in which form, is asked once for a tile."""
+    code, parameter = _transfer(row_ptr)
+    sums = tl.zeros((change.shape[0],), tl.float32)
+    largest = tl.zeros((change.shape[0],), tl.float32)
+    small = _all_small(change, P)
+    for i in tl.static_range(len(P.transfers)):
+        if code == i:
+            if P.near[i] is None:
+                sums, largest = _store_slices(change, place, parameter, scale, i, False, P)
+            else:
+                if small:
+                    sums, largest = _store_slices(change, place, parameter, scale, i, True, P)
+                else:
+                    sums, largest = _store_slices(change, place, parameter, scale, i, False, P)
+    if code < 0:
+        sums, largest = _store_slices(change, place, parameter, scale, -1, False, P)
+    return sums, largest
+
+
+@triton.jit
+def _epilogue(row_ptr, change, n_block, b_block, t, count_ptr, trace_ptr, scale, P: tl.constexpr):
+    """Stores ``E`` of a tile and its sums over the batch, for a change of the pre-activations."""
+    SLICES: tl.constexpr = P.slices
+    WIDTH: tl.constexpr = P.block_b // SLICES
+    local_rows = tl.arange(0, P.block_n)
+    row_stride = stride(row_ptr, c.E_STRIDE)
+    # Of tiles, so that all slices have the same offsets.
+    first = (n_block * P.block_n).to(tl.int64) * row_stride + b_block * P.block_b
+    offsets = local_rows[:, None] * row_stride.to(tl.int32) + tl.arange(0, WIDTH)[None, :]
     if P.form == "softmax":  # another kernel goes over whole rows
-        tl.store(address(row_ptr, c.CHANGE, tl.float32) + offsets, change)
+        change_ptrs = address(row_ptr, c.CHANGE, tl.float32) + first + offsets
+        slices = sliced(change, SLICES)
+        for i in tl.static_range(SLICES):
+            tl.store(change_ptrs + i * WIDTH, slices[i])
     else:
-        found = difference(row_ptr, change, rows, columns, t, count_ptr, trace_ptr, P)
-        tl.store(address_for_fours(row_ptr, c.E, P.operand) + offsets, as_operand(found * scales[1], P))
-    largest = tl.zeros_like(rows).to(tl.float32)
-    if P.operand == tl.float8e4nv:
-        largest = tl.max(tl.abs(found), 1)
-    return tl.sum(found, 1), largest
+        a0_ptr = _a0_pointer(row_ptr, t, P) + first
+        e_ptr = address_for_fours(row_ptr, c.E, P.operand) + first
+        rows = n_block * P.block_n + local_rows
+        outputs = rows < tl.load(row_ptr + c.OUTPUTS)
+        examples = _examples(row_ptr, t, count_ptr, P) - b_block * P.block_b
+        tile = (a0_ptr, e_ptr, offsets, outputs, examples, trace_ptr)
+        sums, largest = _store_difference(row_ptr, change, tile, scale, P)
+        sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + b_block * stride(row_ptr, c.ROW_SUMS_STRIDE)
+        tl.store(sums_ptr + rows, sums)
+        if P.operand == tl.float8e4nv:
+            keep_largest_difference(row_ptr, n_block, b_block, t, tl.max(largest, 0))
 
 
 @triton.jit
@@ -121,19 +209,18 @@ def activation_tile(row_ptr, n_block, b_block, t, count_ptr, trace_ptr, trace_st
 
     ``count_ptr`` is where the layer's numbers of examples in each local step are.
     """
-    SLICES: tl.constexpr = P.slices
     rows = n_block * P.block_n + tl.arange(0, P.block_n)
     examples = b_block * P.block_b + tl.arange(0, P.block_b)
     inner = tl.arange(0, P.block_r)
-    delta_ptr = address(row_ptr, c.WEIGHT + c.COPY, P.operand)
-    delta_ptrs = delta_ptr + rows.to(tl.int64)[:, None] * stride(row_ptr, c.WEIGHT + c.STRIDE) + inner[None, :]
-    x_ptr = address(row_ptr, c.X, P.operand)
+    delta_stride, x_stride = stride(row_ptr, c.WEIGHT + c.STRIDE), stride(row_ptr, c.X_STRIDE)
+    delta_ptr = address(row_ptr, c.WEIGHT + c.COPY, P.operand) + (n_block * P.block_n).to(tl.int64) * delta_stride
+    delta_offsets = tl.arange(0, P.block_n)[:, None] * delta_stride.to(tl.int32) + inner[None, :]
+    x_ptr = address(row_ptr, c.X, P.operand) + (b_block * P.block_b).to(tl.int64) * x_stride
     if P.sampled:
         x_ptr += (t - 1) * stride(row_ptr, c.X_STEP)
-    x_ptrs = x_ptr + examples.to(tl.int64)[None, :] * stride(row_ptr, c.X_STRIDE) + inner[:, None]
-    accumulator = tl.zeros((rows.shape[0], examples.shape[0]), tl.float32)
+    x_offsets = tl.arange(0, P.block_b)[None, :] * x_stride.to(tl.int32) + inner[:, None]
     length = tl.load(row_ptr + c.REDUCED)
-    multiplied = product(delta_ptrs, x_ptrs, P.block_r, P.block_r, length, accumulator, P)
+    multiplied = product(delta_ptr, delta_offsets, x_ptr, x_offsets, P.block_r, length, P)
 
     scale, e_scale = 1.0, 1.0
     if P.scaled:
@@ -143,19 +230,7 @@ def activation_tile(row_ptr, n_block, b_block, t, count_ptr, trace_ptr, trace_st
             if P.operand == tl.float8e4nv:
                 scale *= inputs_scale(row_ptr, P)
                 e_scale = difference_scale(row_ptr, n_block, t, P)
-    b_blocks = tl.load(row_ptr + c.B_BLOCKS)
-    trace_ptr += t * trace_stride + tl.load(row_ptr + c.TRACE_ACTIVATION) + n_block * b_blocks * SLICES
-    sums = tl.zeros_like(rows).to(tl.float32)
-    largest = tl.zeros_like(rows).to(tl.float32)
-    slices = sliced(multiplied, SLICES)
-    for i in tl.static_range(SLICES):
-        start = b_block * P.block_b + i * (P.block_b // SLICES)
-        slice_ptr = trace_ptr + (b_block * SLICES + i)
-        part, most = _epilogue(row_ptr, slices[i], rows, start, t, count_ptr, slice_ptr, (scale, e_scale), P)
-        sums += part
-        largest = tl.maximum(largest, most)
-    if P.form != "softmax":
-        sums_ptr = address(row_ptr, c.ROW_SUMS, tl.float32) + b_block * stride(row_ptr, c.ROW_SUMS_STRIDE)
-        tl.store(sums_ptr + rows, sums)
-        if P.operand == tl.float8e4nv:
-            keep_largest_difference(row_ptr, n_block, b_block, t, tl.max(largest, 0))
+    place = n_block * tl.load(row_ptr + c.B_BLOCKS) + b_block
+    trace_ptr += t * trace_stride + tl.load(row_ptr + c.TRACE_ACTIVATION) + place * P.slices
+    change = change_of(row_ptr, multiplied * (1.0 / scale), rows, examples, t, count_ptr, P)
+    _epilogue(row_ptr, change, n_block, b_block, t, count_ptr, trace_ptr, e_scale, P)

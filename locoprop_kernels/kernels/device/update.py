@@ -120,11 +120,11 @@ def bias_tile(row_ptr, n_block, when, loss_scale, trace_ptr, P: tl.constexpr, U:
             change += gram.bias_change(row_ptr, rows, t, P)
         else:
             blocks = tl.load(row_ptr + c.ROW_SUM_COUNT)
-            sums_ptrs = address(row_ptr, c.ROW_SUMS, tl.float32) + rows[None, :]
+            sums_ptrs = address(row_ptr, c.ROW_SUMS, tl.float32) + rows
+            sums_stride = stride(row_ptr, c.ROW_SUMS_STRIDE)
             for start in range(0, blocks, 16):
-                block = start + tl.arange(0, 16)[:, None]
-                offsets = block * stride(row_ptr, c.ROW_SUMS_STRIDE)
-                change += tl.sum(tl.load(sums_ptrs + offsets, block < blocks, 0.0), 0)
+                for i in tl.static_range(16):  # under way together
+                    change += tl.load(sums_ptrs + (start + i) * sums_stride, start + i < blocks, 0.0)
             if P.sampled:
                 change *= bits_to_float(tl.load(row_ptr + c.SETS))
         _bias_step(row_ptr, n_block, change, when, loss_scale, trace_ptr, False, P, U)
@@ -147,26 +147,31 @@ def check_weight(row_ptr, n_block, columns, bad_ptr, P: tl.constexpr, U: tl.cons
 
 
 @triton.jit
-def _gradient_product(row_ptr, rows, columns, start, length, t, P: tl.constexpr):
+def _gradient_product(row_ptr, n_block, k_block, start, length, t, P: tl.constexpr):
     """``Eᵀ X`` over ``length`` examples from ``start`` on; in the Gram form ``Δ XᵀX``."""
-    inner = start + tl.arange(0, P.block_r)
+    inner, columns = tl.arange(0, P.block_r), tl.arange(0, P.block_k)
+    first_column = k_block * P.block_k
     if P.form == "gram":
         e_ptr = address(row_ptr, c.WEIGHT + c.COPY, P.operand) + (t % 2) * stride(row_ptr, c.WEIGHT + c.COPY_SIZE)
         e_stride = stride(row_ptr, c.WEIGHT + c.STRIDE)
     else:
         e_ptr, e_stride = address(row_ptr, c.E, P.operand), stride(row_ptr, c.E_STRIDE)
-    e_ptrs = e_ptr + rows.to(tl.int64)[:, None] * e_stride + inner[None, :]
+    e_ptr += (n_block * P.block_n).to(tl.int64) * e_stride + start
+    e_offsets = tl.arange(0, P.block_n)[:, None] * e_stride.to(tl.int32) + inner[None, :]
     x_ptr = address(row_ptr, c.XT if P.transposed else c.X, P.operand)
     if P.sampled:
         x_ptr += (t - 1) * stride(row_ptr, c.X_STEP)
     if P.transposed:
-        x_ptrs = x_ptr + columns.to(tl.int64)[None, :] * stride(row_ptr, c.XT_STRIDE) + inner[:, None]
+        x_stride = stride(row_ptr, c.XT_STRIDE)
+        x_ptr += first_column.to(tl.int64) * x_stride + start
+        x_offsets = columns[None, :] * x_stride.to(tl.int32) + inner[:, None]
         x_step = tl.full((), P.block_r, tl.int64)
     else:
-        x_ptrs = x_ptr + inner.to(tl.int64)[:, None] * stride(row_ptr, c.X_STRIDE) + columns[None, :]
-        x_step = stride(row_ptr, c.X_STRIDE) * P.block_r
-    accumulator = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    return product(e_ptrs, x_ptrs, P.block_r, x_step, length, accumulator, P)
+        x_stride = stride(row_ptr, c.X_STRIDE)
+        x_ptr += start * x_stride + first_column
+        x_offsets = inner[:, None] * x_stride.to(tl.int32) + columns[None, :]
+        x_step = x_stride * P.block_r
+    return product(e_ptr, e_offsets, x_ptr, x_offsets, x_step, length, P)
 
 
 @triton.jit
@@ -174,12 +179,10 @@ def partial_tile(row_ptr, n_block, k_block, split, t, P: tl.constexpr):
     """The product of an update tile over one split of the batch: for layers of few tiles and many examples."""
     SLICES: tl.constexpr = P.slices
     WIDTH: tl.constexpr = P.block_k // SLICES
-    rows = n_block * P.block_n + tl.arange(0, P.block_n)
-    columns = k_block * P.block_k + tl.arange(0, P.block_k)
     most = stride(row_ptr, c.SPLIT_ROWS)
     start = split * most
     length = tl.minimum(tl.load(row_ptr + c.BATCH) - start, most)
-    multiplied = _gradient_product(row_ptr, rows, columns, start, length, t, P)
+    multiplied = _gradient_product(row_ptr, n_block, k_block, start, length, t, P)
     _, first, row_offsets = _block(row_ptr, n_block, P)
     partial_ptr = address(row_ptr, c.PARTIALS, tl.float32) + split * stride(row_ptr, c.WEIGHT + c.COPY_SIZE) + first
     slices = sliced(multiplied, SLICES)
@@ -210,14 +213,12 @@ def _later_weight_tile(row_ptr, n_block, k_block, when, loss_scale, trace_ptr, P
     """Update of the weight at the other local steps."""
     SLICES: tl.constexpr = P.slices
     t = when[0]
-    rows = n_block * P.block_n + tl.arange(0, P.block_n)
-    columns = k_block * P.block_k + tl.arange(0, P.block_k)
     splits = 1
     length = tl.load(row_ptr + c.BATCH)
     if P.split:
         splits = tl.load(row_ptr + c.SPLITS)
         length = tl.where(splits > 1, 0, length)  # partial tiles have multiplied
-    multiplied = _gradient_product(row_ptr, rows, columns, 0, length, t, P)
+    multiplied = _gradient_product(row_ptr, n_block, k_block, 0, length, t, P)
     # What the epilogue needs is loaded behind the product, which has no registers to spare.
     block = _block(row_ptr, n_block, P)
     own = parameter.own_pointers(row_ptr + c.WEIGHT, block[1], U)
@@ -262,9 +263,9 @@ def update_tile(row_ptr, n_block, k_block, when, bad_ptr, trace_ptr, trace_strid
     trace_ptr += (t + 1) * trace_stride + tl.load(row_ptr + c.TRACE_UPDATE) + n_block * (k_blocks * SLICES + 1)
     moment = (t, rate, prox)
     has_weight = tl.load(row_ptr + c.WEIGHT + c.GRAD) != 0
-    has_bias = (k_block == 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0)
     if has_weight:
         _weight_tile(row_ptr, n_block, k_block, moment, loss_scale, trace_ptr + k_block * SLICES, P, U)
+    has_bias = (k_block == 0) & (tl.load(row_ptr + c.BIAS + c.GRAD) != 0)
     if has_bias:
         bias_tile(row_ptr, n_block, moment, loss_scale, trace_ptr + k_blocks * SLICES, P, U)
     if last:
