@@ -89,12 +89,13 @@ _SMALL = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, slices=8)
 _FLOAT8 = Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8)
 _SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, slices=8)
 _QUARTERED = Config(n=128, b=128, k=64, r=32, warps=8, stages=3, slices=4)
+_QUARTERED_SQUARE = Config(n=128, b=128, k=128, r=32, warps=8, stages=3, slices=4)
 # Two programs on a multiprocessor: a thread of four warps has at most 255 registers, so that both always fit.
 _PAIR = Config(n=128, b=128, k=128, r=64, warps=4, stages=3, slices=8, occupancy=2, driver="single")
 _AMD = Config(n=128, b=128, k=128, r=32, warps=8, stages=2, slices=8)
 _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
-    ("sm_80", "bf16"): (_SQUARE,),
-    ("sm_80", "fp16"): (_SQUARE,),
+    ("sm_80", "bf16"): (_QUARTERED_SQUARE,),
+    ("sm_80", "fp16"): (_QUARTERED_SQUARE,),
     ("sm_80", "tf32"): (_SQUARE,),
     ("sm_90", "bf16"): (
         Config(n=128, b=128, k=128, r=64, warps=8, stages=4, slices=4),
@@ -111,7 +112,7 @@ _TABLE: dict[tuple[str, str], tuple[Config, ...]] = {
         Config(n=64, b=64, k=64, r=32, warps=4, stages=4, slices=4, occupancy=2),
         Config(n=128, b=256, k=256, r=32, warps=8, stages=4, slices=8, driver="grouped"),
     ),
-    ("sm_100", "bf16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=4),),
+    ("sm_100", "bf16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8),),
     ("sm_100", "fp16"): (Config(n=128, b=128, k=64, r=64, warps=8, stages=3, slices=8),),
     ("sm_100", "tf32"): (_QUARTERED,),
     ("sm_103", "tf32"): (_QUARTERED,),
