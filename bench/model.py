@@ -26,7 +26,7 @@ from locoprop_kernels.schedule.costs import ACTIVATION_BYTES, OPERAND_BYTES, UPD
 from locoprop_kernels.schedule.row_blocks import PASS_BYTES
 from locoprop_kernels.schedule.tiling import Layer, all_tiles
 
-__all__ = ["BEFORE", "DESIGNS", "WANTED", "Prediction", "main", "predict", "predict_with"]
+__all__ = ["BEFORE", "DESIGNS", "LATENCY_BEFORE", "WANTED", "Prediction", "main", "predict", "predict_with"]
 
 _PAGE = Path(__file__).with_name("MODEL.md")
 _COLUMNS: tuple[str, ...] = (

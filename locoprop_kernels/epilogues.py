@@ -19,11 +19,11 @@ class Issued(NamedTuple):
 
 
 EPILOGUES = {
-    "sm_80": {"activation": Issued(21.0, 2.0), "update": Issued(24.6, 2.0)},
+    "sm_80": {"activation": Issued(21.1, 2.0), "update": Issued(26.8, 2.0)},
     "sm_86": {"activation": Issued(21.1, 2.0), "update": Issued(27.8, 2.0)},
     "sm_89": {"activation": Issued(21.1, 2.0), "update": Issued(27.8, 2.0)},
     "sm_90": {"activation": Issued(21.3, 2.0), "update": Issued(23.4, 2.0)},
-    "sm_100": {"activation": Issued(22.0, 2.0), "update": Issued(24.6, 2.0)},
+    "sm_100": {"activation": Issued(22.0, 2.0), "update": Issued(26.9, 2.0)},
     "sm_103": {"activation": Issued(22.1, 2.0), "update": Issued(26.9, 2.0)},
     "sm_120": {"activation": Issued(21.6, 2.0), "update": Issued(26.4, 2.0)},
     "gfx90a": {"activation": Issued(40.9, 2.0), "update": Issued(43.2, 2.0)},

@@ -143,14 +143,20 @@ _ROWS_NARROW = (
     Config(n=16, b=128, k=32, r=32, warps=4, stages=3, occupancy=2),
 )
 # More rows of the weight for each read of X, where that does not spill registers.
-_ROWS_TALL = (Config(n=32, b=32, k=32, r=32, warps=4, stages=3, occupancy=2), *_ROWS_NARROW[1:])
+_ROWS_TALL = (
+    Config(n=32, b=32, k=32, r=32, warps=4, stages=3, occupancy=2),
+    Config(n=32, b=64, k=32, r=32, warps=4, stages=3, occupancy=2),
+    _ROWS_NARROW[2],
+)
 # Operands of four bytes, within the shared memory of the smallest chips.
 _ROWS_WIDE = (
     Config(n=16, b=32, k=32, r=32, warps=4, stages=2, occupancy=2),
     Config(n=16, b=64, k=32, r=32, warps=4, stages=2, occupancy=2),
     Config(n=16, b=128, k=32, r=32, warps=4, stages=2, occupancy=2),
 )
-_ROWS = {(target, "bf16"): _ROWS_TALL for target in ("sm_90", "sm_100", "sm_120")} | {
+_ROWS = {
+    ("sm_90", "bf16"): _ROWS_TALL,
+    ("sm_120", "bf16"): _ROWS_TALL,
     ("sm_90", "fp16"): _ROWS_NARROW[:1],
     ("sm_120", "ieee"): _ROWS_WIDE[1:-1],
 }

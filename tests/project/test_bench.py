@@ -84,7 +84,7 @@ def test_predictions_follow_what_they_count():
     (case,) = cases.select(["paper-local"], quick=False)
     config, driver = model.DESIGNS["paper-local"]
     known = model.predict_with(case, config, driver).seconds
-    before = replace(model.H100, other_epilogues=model.BEFORE)
+    before = replace(model.H100, other_epilogues=model.BEFORE, tile_latency=model.LATENCY_BEFORE)
     for slower in (
         replace(before, other_epilogues=tuple((phase, Issued(200.0, 4.0)) for phase, _ in model.BEFORE)),
         replace(model.H100, tile_latency=6e-6),
