@@ -190,7 +190,19 @@ def test_table_at_equal_time_is_the_measured_one():
     for losses in (ours, theirs):
         assert f"| {losses[0]:.2f} | {losses[1]:.2f} |" in page
     assert "| ratio | {:.2f} | {:.2f} |".format(*(a / b for a, b in zip(ours, theirs, strict=True))) in page
-    assert f"below {results['data']['lower_bound']:.2f}," in page
+    floor = results["data"]["lower_bound"]
+    assert f"below {floor:.2f}," in page
+    assert f"has {(ours[1] - floor) / (theirs[1] - floor):.2f} of RMSProp's" in page
+    (default,), (adam, *_) = (results["contestants"][name]["runs"] for name in ("defaults", "adam"))
+    assert adam["values"] == {"lr": 1e-3}
+    by_step = [dict(zip(run["steps"], run["train_loss"], strict=True)) for run in (default, adam)]
+    after = [[losses[steps] for losses in by_step] for steps in (200, 400, 600, 800)]
+    for label, values in (
+        ("`LocoProp(model)`", [ours for ours, _ in after]),
+        ("Adam", [theirs for _, theirs in after]),
+        ("ratio", [ours / theirs for ours, theirs in after]),
+    ):
+        assert f"| {label} | {' | '.join(f'{value:.2f}' for value in values)} |" in page
 
 
 def test_readme_quotes_its_results():
