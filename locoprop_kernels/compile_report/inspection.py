@@ -73,8 +73,8 @@ class Variant:
         divisible: arguments that are multiples of 16 (sizes) or aligned to 16 bytes (pointers).
         precision: of the products' operands: "bf16", "fp16", "tf32", "ieee", "fp8"; "none" without products.
         options: options of the launch: ``num_warps``, ``num_stages``, ...
-        resident: programs that a multiprocessor must hold at once.
         epilogue: what to count the instructions of; ``None`` for nothing.
+        resident: programs that a multiprocessor must hold at once.
     """
 
     kernel: str
@@ -85,8 +85,8 @@ class Variant:
     divisible: tuple[str, ...] = ()
     precision: str = "none"
     options: Mapping[str, Any] = field(default_factory=dict)
-    resident: int = 1
     epilogue: Epilogue | None = None
+    resident: int = 1
 
 
 @dataclass(frozen=True)
