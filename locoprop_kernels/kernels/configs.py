@@ -159,9 +159,11 @@ _ROWS = {
     ("sm_120", "bf16"): _ROWS_TALL,
     ("sm_90", "fp16"): _ROWS_NARROW[:1],
     ("sm_120", "ieee"): _ROWS_WIDE[1:-1],
+    ("sm_80", "bf16"): _ROWS_NARROW[:-1],
+    ("sm_100", "ieee"): _ROWS_WIDE[:1],
 }
 # In IEEE float32 the last would spill registers, in TF32 and on sm_120 the first too, in float16 all but on sm_90:
-# there other drivers run.
+# there other drivers run, and for the most rows in IEEE float32 on sm_100 and in bfloat16 on sm_80.
 _ROWS_OTHERS: dict[str, tuple[Config, ...]] = {
     "bf16": _ROWS_NARROW,
     "fp16": (),
