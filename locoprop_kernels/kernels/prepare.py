@@ -11,6 +11,20 @@ from locoprop_kernels.kernels.spec import Copy
 
 
 @triton.jit
+def _tile(table_ptr, tiles_ptr, C: tl.constexpr):
+    """This program's layer, how many elements its matrix lies behind the first one, and rows and columns of its tile.
+
+    Where each local step has rows of its own, there is a matrix for each.
+    """
+    tile_ptr = tiles_ptr + tl.program_id(0) * 4
+    row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
+    step = tl.load(tile_ptr + 1) * stride(row_ptr, C.step)
+    rows = tl.load(tile_ptr + 2) * C.block + tl.arange(0, C.block)
+    columns = tl.load(tile_ptr + 3) * C.block + tl.arange(0, C.block)
+    return row_ptr, step, rows, columns
+
+
+@triton.jit
 def _source(row_ptr, step, rows, columns, C: tl.constexpr):
     """A tile of the source in float32, zero outside it; ``step`` elements behind the first."""
     valid = (rows < tl.load(row_ptr + c.BATCH))[:, None] & (columns < tl.load(row_ptr + C.width))[None, :]
@@ -22,11 +36,7 @@ def _source(row_ptr, step, rows, columns, C: tl.constexpr):
 @triton.jit
 def _largest_kernel(table_ptr, tiles_ptr, C: tl.constexpr):
     """Raise each layer's ``X_AMAX`` to the largest absolute value of its source; bits of such floats sort as floats."""
-    tile_ptr = tiles_ptr + tl.program_id(0) * 4
-    row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
-    step = tl.load(tile_ptr + 1) * stride(row_ptr, C.step)
-    rows = tl.load(tile_ptr + 2) * C.block + tl.arange(0, C.block)
-    columns = tl.load(tile_ptr + 3) * C.block + tl.arange(0, C.block)
+    row_ptr, step, rows, columns = _tile(table_ptr, tiles_ptr, C)
     largest = tl.max(tl.max(tl.abs(_source(row_ptr, step, rows, columns, C)), 1), 0)
     tl.atomic_max(address(row_ptr, c.X_AMAX, tl.int32), largest.to(tl.int32, bitcast=True))
 
@@ -34,12 +44,7 @@ def _largest_kernel(table_ptr, tiles_ptr, C: tl.constexpr):
 @triton.jit
 def _prepare_kernel(table_ptr, tiles_ptr, C: tl.constexpr):
     """Copy tiles of ``[B, width]`` matrices to a plain target, a transposed one, or both."""
-    tile_ptr = tiles_ptr + tl.program_id(0) * 4
-    row_ptr = table_ptr + tl.load(tile_ptr) * c.WIDTH
-    # Where each local step has rows of its own, there is a matrix for each.
-    step = tl.load(tile_ptr + 1) * stride(row_ptr, C.step)
-    rows = tl.load(tile_ptr + 2) * C.block + tl.arange(0, C.block)
-    columns = tl.load(tile_ptr + 3) * C.block + tl.arange(0, C.block)
+    row_ptr, step, rows, columns = _tile(table_ptr, tiles_ptr, C)
     value = as_operand(_source(row_ptr, step, rows, columns, C) * inputs_scale(row_ptr, C), C)
     padded = (rows < tl.load(row_ptr + c.E_STRIDE))[:, None]
     padded &= (columns < tl.load(row_ptr + C.padded_width))[None, :]
