@@ -7,7 +7,6 @@ from locoprop_torch import LocoProp
 
 
 def main() -> None:
-    torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 4))
@@ -28,8 +27,10 @@ def main() -> None:
         # Parameters and state are the same in all processes, so one of them saves both.
         torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, "ddp.pt")
         print(f"loss {final:.6f}")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
     main()
+    # After the wrapped model has gone: a group of gloo whose last owner it is may never end.
+    torch.distributed.destroy_process_group()

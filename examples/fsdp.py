@@ -38,8 +38,6 @@ def resumed(model: nn.Module, opt: LocoProp) -> int:
 
 
 def main() -> None:
-    # On GPUs: "nccl", torch.cuda.set_device(...), a mesh of "cuda", and the batches there.
-    torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 4))
@@ -64,8 +62,10 @@ def main() -> None:
         final = nn.functional.cross_entropy(model(x), y)
     if rank == 0:
         print(f"loss {final:.6f}")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    # On GPUs: "nccl", torch.cuda.set_device(...), a mesh of "cuda", and the batches there.
+    torch.distributed.init_process_group("gloo")
     main()
+    torch.distributed.destroy_process_group()

@@ -45,27 +45,35 @@ def _worker(rank: int, processes: int, store: str, dry: bool) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     try:
-        widths, batch, repeats = (PAPER_WIDTHS, 1000, 20) if gpu else ((6, 5, 6), 8, 1)
-        x = torch.rand(batch, widths[0], device=device, generator=torch.Generator(device).manual_seed(rank))
-        found = []
-        for ours in (True, False):
-            model = _network(widths, device)
-            ddp = nn.parallel.DistributedDataParallel(model, device_ids=[rank] if gpu else None)
-            optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), fused=gpu)
-            if ours:
-                transfers = {str(2 * i): "tanh" for i in range(len(widths) - 2)} | {str(2 * len(widths) - 4): "sigmoid"}
-                optimizer = LocoProp(model, rows=32 if gpu else 4, transfers=transfers)
-
-            def step(ddp: nn.Module = ddp, optimizer: torch.optim.Optimizer = optimizer) -> None:
-                optimizer.zero_grad()
-                _loss(ddp(x), x).backward()
-                optimizer.step()
-
-            found.append(_seconds(step, device, repeats))
+        found = [_timed(ours, device) for ours in (True, False)]
         if rank == 0:
             Path(store + ".txt").write_text(" ".join(map(repr, found)))
     finally:
         dist.destroy_process_group()
+
+
+def _timed(ours: bool, device: torch.device) -> float:
+    """Seconds of a step; the wrapped model ends here, because a group of gloo must not have it as its last owner.
+
+    ``DistributedDataParallel`` gives its group back without giving up the interpreter's lock, and a thread of
+    the group may wait for that lock to end (seen with torch 2.13).
+    """
+    gpu, rank = device.type == "cuda", dist.get_rank()
+    widths, batch, repeats = (PAPER_WIDTHS, 1000, 20) if gpu else ((6, 5, 6), 8, 1)
+    x = torch.rand(batch, widths[0], device=device, generator=torch.Generator(device).manual_seed(rank))
+    model = _network(widths, device)
+    ddp = nn.parallel.DistributedDataParallel(model, device_ids=[rank] if gpu else None)
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), fused=gpu)
+    if ours:
+        transfers = {str(2 * i): "tanh" for i in range(len(widths) - 2)} | {str(2 * len(widths) - 4): "sigmoid"}
+        optimizer = LocoProp(model, rows=32 if gpu else 4, transfers=transfers)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        _loss(ddp(x), x).backward()
+        optimizer.step()
+
+    return _seconds(step, device, repeats)
 
 
 def _loss(output: Tensor, target: Tensor) -> Tensor:

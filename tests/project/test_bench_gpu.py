@@ -9,7 +9,7 @@ pytest.importorskip("rich")
 pytest.importorskip("triton")
 
 from bench import cases, report  # noqa: E402
-from bench.gpu import command, sections  # noqa: E402
+from bench.gpu import command, exchange, sections  # noqa: E402
 from bench.gpu.session import Line  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the dry run is for machines without a GPU")
@@ -55,6 +55,13 @@ def test_a_section_whose_time_is_up_leaves_its_cases_out(tmp_path, capsys):
     assert left_out >= {"two local steps", *sections.PREDICTED[:2]}
     assert {line["section"] for line in results["lines"]} == {"rates"}
     assert "subtraction: two local steps left out: 0 s left" in capsys.readouterr().out
+
+
+@pytest.mark.sweep
+@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
+def test_a_step_of_two_processes_is_timed():
+    """What the section of several processes starts where there are two GPUs, here on the CPU."""
+    assert all(seconds > 0 for seconds in exchange.measure(2, dry=True, timeout=300))
 
 
 def test_the_sections_take_eight_minutes_and_know_their_cases():
