@@ -32,6 +32,7 @@ from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.checks import as_list, check_arguments, checked_hyperparameters
 from locoprop_torch.layers import ModelLayers, table, transfer_in_use
 from locoprop_torch.ownership import Owners
+from locoprop_torch.presets import DEFAULT_RULE
 from locoprop_torch.problems import layer_work
 from locoprop_torch.rates import default_lr_decay, local_rates
 from locoprop_torch.step import (
@@ -74,7 +75,7 @@ class LocoProp(Optimizer):
             is found at the first step and depends neither on the batch nor on how the loss averages.
         local_iterations: ``T >= 1``.
         rule: ``"sgd"``, ``"momentum"``, ``"nesterov"``, ``"rmsprop"``, ``"adam"``, ``"adagrad"``, or an instance from
-            :mod:`locoprop_kernels.rules`.
+            :mod:`locoprop_kernels.rules`. The default is Adam whose mean squares have a short memory.
         local_loss: ``"matching"`` (LocoProp-M) or ``"squared"`` (LocoProp-S: every transfer counts as the identity).
         transfers: transfer functions by submodule name, overriding what is found in the model.
         prox: proximal coefficient ``λ >= 0``.
@@ -125,7 +126,7 @@ class LocoProp(Optimizer):
         lr: float | Tensor = 1e-3,
         activation_lr: float | PerExample = PER_EXAMPLE,
         local_iterations: int = 5,
-        rule: str | rules.Rule = "adam",
+        rule: str | rules.Rule = DEFAULT_RULE,
         local_loss: str = "matching",
         transfers: Mapping[str, str | Transfer] | None = None,
         prox: float = 0.0,
