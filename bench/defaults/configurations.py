@@ -20,7 +20,7 @@ from bench.defaults.tasks import Task
 from locoprop_kernels import rules
 from locoprop_torch import LocoProp
 
-__all__ = ["BASELINE", "LIBRARY", "UNITS", "Settings", "expand", "made"]
+__all__ = ["BASELINE", "LIBRARY", "UNITS", "Settings", "expand", "library_name", "made"]
 
 BASELINE, LIBRARY = "adam", "library"
 UNITS = ("terms", "examples", "none", "max", "layers", "norm", "element", "peak")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bench.autoencoder import compare
-from locoprop_torch.unit import PER_EXAMPLE
+from bench.defaults.configurations import library_name
 from tests.processes.pool import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +150,7 @@ def test_table_of_the_defaults_is_the_measured_one():
     for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
         losses.setdefault((run["task"], run["configuration"]), []).append(run["test"])
-    ours = next(name for _, name in losses if name.startswith("library") and f"{PER_EXAMPLE!r}" in name)
+    ours = library_name()
     ratios = {}
     for task in {task for task, _ in losses}:
         assert len(losses[task, ours]) == len(losses[task, "adam"]) == 3
