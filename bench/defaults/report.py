@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def draw(found: Sequence[Summary], path: Path, most: int = 6) -> None:
             [place + shift for place in range(len(tasks))],
             "o",
             markersize=4,
-            label=one.name,
+            label=textwrap.fill(one.name, 100, break_on_hyphens=False),
         )
     axes.axvline(1, color="black", linewidth=1)
     axes.axvline(1.3, color="grey", linewidth=1, linestyle=":")
