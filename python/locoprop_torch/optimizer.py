@@ -81,14 +81,12 @@ class LocoProp(Optimizer):
         prox: proximal coefficient ``λ >= 0``.
         reduction: ``"mean"`` or ``"sum"`` of the local loss over the rows (examples, tokens) of a layer's input.
         lr_decay: ``(t, T) -> factor`` of the learning rate; ``None`` for :func:`default_lr_decay`.
-        aux: for the parameters that no captured layer owns: an optimiser of the user's, ``"adamw"`` for
-            ``torch.optim.AdamW`` with its defaults, or a function of those parameters that makes one. It steps along
-            with this one. Its groups are among ``param_groups``, marked ``"aux": True``, and its state is in
-            ``state_dict``.
+        aux: for the parameters that no captured layer owns: an optimiser of the user's, ``"adamw"`` for AdamW with its
+            defaults, or a function of those parameters that makes one. It steps along with this one. Its groups are
+            among ``param_groups``, marked ``"aux": True``, and its state is in ``state_dict``.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``.
         compute_dtype: dtype of the operands of the local products; ``None`` for the parameters'. With
-            ``torch.float8_e4m3fn`` they carry scales; it is for ``rows=None``, and needs a GPU that multiplies it, or a
-            CPU to try it on.
+            ``torch.float8_e4m3fn`` they carry scales; it is for ``rows=None``, on a GPU that multiplies it or on a CPU.
         target: ``"dual"``, ``"primal"`` or a function, see :mod:`locoprop_torch.targets`; or one by submodule name.
         regulariser: a further regulariser, see :class:`locoprop_kernels.Regulariser`.
         weight_decay: decoupled weight decay ``>= 0``, as AdamW's: ``W`` is multiplied by ``1 - lr * weight_decay``.
@@ -96,9 +94,8 @@ class LocoProp(Optimizer):
             "activation_lr": 1.0}``; ``lr``, ``activation_lr``, ``local_iterations``, ``prox``, ``rule``,
             ``transfer`` (over what ``transfers`` says) and ``weight_decay`` may be set. Weight and bias of a layer may
             be in two groups, which then differ in ``lr`` and ``weight_decay`` alone; those of no group form the first.
-        masks: masks by parameter name, of the parameter's shape: where a mask is zero, the local steps leave the
-            parameter as it is. The tensors are looked at anew in every step. Those of ``torch.nn.utils.prune`` and of
-            parametrizations that multiply by zeros and ones are found without being named.
+        masks: by parameter name, of its shape, looked at anew in every step: where one is zero a parameter stays as it
+            is. Those of ``torch.nn.utils.prune`` and of parametrizations that multiply by zeros and ones are found.
         trace: also evaluate every layer's local objective, into ``last_reports``; costs one more product a step.
         rows: how many rows of the batch a local step takes at most, other ones in each, to estimate how the gradient
             has changed; ``None`` for all, the published method. A row is an example, a token or an output position.
