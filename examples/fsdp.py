@@ -3,6 +3,7 @@
 Run again, with any number of processes, it goes on from its last checkpoint: ``... examples/fsdp.py 80`` to 80 steps.
 """
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,4 +69,6 @@ if __name__ == "__main__":
     # On GPUs: "nccl", torch.cuda.set_device(...), a mesh of "cuda", and the batches there.
     torch.distributed.init_process_group("gloo")
     main()
+    # A sharded model refers to itself: what is left of it would keep the group until Python ends, which may abort then.
+    gc.collect()
     torch.distributed.destroy_process_group()
