@@ -19,13 +19,7 @@ from locoprop_kernels.solution import Decision
 
 __all__ = ["of_config", "variants"]
 
-_OPERANDS = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.float8_e4m3fn,
-    "tf32": torch.float32,
-    "ieee": torch.float32,
-}
+_OPERANDS = {name: dtype for dtype, name in configs.PRECISIONS.items()} | dict.fromkeys(("tf32", "ieee"), torch.float32)
 _RULES: dict[str, rules.Rule] = {"rmsprop": rules.RMSprop(), "rmsprop centered": rules.RMSprop(centered=True)}
 _TRANSFERS = ("tanh", "relu", "sigmoid")
 # Instructions for an element that an epilogue with 16-bit operands should not exceed on sm_90, by kernel and note.

@@ -128,20 +128,25 @@ def of_process(rank, name, sizes, dtype, options, arguments):
     return trained(name, sizes, rank, dtype, options, **arguments)
 
 
+def check_as_one(found, expected, start, dtype, rounding=0.0):
+    """The weights that several processes found are all the same bits, and those of one that began at ``start``."""
+    first, *others = found
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    displacement, error = (
+        torch.cat([(a - b).double().flatten() for a, b in zip(expected, weight, strict=True)])
+        for weight in (start, first)
+    )
+    assert displacement.norm() > 0
+    assert error.norm() <= TOLERANCE[dtype] * displacement.norm() + rounding
+
+
 def compare(pools, name, sizes, dtype, rows=None, shard_state=False, **arguments):
     """Several processes give the weights of one, and all the same bits."""
     options = {"rows": rows, "shard_state": shard_state}
     expected = trained(name, sizes, None, dtype, options, **{k: v for k, v in arguments.items() if k != "how"})
     found = pools[len(sizes)].run(of_process, name, sizes, dtype, options, arguments)
-    start = weights(made(name, dtype)[0])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-    displacement, error = (
-        torch.cat([(a - b).double().flatten() for a, b in zip(expected, others, strict=True)])
-        for others in (start, found[0])
-    )
-    assert displacement.norm() > 0
-    assert error.norm() <= TOLERANCE[dtype] * displacement.norm()
+    check_as_one(found, expected, weights(made(name, dtype)[0]), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -19,6 +19,7 @@ from tests.processes.test_data_parallel import (
     Grouped,
     Tied,
     batch_of,
+    check_as_one,
     frozen,
     shrink,
 )
@@ -95,15 +96,7 @@ def compare(pools, name, sizes, dtype=torch.float64, rows=None, **options):
     own = {key: value for key, value in options.items() if key not in ("reshard", "synchronised", "hybrid")}
     expected = trained(name, sizes, None, dtype, rows, **own)
     found = pools[len(sizes)].run(of_process, name, sizes, dtype, rows, options)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-    start = weights(made(name, dtype)[0])
-    displacement, error = (
-        torch.cat([(a - b).double().flatten() for a, b in zip(expected, others, strict=True)])
-        for others in (start, found[0])
-    )
-    assert displacement.norm() > 0
-    assert error.norm() <= TOLERANCE[dtype] * displacement.norm()
+    check_as_one(found, expected, weights(made(name, dtype)[0]), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

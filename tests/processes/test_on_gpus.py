@@ -14,7 +14,7 @@ from torch import nn
 from locoprop_torch import LocoProp
 from tests.helpers import RECENT, weights
 from tests.processes.pool import Pool
-from tests.processes.test_data_parallel import OPTIONS, TOLERANCE, batch_of, made
+from tests.processes.test_data_parallel import OPTIONS, batch_of, check_as_one, made
 from tests.processes.test_fully_sharded import sharded, whole
 
 pytestmark = [
@@ -56,14 +56,8 @@ def trained(rank, name, how, where, backend, rows, dtype, steps):
 
 def compare(pool, name, how, where, backend, rows, dtype, steps=5):
     expected = trained(None, name, "alone", where, backend, rows, dtype, steps)
-    first, second = pool.run(trained, name, how, where, backend, rows, dtype, steps)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    displacement, error = (
-        torch.cat([(a - b).double().flatten() for a, b in zip(expected, others, strict=True)])
-        for others in (weights(made(name, dtype)[0]), first)
-    )
-    assert displacement.norm() > 0
-    assert error.norm() <= TOLERANCE[dtype] * displacement.norm()
+    found = pool.run(trained, name, how, where, backend, rows, dtype, steps)
+    check_as_one(found, expected, weights(made(name, dtype)[0]), dtype)
 
 
 HOW = ["replicated", "shared out", "sharded"]
