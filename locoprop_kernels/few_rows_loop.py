@@ -19,7 +19,7 @@ from locoprop_kernels.scratch import give_back
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Increment
 
-__all__ = ["few_rows_loops", "is_small", "together"]
+__all__ = ["few_rows_loops", "together"]
 
 
 class _Layer:
@@ -73,6 +73,8 @@ class _Layer:
 
     def result(self) -> Increment:
         """The increment, once all loops have run."""
+        if self.increment.largest is not None:
+            self.increment.largest += sum(_largest(parameter) for parameter, _ in self.problem.trained().values())
         self.form.release()
         give_back(*self.start.values())
         count_steps(self.increment, self.settings)
@@ -120,15 +122,6 @@ def together(problems: Sequence[LocalProblem], states: Sequence[State], settings
         weights = weights + size if small else BLOCK
     if some:
         yield some
-
-
-def is_small(problem: LocalProblem, increment: Increment) -> bool:
-    """Whether the largest numbers alone say that all that a commit writes is finite; known on CPUs only."""
-    if increment.largest is None:
-        return False
-    total = increment.largest + sum(_largest(getattr(problem, name)) for name in increment.delta)
-    # A NaN, which a sum keeps, makes this false.
-    return total < torch.finfo(problem.weight.dtype).max
 
 
 def _largest(tensor: Tensor) -> float:

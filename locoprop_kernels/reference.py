@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from locoprop_kernels.few_rows_loop import few_rows_loops, is_small, together
+from locoprop_kernels import cpu_kernels
+from locoprop_kernels.few_rows_loop import few_rows_loops, together
 from locoprop_kernels.form import ChangeForm, Form
 from locoprop_kernels.gram import GramForm, gram_is_cheaper
 from locoprop_kernels.loop import Loop, beginning, count_steps, run
@@ -128,12 +129,19 @@ def _transposed(preactivation: Tensor | Rows, dtype: torch.dtype) -> Tensor:
     return whole
 
 
-def decide(problem: LocalProblem, settings: Settings) -> Decision:
-    """Which form a problem is solved in; a function of its sizes and the settings."""
+def decide(problem: LocalProblem, settings: Settings, compiled: bool = False) -> Decision:
+    """Which form a problem is solved in, and by what; a function of its sizes and the settings.
+
+    Args:
+        problem: a validated problem.
+        settings: the settings of the call.
+        compiled: whether to take the kernels for CPUs where they can run.
+    """
     assert isinstance(problem.transfer, Transfer)
     identity = problem.transfer.name == "identity" and problem.grad_weight is not None
     if settings.sets(problem) > 1:  # few rows are cheaper than XᵀX of all
-        return Decision("product", "product", rows=settings.rows)
+        driver = "numba" if compiled and cpu_kernels.can_run(problem, settings) else "product"
+        return Decision("product", driver, rows=settings.rows)
     form = "gram" if identity and gram_is_cheaper(problem.shape, settings.iterations) else "product"
     return Decision(form, form)
 
@@ -213,7 +221,7 @@ class Solved:
     def finite(self) -> Tensor:
         """Whether a commit would write finite numbers only; on the device, without waiting for it."""
         pairs = list(zip(self.problems, self.increments, strict=True))
-        if all(is_small(problem, increment) for problem, increment in pairs):
+        if all(_is_small(problem, increment) for problem, increment in pairs):
             return torch.tensor(True)
         extremes: list[Tensor] = []
         for problem, increment in pairs:
@@ -256,29 +264,54 @@ class Solved:
                 give_back(*increment.memory)
 
 
+def _is_small(problem: LocalProblem, increment: Increment) -> bool:
+    """Whether the largest numbers alone say that all that a commit writes is finite; a NaN is not."""
+    return increment.largest is not None and increment.largest < torch.finfo(problem.weight.dtype).max
+
+
 def solve(
-    problems: list[LocalProblem], states: list[State], settings: Settings, done: Callable[[int], None] | None = None
+    problems: list[LocalProblem],
+    states: list[State],
+    settings: Settings,
+    done: Callable[[int], None] | None = None,
+    compiled: bool = False,
 ) -> Solved:
     """Run all local iterations of all problems; writes nothing that belongs to them.
 
-    They are solved one after the other, and small ones on few rows together.
+    They are solved one after the other; small ones on few rows together, and all that compiled functions do.
 
     Args:
         problems: validated problems.
         states: the rule's state in each of them.
         settings: the settings of the call.
         done: called with the index of each problem that is solved.
+        compiled: whether to take the kernels for CPUs where they can run, see :mod:`locoprop_kernels.cpu_kernels`.
     """
     solved = Solved(problems, states)
-    solved.decisions = [decide(problem, settings) for problem in problems]
-    for some in together(problems, states, settings):
-        if len(some) == 1:
-            found = [local_loop(problems[some[0]], states[some[0]], settings, solved.decisions[some[0]])]
+    solved.decisions = [decide(problem, settings, compiled) for problem in problems]
+    by_kernels = [i for i, decision in enumerate(solved.decisions) if decision.driver == "numba"]
+    found: dict[int, tuple[Increment, Tensor | None]] = {}
+    if by_kernels:
+        from locoprop_kernels.cpu_kernels.run import increments
+
+        solutions = increments([problems[i] for i in by_kernels], [states[i] for i in by_kernels], settings)
+        found.update((i, (increment, None)) for i, increment in zip(by_kernels, solutions, strict=True))
+        _tell(done, by_kernels)
+    others = [i for i in range(len(problems)) if i not in found]
+    for some in together([problems[i] for i in others], [states[i] for i in others], settings):
+        part = [others[i] for i in some]
+        if len(part) == 1:
+            solutions = [local_loop(problems[part[0]], states[part[0]], settings, solved.decisions[part[0]])]
         else:
-            found = few_rows_loops([problems[i] for i in some], [states[i] for i in some], settings)
-        for i, (increment, trace) in zip(some, found, strict=True):
-            solved.increments.append(increment)
-            solved.traces.append(trace)
-            if done is not None:
-                done(i)
+            solutions = few_rows_loops([problems[i] for i in part], [states[i] for i in part], settings)
+        found.update(zip(part, solutions, strict=True))
+        _tell(done, part)
+    solved.increments = [found[i][0] for i in range(len(problems))]
+    solved.traces = [found[i][1] for i in range(len(problems))]
     return solved
+
+
+def _tell(done: Callable[[int], None] | None, solved: list[int]) -> None:
+    if done is not None:
+        for index in solved:
+            done(index)

@@ -19,8 +19,8 @@ class Decision:
         form: which formula: ``"product"`` (any transfer function), ``"gram"`` (the identity, through ``XᵀX``),
             ``"softmax"``; ``"rule"`` where there is a gradient alone, and ``"none"`` where there is nothing to do.
         driver: how it is launched: ``"single"`` (one launch for all local steps), ``"grouped"`` (one for each phase of
-            a local step), ``"rows"`` (one launch, whose programs have an n-block each); the form's name where there is
-            no choice of launches, as in the reference backend.
+            a local step), ``"rows"`` (one launch, whose programs have an n-block each); ``"numba"`` (one compiled
+            function for all local steps on a CPU); the form's name where PyTorch does it, call by call.
         config: tile sizes and launch options, for kernels.
         programs: programs of the single launch; 0 for other drivers.
         splits: into how many splits the batch is cut in the products of update tiles.
@@ -44,6 +44,8 @@ class Decision:
             parts.append(f"single launch of {self.programs} program{'s' if self.programs > 1 else ''}")
         elif self.driver == "rows":
             parts.append("one launch, a program for each n-block")
+        elif self.driver == "numba":
+            parts.append("compiled by numba")
         elif self.config is not None:
             parts.append("a launch for each phase")
         if self.config is not None:
@@ -61,7 +63,8 @@ class Increment:
         delta: ``{"weight": Δ, "bias": δ}``, without what is frozen; float32 (float64 for float64 parameters).
         state: the rule's state after the loop, in the form of ``LocalProblem.state``.
         memory: what the tensors are views of, where it came from :mod:`locoprop_kernels.scratch`.
-        largest: no number in them is larger than this; ``None`` where that is not known, NaN where one is.
+        largest: no number that a commit would write is larger than this; ``None`` where that is not known, NaN where one
+            is NaN.
     """
 
     delta: dict[str, Tensor]

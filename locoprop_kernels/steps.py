@@ -136,5 +136,7 @@ def solve(checked: Checked, settings: Settings, backend: str, done: Callable[[in
 
         solution = kernels.solve(plan, checked, settings)
     else:
-        solution = reference.solve(checked.problems, checked.states, settings, done)
+        # Asked for by name, the reference is PyTorch alone.
+        compiled = backend == "auto"
+        solution = reference.solve(checked.problems, checked.states, settings, done, compiled)
     return StepReport.of(solution, "reference" if plan is None else "triton", reason, names, rows)

@@ -22,9 +22,10 @@ __all__ = ["contestants", "with_config"]
 
 
 def contestants(gpu: bool) -> list[Contestant]:
-    """The reference backend; on a GPU the Triton backend first, by each driver, and as one CUDA graph."""
+    """The backend that is taken unasked, and PyTorch alone; on a GPU each driver, and all of it as one CUDA graph."""
     if not gpu:
-        return [_contestant(f"ours-{precision}", precision, "reference") for precision in ("fp32", "bf16")]
+        found = [_contestant(f"ours-{precision}", precision, "auto") for precision in ("fp32", "bf16")]
+        return [*found, _contestant("ours-reference-fp32", "fp32", "reference")]
     found = [_contestant(f"ours-{precision}", precision, "triton") for precision in ("fp32", "bf16", "tf32", "fp16")]
     found += [_contestant(f"ours-reference-{precision}", precision, "reference") for precision in ("fp32", "bf16")]
     found += [

@@ -1,0 +1,63 @@
+"""Kernels for CPUs: all local steps on few rows in one function that numba compiles; taken where numba is installed.
+
+A local step on few rows costs little more than going through the weights, and for small layers than torch's calls.
+Compiled, some outputs of a layer go through all their local steps at once: increments and state stay in a core's own
+cache, gradients are never written to memory, and there is one call for all of it. A thread takes some outputs of some
+layer after the other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import lru_cache
+
+import torch
+
+from locoprop_kernels.problem import LocalProblem
+from locoprop_kernels.settings import Settings
+from locoprop_kernels.transfers import Transfer
+
+__all__ = ["available", "can_run"]
+
+_log = logging.getLogger("locoprop_kernels")
+
+
+@lru_cache(maxsize=1)
+def available() -> bool:
+    """Whether numba is installed, and works with the numpy that is; why it does not is logged once."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        import numba  # noqa: F401
+    except Exception as error:  # a numpy that is too new for it, say
+        _log.warning("numba cannot be imported, so local loops on few rows go through PyTorch: %s", error)
+        return False
+    return True
+
+
+def can_run(problem: LocalProblem, settings: Settings) -> bool:
+    """Whether the kernels have what a problem on few rows needs.
+
+    That is everything in float32 but masks, groups, traces, regularisers, transfer functions and rules of the user's
+    own, and some rare ones. The rest goes through PyTorch.
+    """
+    if not available():
+        return False
+    from locoprop_kernels.cpu_kernels.functions import CODES
+    from locoprop_kernels.cpu_kernels.updates import family_of
+
+    assert isinstance(problem.transfer, Transfer)
+    return (
+        problem.weight.dtype is torch.float32
+        and problem.weight.is_cpu
+        and problem.weight.dim() == 2
+        and problem.grad_weight is not None
+        and problem.mask_weight is None
+        and problem.mask_bias is None
+        and settings.operands(problem) is torch.float32
+        and settings.regulariser is None
+        and not settings.trace
+        and problem.transfer.name in CODES
+        and family_of(settings.rule) is not None
+    )
