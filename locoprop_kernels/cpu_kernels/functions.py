@@ -86,16 +86,15 @@ def _sigmoid(x):
 @jit
 def _softmax(a):
     """Over the outputs, in each row."""
-    for r in range(a.shape[1]):
-        most = a[0, r]
-        for n in range(a.shape[0]):
-            most = max(most, a[n, r])
+    for r in range(a.shape[0]):
+        row = a[r]
+        most = row.max()
         total = _ZERO
-        for n in range(a.shape[0]):
-            a[n, r] = _exp(a[n, r] - most)
-            total += a[n, r]
-        for n in range(a.shape[0]):
-            a[n, r] /= total
+        for n in range(row.shape[0]):
+            row[n] = _exp(row[n] - most)
+            total += row[n]
+        for n in range(row.shape[0]):
+            row[n] /= total
 
 
 @jit
@@ -104,53 +103,54 @@ def apply(code, a, p0, p1):
 
     Args:
         code: of the function, see :data:`CODES`; ``p0`` and ``p1`` are its parameters.
-        a: pre-activations of ``n`` outputs in ``r`` rows ``[n, r]``.
+        a: pre-activations of some rows and outputs ``[r, n]``.
     """
-    if code == 0:
-        return
     if code == SOFTMAX:
         _softmax(a)
-        return
-    rows = a.shape[1]
-    for n in range(a.shape[0]):
-        row = a[n]
-        if code == 1:
-            for r in range(rows):
-                row[r] = _tanh(row[r])
-        elif code == 2:
-            for r in range(rows):
-                row[r] = _sigmoid(row[r])
-        elif code == 3:
-            for r in range(rows):
-                row[r] = row[r] if not row[r] < _ZERO else _ZERO
-        elif code == 4:
-            for r in range(rows):
-                row[r] = row[r] if not row[r] < _ZERO else p0 * row[r]
-        elif code == 5:
-            for r in range(rows):
-                row[r] = row[r] * row[r] if not row[r] < _ZERO else _ZERO
-        elif code == 6:
-            for r in range(rows):
-                row[r] = row[r] if not row[r] < _ZERO else p0 * np.float32(math.expm1(row[r]))
-        elif code == 7:
-            for r in range(rows):
-                negative = _SELU[1] * np.float32(math.expm1(min(row[r], _ZERO)))
-                row[r] = _SELU[0] * (row[r] if not row[r] < _ZERO else negative)
-        elif code == 8:
-            for r in range(rows):
-                scaled = p0 * row[r]
-                row[r] = (max(scaled, _ZERO) + np.float32(math.log1p(_exp(-abs(scaled))))) / p0
-        elif code == 9:
-            for r in range(rows):
-                least = row[r] if not row[r] < p0 else p0
-                row[r] = least if not least > p1 else p1
-        elif code == 10:
-            for r in range(rows):
-                row[r] = row[r] * _HALF * (_ONE + np.float32(math.erf(row[r] * _ROOT_HALF)))
-        elif code == 11:
-            for r in range(rows):
-                inner = _GELU[0] * (row[r] + _GELU[1] * row[r] * row[r] * row[r])
-                row[r] = row[r] * _HALF * (_ONE + _tanh(inner))
-        elif code == 12:
-            for r in range(rows):
-                row[r] = row[r] * _sigmoid(row[r])
+    else:
+        _elementwise(code, a.reshape(-1), p0, p1)
+
+
+@jit
+def _elementwise(code, a, p0, p1):
+    """The same of numbers ``[n]``, none of which depends on another."""
+    if code == 1:
+        for n in range(a.shape[0]):
+            a[n] = _tanh(a[n])
+    elif code == 2:
+        for n in range(a.shape[0]):
+            a[n] = _sigmoid(a[n])
+    elif code == 3:
+        for n in range(a.shape[0]):
+            a[n] = a[n] if not a[n] < _ZERO else _ZERO
+    elif code == 4:
+        for n in range(a.shape[0]):
+            a[n] = a[n] if not a[n] < _ZERO else p0 * a[n]
+    elif code == 5:
+        for n in range(a.shape[0]):
+            a[n] = a[n] * a[n] if not a[n] < _ZERO else _ZERO
+    elif code == 6:
+        for n in range(a.shape[0]):
+            a[n] = a[n] if not a[n] < _ZERO else p0 * np.float32(math.expm1(a[n]))
+    elif code == 7:
+        for n in range(a.shape[0]):
+            negative = _SELU[1] * np.float32(math.expm1(min(a[n], _ZERO)))
+            a[n] = _SELU[0] * (a[n] if not a[n] < _ZERO else negative)
+    elif code == 8:
+        for n in range(a.shape[0]):
+            scaled = p0 * a[n]
+            a[n] = (max(scaled, _ZERO) + np.float32(math.log1p(_exp(-abs(scaled))))) / p0
+    elif code == 9:
+        for n in range(a.shape[0]):
+            least = a[n] if not a[n] < p0 else p0
+            a[n] = least if not least > p1 else p1
+    elif code == 10:
+        for n in range(a.shape[0]):
+            a[n] = a[n] * _HALF * (_ONE + np.float32(math.erf(a[n] * _ROOT_HALF)))
+    elif code == 11:
+        for n in range(a.shape[0]):
+            inner = _GELU[0] * (a[n] + _GELU[1] * a[n] * a[n] * a[n])
+            a[n] = a[n] * _HALF * (_ONE + _tanh(inner))
+    elif code == 12:
+        for n in range(a.shape[0]):
+            a[n] = a[n] * _sigmoid(a[n])

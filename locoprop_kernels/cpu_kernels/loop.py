@@ -21,7 +21,7 @@ def _difference(e, f0, bias, first, a0, places, count, transfer, p0, p1, scale):
     """``E = scale · (f(A0 + P) - f(A0))`` in place of ``P``; zero in rows that do not count.
 
     Args:
-        e: ``P`` ``[n, r]``.
+        e: ``P`` ``[r, n]``.
         f0: memory for as much.
         bias: ``δ`` of these outputs ``[n]``.
         first: the number of the first output.
@@ -30,18 +30,21 @@ def _difference(e, f0, bias, first, a0, places, count, transfer, p0, p1, scale):
         transfer: the function's code; ``p0`` and ``p1`` are its parameters.
         scale: see above.
     """
-    outputs, rows = e.shape
-    for r in range(rows):
+    outputs = e.shape[1]
+    for r in range(count):
         place = places[r] + first
-        row = a0[place : place + outputs]
-        for i in range(outputs):
-            f0[i, r] = row[i]
-            e[i, r] += row[i] + bias[i]
-    apply(transfer, f0, p0, p1)
-    apply(transfer, e, p0, p1)
-    for i in range(outputs):
-        for r in range(rows):
-            e[i, r] = scale * (e[i, r] - f0[i, r]) if r < count else _ZERO
+        row, own, old = a0[place : place + outputs], e[r], f0[r]
+        for n in range(outputs):
+            value = row[n]
+            old[n] = value
+            own[n] += value + bias[n]
+    e[count:] = _ZERO
+    apply(transfer, f0[:count], p0, p1)
+    apply(transfer, e[:count], p0, p1)
+    for r in range(count):
+        own, old = e[r], f0[r]
+        for n in range(outputs):
+            own[n] = scale * (own[n] - old[n])
 
 
 @jit
@@ -54,23 +57,37 @@ def _total(values):
 
 
 @jit
-def _update_weight(weight, first, last, e, x, rows, step, rule, prox, g):
-    """The local step ``step`` of the weights of some outputs; ``e`` and ``rows`` are empty in the first one."""
-    grad, _, delta, _, (squares, buffer), factors, scale = weight
+def _update_weight(weight, first, d, e, x, rows, step, rule, prox, g):
+    """The local step ``step`` of the weights of some outputs.
+
+    Args:
+        weight: see :func:`local_steps`.
+        first: the first of these outputs.
+        d: their increments ``[n, P]``, ``P`` columns of which the last are zero.
+        e: activation differences ``[r, n]``; not read in the first local step.
+        x: memory of the inputs.
+        rows: where each row begins in it ``[r]``.
+        step: the number of the local step.
+        rule: see :func:`local_steps`.
+        prox: likewise.
+        g: memory for gradients, with zeros in the last columns.
+    """
+    grad, _, _, _, (squares, buffer), factors, scale = weight
     code, hyper = rule
-    for i in range(first, last, OUTPUTS):
-        some = min(OUTPUTS, last - i)
-        for j in range(some):
-            gradient, own, target = grad[i + j], delta[i + j], g[i - first + j]
-            for k in range(target.shape[0]):
+    inputs = grad.shape[1]
+    for n in range(0, d.shape[0], OUTPUTS):
+        some = g[n : min(n + OUTPUTS, d.shape[0])]
+        for i in range(some.shape[0]):
+            gradient, own, target = grad[first + n + i], d[n + i], some[i]
+            for k in range(inputs):
                 target[k] = scale * gradient[k] + prox * own[k]
         if step > 0:
-            add_gradient(g[i - first : i - first + some], e[i - first : i - first + some], x, rows)
-        for j in range(some):
-            own = g[i - first + j]
-            s = squares[i + j] if squares.shape[0] else own
-            b = buffer[i + j] if buffer.shape[0] else own
-            update(code, delta[i + j], own, s, b, factors[step], hyper)
+            add_gradient(some, e, n, x, rows)
+        for i in range(some.shape[0]):
+            o, target = first + n + i, some[i, :inputs]
+            s = squares[o] if squares.shape[0] else target
+            b = buffer[o] if buffer.shape[0] else target
+            update(code, d[n + i, :inputs], target, s, b, factors[step], hyper)
 
 
 @jit
@@ -78,13 +95,14 @@ def _update_bias(bias, first, last, e, step, rule, prox, g):
     """The same of the biases."""
     grad, _, delta, _, (squares, buffer), factors, scale = bias
     code, hyper = rule
-    g = g[: last - first]
-    for i in range(first, last):
-        total = scale * grad[i] + prox * delta[i]
-        if step > 0:
-            for r in range(e.shape[1]):
-                total += e[i - first, r]
-        g[i - first] = total
+    g, gradient, own = g[: last - first], grad[first:last], delta[first:last]
+    for n in range(g.shape[0]):
+        g[n] = scale * gradient[n] + prox * own[n]
+    if step > 0:
+        for r in range(e.shape[0]):
+            row = e[r]
+            for n in range(g.shape[0]):
+                g[n] += row[n]
     s = squares[first:last] if squares.shape[0] else g
     b = buffer[first:last] if buffer.shape[0] else g
     update(code, delta[first:last], g, s, b, factors[step], hyper)
@@ -98,7 +116,8 @@ def local_steps(first, last, rows, weight, bias, rule, transfer, prox):
         first: the first output.
         last: the one behind the last.
         rows: memory of the inputs, and of the pre-activations; where the rows of each local step but the first begin
-            in them, each ``[T - 1, r]``; how many of these count ``[T - 1]``; the scale of activation differences.
+            in them, each ``[T - 1, r]``; how many of these count ``[T - 1]``; how long a row of inputs is, with zeros
+            behind the ``K`` inputs; the scale of activation differences.
         weight: gradient, parameter, increment, pairs of old and of new slots, each ``[N, K]`` (``[0, 0]`` for a slot
             that the rule does not have); the factors of its local steps ``[T, 2]``; the scale of the gradient.
         bias: the same of the bias, each ``[N]``; a gradient ``[0]`` says that it is not trained.
@@ -109,36 +128,40 @@ def local_steps(first, last, rows, weight, bias, rule, transfer, prox):
     Returns:
         a number that is no less than the absolute value of any that a commit would write; NaN if one of them is.
     """
-    x, a0, places_x, places_a0, counts, scale = rows
+    x, a0, places_x, places_a0, counts, padded, scale = rows
     code, p0, p1 = transfer
     _, parameter, delta, old, new, factors, _ = weight
     grad_b, parameter_b, delta_b, old_b, new_b, _, _ = bias
-    trains_bias = grad_b.shape[0] > 0
+    trains_bias, inputs, width = grad_b.shape[0] > 0, delta.shape[1], places_x.shape[1]
     block = last - first if code == SOFTMAX else min(BLOCK, last - first)
-    memory = np.empty((2, block, places_x.shape[1]), np.float32)
-    g, gb = np.empty((block, delta.shape[1]), np.float32), np.empty(block, np.float32)
+    memory = np.empty((2, width * block), np.float32)
+    d, g = np.zeros((block, padded), np.float32), np.zeros((block, padded), np.float32)
+    gb = np.empty(block, np.float32)
     total = _ZERO
     for n in range(first, last, block):
         m = min(n + block, last)
-        e, f0 = memory[0, : m - n], memory[1, : m - n]
+        e, f0 = memory[0, : width * (m - n)].reshape(width, m - n), memory[1, : width * (m - n)].reshape(width, m - n)
+        own = d[: m - n]
+        own[:] = _ZERO
+        delta_b[n:m] = _ZERO
         for slot in range(2):
             if new[slot].shape[0]:
                 new[slot][n:m] = old[slot][n:m]
             if trains_bias and new_b[slot].shape[0]:
                 new_b[slot][n:m] = old_b[slot][n:m]
-        delta[n:m] = _ZERO
-        delta_b[n:m] = _ZERO
         for t in range(factors.shape[0]):
-            own = places_x[max(t - 1, 0)]
+            places = places_x[max(t - 1, 0)]
             if t > 0:
-                preactivations(delta[n:m], x, own, e)
+                preactivations(own, x, places, e)
                 _difference(e, f0, delta_b[n:m], n, a0, places_a0[t - 1], counts[t - 1], code, p0, p1, scale)
-            _update_weight(weight, n, m, e, x, own, t, rule, prox, g)
+            _update_weight(weight, n, own, e, x, places, t, rule, prox, g)
             if trains_bias:
                 _update_bias(bias, n, m, e, t, rule, prox, gb)
         for i in range(n, m):
-            for k in range(delta.shape[1]):
-                total += abs(parameter[i, k] + delta[i, k])
+            found, written, before = own[i - n], delta[i], parameter[i]
+            for k in range(inputs):
+                written[k] = found[k]
+                total += abs(before[k] + found[k])
             for slot in range(2):
                 if new[slot].shape[0]:
                     total += _total(new[slot][i])

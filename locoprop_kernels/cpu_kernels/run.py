@@ -28,6 +28,10 @@ __all__ = ["increments"]
 
 # Outputs that a thread takes at a time: few enough that all threads have work to the end.
 _TASK = 2 * BLOCK
+# Numbers of a vector register: where rows are no multiple of it, what is left over takes as long as many whole ones.
+_VECTOR = 16
+# Rows of this length, or a multiple of it, share few places of a cache.
+_CONFLICT = 512
 _NO_MATRIX, _NO_VECTOR = np.empty((0, 0), np.float32), np.empty(0, np.float32)
 
 
@@ -45,11 +49,11 @@ class _Work:
         self.increment = Increment({}, {})
         weight, bias = (self._parameter(kind, problem, old, settings, family, scale) for kind in ("weight", "bias"))
         order = settings.set_order(sets)[: settings.iterations - 1]
-        x, places_x, counts = _located(problem.x, sets, order)
-        a0, places_a0, _ = _located(problem.preactivation, sets, order)
+        x, places_x, counts, length = _located(problem.x, sets, order, _VECTOR)
+        a0, places_a0, _, _ = _located(problem.preactivation, sets, order)
         parameters = (*problem.transfer.parameters, 0.0, 0.0)[:2]
         self.arguments = (
-            (x, a0, places_x, places_a0, counts, np.float32(scale * sets)),
+            (x, a0, places_x, places_a0, counts, length, np.float32(scale * sets)),
             weight,
             bias,
             (family.code, family.hyper),
@@ -126,24 +130,39 @@ def _array(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def _located(
-    rows: Tensor | Rows, sets: int, order: tuple[int, ...]
-) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-    """Memory that has the rows of some sets, where they begin in it, and how many of them count."""
+    rows: Tensor | Rows, sets: int, order: tuple[int, ...], multiple: int = 1
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], int]:
+    """Rows of some sets, in place where that will do.
+
+    Args:
+        rows: all rows, or those that were chosen.
+        sets: into how many sets they fall.
+        order: the set of each local step.
+        multiple: what a row's length is to be a multiple of; zeros are put behind it otherwise.
+
+    Returns:
+        their memory, where each row of each local step begins in it ``[T - 1, r]``, how many count, and how long a row
+        is.
+    """
+    batch, columns = rows.shape
     numbers = None
     if not isinstance(rows, Tensor):
         numbers = tuple(dict.fromkeys(order))
-        batch = rows.shape[-2]
-        parts = [rows.every(number, sets) for number in numbers]
-        rows = _one_behind_the_other(parts)
-    else:
-        batch = rows.shape[0]
-    rows = rows.detach().to(torch.float32)
-    if rows.stride(1) != 1 and rows.shape[1] > 1:
-        rows = rows.contiguous()
+        rows = _one_behind_the_other([rows.every(number, sets) for number in numbers])
+    rows = rows.detach()
     places, counts = _places(batch, sets, order, numbers)
+    length = -(-columns // multiple) * multiple
+    if length % _CONFLICT == 0 and multiple > 1:
+        length += multiple
+    if length != columns:
+        longer = torch.zeros(len(rows), length, dtype=torch.float32)
+        longer[:, :columns] = rows
+        rows = longer
+    elif rows.dtype is not torch.float32 or rows.stride(1) != 1:
+        rows = rows.to(torch.float32).contiguous()
     stride = rows.stride(0)
-    memory = rows.as_strided(((rows.shape[0] - 1) * stride + rows.shape[1],), (1,)).numpy()
-    return memory, places * stride, counts
+    memory = rows.as_strided(((len(rows) - 1) * stride + length,), (1,)).numpy()
+    return memory, places * stride, counts, length
 
 
 # All layers of a step with a batch of one size ask for the same.
