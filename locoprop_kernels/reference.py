@@ -35,6 +35,7 @@ from locoprop_kernels.transfers import Transfer
 __all__ = ["Solved", "decide", "local_loop", "solve"]
 
 _LARGE_GROUP = 2**22  # multiply-accumulates of a group's product, from which on groups are solved one by one on CPUs
+_COMPILED_ROWS = 512  # up to which kernels for CPUs are faster than torch's products: 1.0 to 2.3 times, fewer rows more
 _CACHED_BYTES = 4 * 2**20  # of E at a time on CPUs: among 1 to 16 MiB the best, or close to it, at all measured shapes
 
 
@@ -139,11 +140,12 @@ def decide(problem: LocalProblem, settings: Settings, compiled: bool = False) ->
     """
     assert isinstance(problem.transfer, Transfer)
     identity = problem.transfer.name == "identity" and problem.grad_weight is not None
-    if settings.sets(problem) > 1:  # few rows are cheaper than XᵀX of all
-        driver = "numba" if compiled and cpu_kernels.can_run(problem, settings) else "product"
-        return Decision("product", driver, rows=settings.rows)
-    form = "gram" if identity and gram_is_cheaper(problem.shape, settings.iterations) else "product"
-    return Decision(form, form)
+    few = settings.sets(problem) > 1
+    # Few rows are cheaper than XᵀX of all.
+    if not few and identity and gram_is_cheaper(problem.shape, settings.iterations):
+        return Decision("gram", "gram")
+    by_kernels = compiled and (few or problem.shape[0] <= _COMPILED_ROWS) and cpu_kernels.can_run(problem, settings)
+    return Decision("product", "numba" if by_kernels else "product", rows=settings.rows if few else None)
 
 
 def local_loop(
@@ -260,7 +262,8 @@ class Solved:
         if copied[0]:
             torch._foreach_copy_(*copied)
         for index, increment in enumerate(self.increments):
-            if index not in self._lent and self.decisions[index].rows is not None:
+            kept = self.decisions[index].rows is not None or self.decisions[index].driver == "numba"
+            if kept and index not in self._lent:
                 give_back(*increment.memory)
 
 

@@ -49,7 +49,8 @@ def can_run(problem: LocalProblem, settings: Settings) -> bool:
 
     assert isinstance(problem.transfer, Transfer)
     return (
-        problem.weight.dtype is torch.float32
+        settings.iterations > 1
+        and problem.weight.dtype is torch.float32
         and problem.weight.is_cpu
         and problem.weight.dim() == 2
         and problem.grad_weight is not None

@@ -13,12 +13,12 @@ import numpy as np
 from locoprop_kernels.constants import SELU_ALPHA, SELU_SCALE
 from locoprop_kernels.cpu_kernels.jit import jit
 
-__all__ = ["CODES", "SOFTMAX", "apply"]
+__all__ = ["CODES", "IDENTITY", "SOFTMAX", "differences"]
 
-SOFTMAX = 13
+IDENTITY, SOFTMAX = 0, 13
 #: The number that kernels know a transfer function by.
 CODES = {
-    "identity": 0,
+    "identity": IDENTITY,
     "tanh": 1,
     "sigmoid": 2,
     "relu": 3,
@@ -43,11 +43,17 @@ _LEAST, _MOST = np.float32(-87.3), np.float32(88.7)
 # relative errors of 3e-9 and 7e-9.
 _EXP = tuple(np.float32(c) for c in (0.499999934, 0.166665201, 0.0416683942, 0.00836878057, 0.00138144671))
 _TANH = tuple(np.float32(c) for c in (-0.333332598, 0.133308302, -0.053688010, 0.0204693812, -0.00551512210))
-_SMALL = np.float32(0.65)
+_NEAR, _SMALL = np.float32(0.34), np.float32(0.65)
 _ROOT_HALF = np.float32(math.sqrt(0.5))
 _GELU = np.float32(math.sqrt(2 / math.pi)), np.float32(0.044715)
 _SELU = np.float32(SELU_SCALE), np.float32(SELU_ALPHA)
 _BIAS, _MANTISSA = np.int32(127), np.int32(23)
+
+
+@jit
+def _near_one(x):
+    """``exp(x) - 1`` for ``|x| <= log(2) / 2``."""
+    return x + x * x * ((((_EXP[4] * x + _EXP[3]) * x + _EXP[2]) * x + _EXP[1]) * x + _EXP[0])
 
 
 @jit
@@ -56,16 +62,20 @@ def _exp(x):
     clamped = min(max(x, _LEAST), _MOST)
     whole = np.rint(clamped * _LOG2_E)
     rest = (clamped - whole * _LOG_2[0]) - whole * _LOG_2[1]
-    series = ((((_EXP[4] * rest + _EXP[3]) * rest + _EXP[2]) * rest + _EXP[1]) * rest + _EXP[0]) * rest * rest
     half = np.int32(whole) >> np.int32(1)
     low = np.int32((half + _BIAS) << _MANTISSA).view(np.float32)
     high = np.int32((np.int32(whole) - half + _BIAS) << _MANTISSA).view(np.float32)
-    value = ((series + rest) + _ONE) * low * high
+    value = (_near_one(rest) + _ONE) * low * high
     if x < _LEAST:
         value = _ZERO
     if x > _MOST:
         value = np.float32(np.inf)
     return value if x == x else x
+
+
+@jit
+def _expm1(x):
+    return _near_one(x) if abs(x) <= _NEAR else _exp(x) - _ONE
 
 
 @jit
@@ -85,56 +95,98 @@ def _sigmoid(x):
 
 @jit
 def _softmax(a):
-    """Over the outputs, in each row."""
-    for r in range(a.shape[0]):
-        row = a[r]
-        most = row.max()
-        total = _ZERO
-        for n in range(row.shape[0]):
-            row[n] = _exp(row[n] - most)
-            total += row[n]
-        for n in range(row.shape[0]):
-            row[n] /= total
+    most = a.max()
+    total = _ZERO
+    for n in range(a.shape[0]):
+        a[n] = _exp(a[n] - most)
+        total += a[n]
+    for n in range(a.shape[0]):
+        a[n] /= total
 
 
 @jit
-def apply(code, a, p0, p1):
-    """``f(a)`` in place of ``a``.
+def _softmax_difference(p, a):
+    """``softmax(a + p) - softmax(a)`` of one row, in place of ``p``."""
+    largest = _ZERO
+    for n in range(p.shape[0]):
+        largest += abs(p[n])
+    if largest <= _ONE:
+        # With s = softmax(a) and u = exp(p) - 1 it is s (u - Σ s u) / (1 + Σ s u).
+        _softmax(a)
+        total = _ZERO
+        for n in range(p.shape[0]):
+            p[n] = _expm1(p[n])
+            total += a[n] * p[n]
+        for n in range(p.shape[0]):
+            p[n] = a[n] * (p[n] - total) / (_ONE + total)
+    else:
+        for n in range(p.shape[0]):
+            p[n] += a[n]
+        _softmax(p)
+        _softmax(a)
+        for n in range(p.shape[0]):
+            p[n] -= a[n]
+
+
+@jit
+def differences(code, p, a, outputs, p0, p1):
+    """``f(a + p) - f(a)`` in place of ``p``; ``a`` is lost.
+
+    In increment form ``p`` is small beside ``a``, and so is the difference beside the two values: where there is a
+    formula that takes no difference of rounded values, its error is a hundredth. For tanh it is the addition theorem,
+    ``tanh(a + p) - tanh(a) = tanh(p) (1 - tanh(a) tanh(a + p))``; the sigmoid function is ``(1 + tanh(a / 2)) / 2``.
 
     Args:
         code: of the function, see :data:`CODES`; ``p0`` and ``p1`` are its parameters.
-        a: pre-activations of some rows and outputs ``[r, n]``.
+        p: changes of the pre-activations of some rows and outputs ``[r, n]``, contiguous.
+        a: the pre-activations, likewise.
+        outputs: how many of the outputs count.
     """
     if code == SOFTMAX:
-        _softmax(a)
+        for r in range(p.shape[0]):
+            _softmax_difference(p[r, :outputs], a[r, :outputs])
+    elif code != IDENTITY:
+        _elementwise_differences(code, p.reshape(-1), a.reshape(-1), p0, p1)
+
+
+@jit
+def _elementwise_differences(code, p, a, p0, p1):
+    """The same of numbers ``[n]``, none of which depends on another."""
+    if code == 1:
+        for n in range(p.shape[0]):
+            p[n] = _tanh(p[n]) * (_ONE - _tanh(a[n]) * _tanh(a[n] + p[n]))
+    elif code == 2:
+        for n in range(p.shape[0]):
+            before, after = _sigmoid(a[n]), _sigmoid(a[n] + p[n])
+            p[n] = _tanh(_HALF * p[n]) * (before * (_ONE - after) + after * (_ONE - before))
+    elif code == 3 or code == 4:
+        slope = p0 if code == 4 else _ZERO
+        for n in range(p.shape[0]):
+            before, after = a[n], a[n] + p[n]
+            across = (after if after > _ZERO else slope * after) - (before if before > _ZERO else slope * before)
+            inside = p[n] if before > _ZERO else slope * p[n]
+            p[n] = inside if (before > _ZERO) == (after > _ZERO) else across
     else:
-        _elementwise(code, a.reshape(-1), p0, p1)
+        for n in range(p.shape[0]):
+            p[n] += a[n]
+        _elementwise(code, p, p0, p1)
+        _elementwise(code, a, p0, p1)
+        for n in range(p.shape[0]):
+            p[n] -= a[n]
 
 
 @jit
 def _elementwise(code, a, p0, p1):
-    """The same of numbers ``[n]``, none of which depends on another."""
-    if code == 1:
-        for n in range(a.shape[0]):
-            a[n] = _tanh(a[n])
-    elif code == 2:
-        for n in range(a.shape[0]):
-            a[n] = _sigmoid(a[n])
-    elif code == 3:
-        for n in range(a.shape[0]):
-            a[n] = a[n] if not a[n] < _ZERO else _ZERO
-    elif code == 4:
-        for n in range(a.shape[0]):
-            a[n] = a[n] if not a[n] < _ZERO else p0 * a[n]
-    elif code == 5:
+    """``f(a)`` in place of ``a`` ``[n]``, of a function that has no formula of its own for differences."""
+    if code == 5:
         for n in range(a.shape[0]):
             a[n] = a[n] * a[n] if not a[n] < _ZERO else _ZERO
     elif code == 6:
         for n in range(a.shape[0]):
-            a[n] = a[n] if not a[n] < _ZERO else p0 * np.float32(math.expm1(a[n]))
+            a[n] = a[n] if not a[n] < _ZERO else p0 * _expm1(a[n])
     elif code == 7:
         for n in range(a.shape[0]):
-            negative = _SELU[1] * np.float32(math.expm1(min(a[n], _ZERO)))
+            negative = _SELU[1] * _expm1(min(a[n], _ZERO))
             a[n] = _SELU[0] * (a[n] if not a[n] < _ZERO else negative)
     elif code == 8:
         for n in range(a.shape[0]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from locoprop_kernels.cpu_kernels.functions import SOFTMAX, apply
+from locoprop_kernels.cpu_kernels.functions import SOFTMAX, differences
 from locoprop_kernels.cpu_kernels.jit import jit
 from locoprop_kernels.cpu_kernels.tiles import OUTPUTS, add_gradient, preactivations
 from locoprop_kernels.cpu_kernels.updates import update
@@ -17,12 +17,12 @@ _ZERO = np.float32(0.0)
 
 
 @jit
-def _difference(e, f0, bias, first, a0, places, count, transfer, p0, p1, scale):
-    """``E = scale · (f(A0 + P) - f(A0))`` in place of ``P``; zero in rows that do not count.
+def _difference(e, a, bias, first, a0, places, count, transfer, p0, p1, scale):
+    """``E = scale · (f(A0 + P + δ) - f(A0))`` in place of ``P``; zero in rows that do not count.
 
     Args:
-        e: ``P`` ``[r, n]``.
-        f0: memory for as much.
+        e: ``P`` ``[r, n]``, of which the outputs that ``bias`` has count.
+        a: memory for as much.
         bias: ``δ`` of these outputs ``[n]``.
         first: the number of the first output.
         a0: memory of the pre-activations; ``places`` says where the rows begin in it ``[r]``.
@@ -30,21 +30,15 @@ def _difference(e, f0, bias, first, a0, places, count, transfer, p0, p1, scale):
         transfer: the function's code; ``p0`` and ``p1`` are its parameters.
         scale: see above.
     """
-    outputs = e.shape[1]
+    outputs = bias.shape[0]
     for r in range(count):
-        place = places[r] + first
-        row, own, old = a0[place : place + outputs], e[r], f0[r]
+        row, own, old = a0[places[r] + first : places[r] + first + outputs], e[r], a[r]
         for n in range(outputs):
-            value = row[n]
-            old[n] = value
-            own[n] += value + bias[n]
+            old[n] = row[n]
+            own[n] += bias[n]
+    differences(transfer, e[:count], a[:count], outputs, p0, p1)
+    e[:count] *= scale
     e[count:] = _ZERO
-    apply(transfer, f0[:count], p0, p1)
-    apply(transfer, e[:count], p0, p1)
-    for r in range(count):
-        own, old = e[r], f0[r]
-        for n in range(outputs):
-            own[n] = scale * (own[n] - old[n])
 
 
 @jit
@@ -57,37 +51,37 @@ def _total(values):
 
 
 @jit
-def _update_weight(weight, first, d, e, x, rows, step, rule, prox, g):
+def _update_weight(weight, first, outputs, d, e, x, rows, step, rule, prox, g):
     """The local step ``step`` of the weights of some outputs.
 
     Args:
         weight: see :func:`local_steps`.
         first: the first of these outputs.
-        d: their increments ``[n, P]``, ``P`` columns of which the last are zero.
+        outputs: how many there are.
+        d: their increments ``[n, P]``; zero beyond ``K`` inputs, and beyond the outputs that count.
         e: activation differences ``[r, n]``; not read in the first local step.
         x: memory of the inputs.
         rows: where each row begins in it ``[r]``.
         step: the number of the local step.
         rule: see :func:`local_steps`.
         prox: likewise.
-        g: memory for gradients, with zeros in the last columns.
+        g: memory for gradients ``[n, P]``, zero beyond ``K``.
     """
     grad, _, _, _, (squares, buffer), factors, scale = weight
     code, hyper = rule
     inputs = grad.shape[1]
-    for n in range(0, d.shape[0], OUTPUTS):
-        some = g[n : min(n + OUTPUTS, d.shape[0])]
-        for i in range(some.shape[0]):
-            gradient, own, target = grad[first + n + i], d[n + i], some[i]
+    for n in range(0, outputs, OUTPUTS):
+        for i in range(n, min(n + OUTPUTS, outputs)):
+            gradient, own, target = grad[first + i], d[i], g[i]
             for k in range(inputs):
                 target[k] = scale * gradient[k] + prox * own[k]
         if step > 0:
-            add_gradient(some, e, n, x, rows)
-        for i in range(some.shape[0]):
-            o, target = first + n + i, some[i, :inputs]
-            s = squares[o] if squares.shape[0] else target
-            b = buffer[o] if buffer.shape[0] else target
-            update(code, d[n + i, :inputs], target, s, b, factors[step], hyper)
+            add_gradient(g[n : n + OUTPUTS], e, n, x, rows)
+        for i in range(n, min(n + OUTPUTS, outputs)):
+            target = g[i, :inputs]
+            s = squares[first + i] if squares.shape[0] else target
+            b = buffer[first + i] if buffer.shape[0] else target
+            update(code, d[i, :inputs], target, s, b, factors[step], hyper)
 
 
 @jit
@@ -133,16 +127,15 @@ def local_steps(first, last, rows, weight, bias, rule, transfer, prox):
     _, parameter, delta, old, new, factors, _ = weight
     grad_b, parameter_b, delta_b, old_b, new_b, _, _ = bias
     trains_bias, inputs, width = grad_b.shape[0] > 0, delta.shape[1], places_x.shape[1]
-    block = last - first if code == SOFTMAX else min(BLOCK, last - first)
-    memory = np.empty((2, width * block), np.float32)
+    outputs = last - first if code == SOFTMAX else min(BLOCK, last - first)
+    block = -(-outputs // OUTPUTS) * OUTPUTS
+    e, a = np.empty((width, block), np.float32), np.zeros((width, block), np.float32)
     d, g = np.zeros((block, padded), np.float32), np.zeros((block, padded), np.float32)
-    gb = np.empty(block, np.float32)
+    gb = np.empty(outputs, np.float32)
     total = _ZERO
-    for n in range(first, last, block):
-        m = min(n + block, last)
-        e, f0 = memory[0, : width * (m - n)].reshape(width, m - n), memory[1, : width * (m - n)].reshape(width, m - n)
-        own = d[: m - n]
-        own[:] = _ZERO
+    for n in range(first, last, outputs):
+        m = min(n + outputs, last)
+        d[:] = _ZERO
         delta_b[n:m] = _ZERO
         for slot in range(2):
             if new[slot].shape[0]:
@@ -152,13 +145,14 @@ def local_steps(first, last, rows, weight, bias, rule, transfer, prox):
         for t in range(factors.shape[0]):
             places = places_x[max(t - 1, 0)]
             if t > 0:
-                preactivations(own, x, places, e)
-                _difference(e, f0, delta_b[n:m], n, a0, places_a0[t - 1], counts[t - 1], code, p0, p1, scale)
-            _update_weight(weight, n, own, e, x, places, t, rule, prox, g)
+                for i in range(0, m - n, OUTPUTS):
+                    preactivations(d[i : i + OUTPUTS], x, places, e, i)
+                _difference(e, a, delta_b[n:m], n, a0, places_a0[t - 1], counts[t - 1], code, p0, p1, scale)
+            _update_weight(weight, n, m - n, d, e, x, places, t, rule, prox, g)
             if trains_bias:
                 _update_bias(bias, n, m, e, t, rule, prox, gb)
         for i in range(n, m):
-            found, written, before = own[i - n], delta[i], parameter[i]
+            found, written, before = d[i - n], delta[i], parameter[i]
             for k in range(inputs):
                 written[k] = found[k]
                 total += abs(before[k] + found[k])

@@ -1,7 +1,8 @@
 """The two products of a local step for some outputs, with rows of the batch where they lie.
 
 Rows are given by where they begin in memory, so nothing is gathered. A tile is of three outputs and four rows: as many
-as vector registers hold sums or factors of, and the widest that ran at the speed of a library's products.
+as vector registers hold sums or factors of, and the widest that ran at the speed of a library's products. There is no
+other: outputs that are not a multiple of three are filled up, so no output's sums depend on which others there are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from locoprop_kernels.cpu_kernels.jit import jit
 
 __all__ = ["OUTPUTS", "ROWS", "add_gradient", "preactivations"]
 
-#: Outputs of a tile; others come one by one.
+#: Outputs of a tile.
 OUTPUTS = 3
 #: Rows of a tile; there is always a multiple of them.
 ROWS = 4
@@ -20,8 +21,16 @@ _ZERO = np.float32(0.0)
 
 
 @jit
-def _dot_3(d, x, rows, out, n):
-    """``out[:, n : n + 3] = X dᵀ`` for three outputs."""
+def preactivations(d, x, rows, out, n):
+    """``out[:, n : n + 3] = X dᵀ`` for the three outputs of a tile.
+
+    Args:
+        d: their increments ``[3, P]``.
+        x: memory of the inputs.
+        rows: where each row begins in it ``[r]``, a multiple of :data:`ROWS`.
+        out: ``[r, n']``.
+        n: the column of the first output in it.
+    """
     size = d.shape[1]
     d0, d1, d2 = d[0], d[1], d[2]
     for r in range(0, rows.shape[0], ROWS):
@@ -48,24 +57,16 @@ def _dot_3(d, x, rows, out, n):
 
 
 @jit
-def _dot_1(d, x, rows, out, n):
-    """``out[:, n] = X d`` for one output."""
-    size = d.shape[0]
-    for r in range(0, rows.shape[0], ROWS):
-        r0, r1, r2, r3 = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
-        x0, x1, x2, x3 = x[r0 : r0 + size], x[r1 : r1 + size], x[r2 : r2 + size], x[r3 : r3 + size]
-        a0 = a1 = a2 = a3 = _ZERO
-        for k in range(size):
-            a0 += d[k] * x0[k]
-            a1 += d[k] * x1[k]
-            a2 += d[k] * x2[k]
-            a3 += d[k] * x3[k]
-        out[r, n], out[r + 1, n], out[r + 2, n], out[r + 3, n] = a0, a1, a2, a3
+def add_gradient(g, e, n, x, rows):
+    """``g += e[:, n : n + 3]ᵀ X`` for the three outputs of a tile.
 
-
-@jit
-def _add_3(g, e, n, x, rows):
-    """``g += e[:, n : n + 3]ᵀ X`` for three outputs."""
+    Args:
+        g: their gradients ``[3, P]``.
+        e: activation differences ``[r, n']``.
+        n: the column of the first output in them.
+        x: memory of the inputs.
+        rows: where each row begins in it ``[r]``, a multiple of :data:`ROWS`.
+    """
     size = g.shape[1]
     g0, g1, g2 = g[0], g[1], g[2]
     for r in range(0, rows.shape[0], ROWS):
@@ -81,51 +82,3 @@ def _add_3(g, e, n, x, rows):
             g0[k] += a0 * y0 + a1 * y1 + a2 * y2 + a3 * y3
             g1[k] += b0 * y0 + b1 * y1 + b2 * y2 + b3 * y3
             g2[k] += c0 * y0 + c1 * y1 + c2 * y2 + c3 * y3
-
-
-@jit
-def _add_1(g, e, n, x, rows):
-    """``g += e[:, n]ᵀ X`` for one output."""
-    size = g.shape[0]
-    for r in range(0, rows.shape[0], ROWS):
-        r0, r1, r2, r3 = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
-        x0, x1, x2, x3 = x[r0 : r0 + size], x[r1 : r1 + size], x[r2 : r2 + size], x[r3 : r3 + size]
-        a0, a1, a2, a3 = e[r, n], e[r + 1, n], e[r + 2, n], e[r + 3, n]
-        for k in range(size):
-            g[k] += a0 * x0[k] + a1 * x1[k] + a2 * x2[k] + a3 * x3[k]
-
-
-@jit
-def preactivations(delta, x, rows, out):
-    """``out = X Δᵀ``.
-
-    Args:
-        delta: ``Δ`` of some outputs ``[n, K]``.
-        x: memory of the inputs.
-        rows: where each row begins in it ``[r]``, a multiple of :data:`ROWS`.
-        out: ``[r, n]``.
-    """
-    outputs = delta.shape[0]
-    tiled = outputs - outputs % OUTPUTS
-    for n in range(0, tiled, OUTPUTS):
-        _dot_3(delta[n : n + OUTPUTS], x, rows, out, n)
-    for n in range(tiled, outputs):
-        _dot_1(delta[n], x, rows, out, n)
-
-
-@jit
-def add_gradient(g, e, n, x, rows):
-    """``g += Eᵀ X``, of no more outputs than a tile has.
-
-    Args:
-        g: of some outputs ``[some, K]``.
-        e: activation differences ``[r, n]``.
-        n: the first of these outputs in it.
-        x: memory of the inputs.
-        rows: where each row begins in it ``[r]``, a multiple of :data:`ROWS`.
-    """
-    if g.shape[0] == OUTPUTS:
-        _add_3(g, e, n, x, rows)
-    else:
-        for i in range(g.shape[0]):
-            _add_1(g[i], e, n + i, x, rows)
