@@ -8,7 +8,6 @@ not depend on each other the loop can take a block of them at a time, which stay
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from locoprop_kernels import rules
 from locoprop_kernels.form import Form
-from locoprop_kernels.patches import Rows, several
+from locoprop_kernels.patches import Rows, one_after_another, several
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype
 from locoprop_kernels.products import Operand, added_product, rounded
 from locoprop_kernels.sampling import set_size
@@ -193,28 +192,13 @@ def _chosen(rows: Tensor | Rows, sets: int, numbers: tuple[int, ...]) -> Tensor:
     """Sets of rows as they are, one after the other, ``[.., b, K]``."""
     if isinstance(rows, Tensor):
         return several(rows, numbers, sets)
-    parts = [rows.every(number, sets) for number in numbers]
-    found = _side_by_side(parts)
-    return torch.cat(parts, -2) if found is None else found
+    return one_after_another(rows, numbers, sets)
 
 
 def _gathered(rows: Tensor, places: Tensor) -> Tensor:
     """Some of ``rows`` ``[.., b, K]``, in memory that can be given back."""
     found = take([*rows.shape[:-2], len(places), rows.shape[-1]], rows.dtype, rows.device)
     return torch.index_select(rows, -2, places.to(rows.device), out=found)
-
-
-def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
-    """Matrices ``[r_i, K]`` that lie one behind the other in memory, as rows that were kept together do, as one."""
-    first, place, rows = parts[0], parts[0].storage_offset(), 0
-    for part in parts:
-        follows = (
-            part.storage_offset() == place and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        )
-        if part.dim() != 2 or not part.is_contiguous() or not follows:
-            return None
-        place, rows = place + part.numel(), rows + part.shape[0]
-    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
 def blocks_of_outputs(problem: LocalProblem, settings: Settings) -> list[slice]:

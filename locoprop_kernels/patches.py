@@ -18,7 +18,18 @@ from torch import Tensor
 
 from locoprop_kernels.scratch import take
 
-__all__ = ["CHUNK_BYTES", "KEPT_BYTES", "Patches", "Rows", "Stacked", "described", "every", "row_chunks", "several"]
+__all__ = [
+    "CHUNK_BYTES",
+    "KEPT_BYTES",
+    "Patches",
+    "Rows",
+    "Stacked",
+    "described",
+    "every",
+    "one_after_another",
+    "row_chunks",
+    "several",
+]
 
 CHUNK_BYTES = 16 * 2**20
 KEPT_BYTES = 256 * 2**20  # that one layer at a time may hold over its local loop: few layers need more
@@ -114,6 +125,19 @@ def several(x: Tensor | Rows, starts: Sequence[int], step: int) -> Tensor:
         copy = take([*x.shape[:-2], len(places), x.shape[-1]], x.dtype, x.device)
         return torch.index_select(x, -2, places, out=copy)
     return x.several(starts, step)
+
+
+def one_after_another(x: Rows, starts: Sequence[int], step: int) -> Tensor:
+    """:func:`every` for each of ``starts``, one after another; no copy where they lie so, as rows that were kept do."""
+    parts = [x.every(start, step) for start in starts]
+    first, place, rows = parts[0], parts[0].storage_offset(), 0
+    memory = first.untyped_storage().data_ptr()
+    for part in parts:
+        follows = part.storage_offset() == place and part.untyped_storage().data_ptr() == memory
+        if part.dim() != 2 or not part.is_contiguous() or not follows:
+            return torch.cat(parts, -2)
+        place, rows = place + part.numel(), rows + part.shape[0]
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
 # All layers of a forward pass with a batch of one size ask for the same.

@@ -297,8 +297,8 @@ def solve(
     if by_kernels:
         from locoprop_kernels.cpu_kernels.run import increments
 
-        solutions = increments([problems[i] for i in by_kernels], [states[i] for i in by_kernels], settings)
-        found.update((i, (increment, None)) for i, increment in zip(by_kernels, solutions, strict=True))
+        compiled_ones = increments([problems[i] for i in by_kernels], [states[i] for i in by_kernels], settings)
+        found.update((i, (increment, None)) for i, increment in zip(by_kernels, compiled_ones, strict=True))
         _tell(done, by_kernels)
     others = [i for i in range(len(problems)) if i not in found]
     for some in together([problems[i] for i in others], [states[i] for i in others], settings):

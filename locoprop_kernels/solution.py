@@ -63,8 +63,8 @@ class Increment:
         delta: ``{"weight": Δ, "bias": δ}``, without what is frozen; float32 (float64 for float64 parameters).
         state: the rule's state after the loop, in the form of ``LocalProblem.state``.
         memory: what the tensors are views of, where it came from :mod:`locoprop_kernels.scratch`.
-        largest: no number that a commit would write is larger than this; ``None`` where that is not known, NaN where one
-            is NaN.
+        largest: no number that a commit would write is larger than this; ``None`` where that is not known, NaN where
+            there is one.
     """
 
     delta: dict[str, Tensor]

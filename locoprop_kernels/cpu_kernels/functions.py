@@ -165,7 +165,8 @@ def _elementwise_differences(code, p, a, p0, p1):
             before, after = a[n], a[n] + p[n]
             across = (after if after > _ZERO else slope * after) - (before if before > _ZERO else slope * before)
             inside = p[n] if before > _ZERO else slope * p[n]
-            p[n] = inside if (before > _ZERO) == (after > _ZERO) else across
+            value = inside if (before > _ZERO) == (after > _ZERO) else across
+            p[n] = value if after == after else after
     else:
         for n in range(p.shape[0]):
             p[n] += a[n]

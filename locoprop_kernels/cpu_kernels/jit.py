@@ -10,18 +10,18 @@ import numba
 
 from locoprop_kernels import route_cache
 
-__all__ = ["jit"]
+__all__ = ["folder", "jit"]
 
 # Sums may be reordered and products added without rounding between, as in any product of matrices; infinities and NaNs
 # count as what they are, and roots and divisions are rounded as IEEE 754 says.
 _FASTMATH = {"contract", "nsz", "reassoc"}
 
 
-def _folder() -> str | None:
+def folder() -> str | None:
     """Where compiled kernels are kept; ``None`` for nowhere.
 
-    By what all files of this folder say: numba itself looks at the file of a function alone, and would take a kernel
-    that was made of older functions of another file.
+    Its name depends on all files here: numba itself looks at the file of a function alone, and would take a kernel that
+    was made of older functions of another file.
     """
     base = route_cache.folder()
     if base is None:
@@ -31,16 +31,20 @@ def _folder() -> str | None:
     return str(base / f"cpu-kernels-{digest[:16]}")
 
 
-_FOLDER = _folder()
+_FOLDER = folder()
 
 
 def jit(function: Any) -> Any:
     """Compile a function of numbers and arrays at its first call, and keep the result on disk for later processes."""
-    options = {"fastmath": _FASTMATH, "error_model": "numpy", "nogil": True}
-    if _FOLDER is None:
-        return numba.njit(function, **options)
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _FOLDER
+    options: dict[str, Any] = {"fastmath": _FASTMATH, "error_model": "numpy", "nogil": True}
+    config: Any = numba.config
+    before = config.CACHE_DIR
     try:
-        return numba.njit(function, cache=True, **options)
+        if _FOLDER is not None:
+            config.CACHE_DIR = _FOLDER
+            return numba.njit(cache=True, **options)(function)
+    except (OSError, RuntimeError):  # a folder that cannot be written to
+        pass
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
+    return numba.njit(**options)(function)

@@ -1,4 +1,4 @@
-"""All local steps of some outputs of a layer on few rows, in one kernel: increments and state never leave the caches."""
+"""All local steps of some outputs of a layer in one kernel: increments and state stay in the caches."""
 
 from __future__ import annotations
 

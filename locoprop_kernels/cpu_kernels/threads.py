@@ -1,6 +1,6 @@
 """The threads that run kernels: those of torch, where they can be had.
 
-torch's idle threads do not sleep at once, they wait busily for some milliseconds: threads beside them would have to share
+torch's idle threads do not sleep at once, they wait busily for some milliseconds: threads beside them would share
 processors with them, and take about twice as long. So work is given to them, through the function of the OpenMP
 runtime that a compiler calls at ``#pragma omp parallel``. GNU's runtime has it, and LLVM's and Intel's have it too.
 """

@@ -48,7 +48,9 @@ def family_of(rule: rules.Rule) -> Family | None:
     """The family of a rule of the package; ``None`` for rules that the kernels do not have."""
     if type(rule) is rules.SGD:
         of_gradient, of_buffer = (1.0, rule.momentum) if rule.nesterov or not rule.momentum else (0.0, 1.0)
-        return Family(_MOMENTUM, ("", "momentum_buffer" if rule.momentum else ""), rule.momentum, of_gradient, of_buffer)
+        return Family(
+            _MOMENTUM, ("", "momentum_buffer" if rule.momentum else ""), rule.momentum, of_gradient, of_buffer
+        )
     if type(rule) is rules.RMSprop and not rule.centered:
         inside = rule.flavor == "tensorflow"
         eps = (rule.eps, 0.0) if inside else (0.0, rule.eps)
@@ -57,7 +59,8 @@ def family_of(rule: rules.Rule) -> Family | None:
     if type(rule) is rules.Adagrad and rule.flavor == "torch":
         return Family(_SQUARES, ("sum", ""), 1.0, 1.0, 0.0, rule.eps, 0.0, 0.0)
     if type(rule) is rules.Adam:
-        return Family(_ADAM, ("exp_avg_sq", "exp_avg"), *rule.betas, rule.eps)
+        rests = (1 - beta for beta in rule.betas)  # which rounded decays would not give
+        return Family(_ADAM, ("exp_avg_sq", "exp_avg"), rule.betas[1], *rests, rule.eps)
     return None
 
 
@@ -76,10 +79,10 @@ def update(code, delta, grad, squares, buffer, factors, hyper):
     """
     lr, root = factors[0], factors[1]
     if code == _ADAM:
-        beta1, beta2, eps = hyper[0], hyper[1], hyper[2]
+        beta2, rest1, rest2, eps = hyper[0], hyper[1], hyper[2], hyper[3]
         for k in range(delta.shape[0]):
-            mean = buffer[k] + (_ONE - beta1) * (grad[k] - buffer[k])
-            square = beta2 * squares[k] + (_ONE - beta2) * (grad[k] * grad[k])
+            mean = buffer[k] + rest1 * (grad[k] - buffer[k])
+            square = beta2 * squares[k] + rest2 * (grad[k] * grad[k])
             buffer[k] = mean
             squares[k] = square
             delta[k] -= lr * mean / (np.sqrt(square) * root + eps)

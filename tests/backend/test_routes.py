@@ -170,7 +170,7 @@ def test_an_unknown_route_is_refused_by_name(monkeypatch, text):
     weight, x = torch.zeros(2, 3), torch.ones(4, 3)
     problem = LocalProblem(x, torch.ones(4, 2), weight, grad_weight=torch.ones(2, 3), transfer="tanh")
     with pytest.raises(ValueError, match=r"LOCOPROP_CPU_PRODUCTS must name routes .*float32=.*mm.*got '" + text):
-        local_steps_([problem], lr=[0.1, 0.1])
+        local_steps_([problem], lr=[0.1, 0.1], backend="reference")
     assert not weight.any()
     assert not problem.state
 

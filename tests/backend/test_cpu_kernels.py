@@ -1,0 +1,370 @@
+"""The kernels for CPUs that numba compiles, against the reference in float64."""
+
+import itertools
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import locoprop_kernels as lk
+from locoprop_kernels import cpu_kernels, rules, transfers
+from locoprop_kernels.chosen import ChosenRows
+from locoprop_torch import LocoProp
+from tests.problems import RULES, TRANSFERS, copied, problem_for, random_layer, relative_error
+
+pytest.importorskip("numba")
+from locoprop_kernels.cpu_kernels import functions, jit, threads, updates
+
+OPTIONS: dict[str, Any] = {"lr": [0.02, 0.01, 0.005, 0.005], "rows": 8, "rows_seed": 3, "commit": False}
+COMPILED = [rule for rule in RULES if updates.family_of(rule) is not None]
+KNOWN = [transfer for transfer in TRANSFERS if transfer.name in functions.CODES]
+# Differences of these are taken without a difference of rounded values.
+EXACT = ("identity", "tanh", "sigmoid", "relu", "leaky_relu", "softmax")
+
+
+def problem(transfer="tanh", b=23, k=9, n=7, bias=True, seed=0, **options):
+    return problem_for(*random_layer(seed, b, k, n, bias=bias, dtype=torch.float32), transfer, **options)
+
+
+def solved(one, rule="adam", **options):
+    """The report of a call that the kernels solve, and that of the reference in float64."""
+    options = {**OPTIONS, **options}
+    found = lk.local_steps_([one], rule, **options)
+    assert [entry.driver for entry in found.problems] == ["numba"]
+    state = {kind: {s: v.double() if v.dim() else v for s, v in slots.items()} for kind, slots in one.state.items()}
+    return found, lk.local_steps_(
+        [copied(one, torch.float64, state=state)], rule, **{**options, "backend": "reference"}
+    )
+
+
+def errors(reports):
+    """Of increments and new state, relative to the change of each."""
+    found, expected = (report._solution.increment(0) for report in reports)
+    for kind, delta in expected.delta.items():
+        yield relative_error(found.delta[kind], delta)
+        for slot, value in expected.state[kind].items():
+            if value.dim():
+                yield relative_error(found.state[kind][slot], value)
+            else:
+                assert found.state[kind][slot] == value
+
+
+@pytest.mark.parametrize("rows", [8, None])
+@pytest.mark.parametrize("transfer", KNOWN, ids=str)
+def test_every_transfer_function_is_that_of_the_reference(transfer, rows):
+    limit = 1e-6 if transfer.name in EXACT else 2e-5
+    # All rows of a batch with more inputs than rows: nothing is gained by XᵀX.
+    one = problem(transfer, k=9 if rows else 40, n=26)
+    assert max(errors(solved(one, rules.SGD(), rows=rows))) < limit
+
+
+@pytest.mark.parametrize("rule", COMPILED, ids=str)
+def test_every_rule_is_that_of_the_reference(rule):
+    assert max(errors(solved(problem(), rule, prox=0.3))) < 5e-6
+
+
+@pytest.mark.parametrize("rule", COMPILED, ids=str)
+def test_rules_go_on_with_their_state(rule):
+    one = problem(rate_bias=0.5)
+    for seed in range(2):
+        assert lk.local_steps_([one], rule, **{**OPTIONS, "commit": True, "rows_seed": seed}).committed
+    assert max(errors(solved(one, rule))) < 1e-5
+
+
+def test_only_rare_rules_and_functions_of_the_package_are_left_to_pytorch():
+    rest = [rule for rule in RULES if rule not in COMPILED]
+    assert all(getattr(rule, "centered", False) or rule == rules.Adagrad(1e-4, 0.1, "tensorflow") for rule in rest)
+    names = {"celu", "softsign", "relu6", "logsigmoid", "arctan", "mish"}
+    assert set(transfers.available()) - set(functions.CODES) >= names
+    assert not set(functions.CODES) - set(transfers.available())
+
+
+@pytest.mark.parametrize(
+    ("b", "k", "n"), [(2, 1, 1), (9, 3, 2), (33, 16, 3), (31, 17, 4), (40, 100, 25), (70, 512, 50), (19, 33, 121)]
+)
+@pytest.mark.parametrize("transfer", ["sigmoid", "softmax"])
+def test_sizes_that_fill_no_block(transfer, b, k, n):
+    for rows, bias in itertools.product((1, 5, None), (True, False)):
+        if transfer == "softmax" and n == 1:
+            continue
+        assert max(errors(solved(problem(transfer, b, k, n, bias), rules.SGD(), rows=rows))) < 1e-5
+
+
+def test_differences_are_more_accurate_than_those_of_rounded_values():
+    # Where gradients are small, so are increments.
+    one = problem("tanh", b=200, k=50, n=40, grad_scale=1e-3)
+    options = {"lr": [0.01] * 9}
+    ours = max(errors(solved(one, "sgd", **options)))
+    exact = lk.local_steps_([copied(one, torch.float64)], "sgd", **{**OPTIONS, **options})
+    torchs = lk.local_steps_([copied(one)], "sgd", **{**OPTIONS, **options, "backend": "reference"})
+    assert 10 * ours < max(errors((torchs, exact)))
+
+
+@pytest.mark.parametrize("transfer", KNOWN, ids=str)
+def test_differences_at_the_ends_of_the_range(transfer):
+    """Saturated, huge, infinite and not a number."""
+    special = np.array([0, 1e-30, 1e-4, 0.3, 0.64, 0.66, 5, 20, 88, 90, 1e4], np.float32)
+    values = np.concatenate([-special[::-1], special])
+    a, p = (grid.astype(np.float32).ravel() for grid in np.meshgrid(values, values))
+    if transfer.name == "squared_relu":  # in which huge numbers overflow
+        a, p = a.clip(-1e3, 1e3), p.clip(-1e3, 1e3)
+    before, after = torch.from_numpy(a.astype(np.float64)), torch.from_numpy((a + p).astype(np.float64))
+    exact = torch.from_numpy(a.astype(np.float64) + p.astype(np.float64))
+    if transfer.name == "softmax":
+        before, after, exact = (value.reshape(-1, 11) for value in (before, after, exact))
+    found = p.reshape(-1, 11).copy()
+    parameters = [np.float32(value) for value in (*transfer.parameters, 0.0, 0.0)[:2]]
+    functions.differences(functions.CODES[transfer.name], found, a.reshape(-1, 11).copy(), 11, *parameters)
+    got = torch.from_numpy(found.astype(np.float64)).reshape(before.shape)
+    # Of which the sum is rounded, or is not.
+    wanted = [transfer(sum_) - transfer(before) for sum_ in (after, exact)]
+    scale = 1 + torch.maximum(transfer(before).abs(), transfer(after).abs())
+    error = torch.minimum((got - wanted[0]).abs(), (got - wanted[1]).abs())
+    assert bool((error <= 1e-6 * scale).all())
+
+
+@pytest.mark.parametrize("transfer", KNOWN, ids=str)
+def test_what_is_not_a_number_stays_that(transfer):
+    a, p = np.full((2, 3), 0.5, np.float32), np.full((2, 3), 0.25, np.float32)
+    a[0, 0] = p[1, 2] = np.nan
+    parameters = [np.float32(value) for value in (*transfer.parameters, 0.0, 0.0)[:2]]
+    functions.differences(functions.CODES[transfer.name], p, a, 3, *parameters)
+    assert np.isnan(p[1, 2])
+    # Where the identity is f, A0 makes no difference.
+    assert np.isnan(p[0, 0]) or transfer.name == "identity"
+
+
+def test_no_output_depends_on_which_others_there_are():
+    whole = problem("tanh", b=60, k=40, n=53)
+    found = solved(whole)[0]
+    for first, last in ((0, 53), (1, 2), (5, 30), (29, 53)):
+        own = {name: getattr(whole, name)[first:last] for name in ("weight", "bias", "grad_weight", "grad_bias")}
+        part = copied(whole, **own, preactivation=whole.preactivation[:, first:last])
+        some = lk.local_steps_([part], "adam", **OPTIONS)
+        assert some.driver == "numba"
+        assert torch.equal(some.delta_weight[0], found.delta_weight[0][first:last])
+        assert torch.equal(some.delta_bias[0], found.delta_bias[0][first:last])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("openmp", [True, False])
+def test_the_number_of_threads_changes_no_bit(count, openmp, monkeypatch):
+    problems = [problem(f, b=60, k=40, n=n, seed=n) for f, n in (("tanh", 200), ("relu", 130), ("softmax", 10))]
+    alone = lk.local_steps_(problems, "adam", **OPTIONS)
+    if not openmp:
+        monkeypatch.setattr(threads, "_parallel", lambda: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        for _ in range(5):
+            several = lk.local_steps_(problems, "adam", **OPTIONS)
+            assert several.driver == "numba"
+            assert all(torch.equal(a, b) for a, b in zip(alone.delta_weight, several.delta_weight, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(alone.delta_bias, several.delta_bias, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_what_a_thread_raises_is_raised(openmp, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(threads, "_parallel", lambda: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    seen = set()
+    barrier = threading.Barrier(2, timeout=30)
+
+    def fail(number):
+        seen.add(threading.get_ident())
+        if number < 2:
+            barrier.wait()
+        raise OSError(f"of task {number}")
+
+    with pytest.raises(OSError, match="of task"):
+        threads.run_all(fail, [0, 1, 2])
+    assert len(seen) == 2
+    assert threads.run_all(str, [3, 4, 5]) == ["3", "4", "5"]
+
+
+class Own(rules.Adam):
+    """A rule of the user's own."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"mask_weight": torch.ones(7, 9, dtype=torch.bool)}, {}),
+        ({"mask_bias": torch.ones(7, dtype=torch.bool)}, {}),
+        ({"grad_weight": None}, {}),
+        ({"transfer": "mish"}, {}),
+        ({}, {"trace": True}),
+        ({}, {"regulariser": lambda weight, delta: delta}),
+        ({}, {"rule": Own()}),
+        ({}, {"rule": rules.RMSprop(centered=True)}),
+        ({}, {"compute_dtype": torch.bfloat16}),
+        ({}, {"lr": [0.1]}),
+        ({}, {"backend": "reference"}),
+    ],
+)
+def test_everything_else_goes_through_pytorch(changes, options):
+    one = copied(problem(), **changes)
+    report = lk.local_steps_([one], **{"rule": "adam", **OPTIONS, **options})
+    assert report.driver == "product"
+
+
+def test_other_dtypes_and_groups_go_through_pytorch():
+    double = copied(problem(), torch.float64)
+    grouped = problem_for(*random_layer(0, 23, 4, 3, dtype=torch.float32, groups=2), "tanh")
+    for one in (double, grouped, copied(problem(), torch.bfloat16)):
+        assert lk.local_steps_([one], "adam", **OPTIONS).driver == "product"
+
+
+def test_without_numba_everything_goes_through_pytorch(monkeypatch):
+    one = problem()
+    monkeypatch.setattr(cpu_kernels, "available", lambda: False)
+    report = lk.local_steps_([one], "adam", **OPTIONS)
+    assert report.driver == "product"
+    assert "numba" not in str(report)
+    monkeypatch.undo()
+    assert "compiled by numba" in str(lk.local_steps_([one], "adam", **OPTIONS))
+
+
+def test_a_numba_that_cannot_be_imported_is_as_none(monkeypatch, caplog):
+    def broken(name, *arguments, **keywords):
+        if name == "numba":
+            raise ImportError("numba needs another numpy")
+        return importing(name, *arguments, **keywords)
+
+    importing = __import__
+    monkeypatch.setattr("builtins.__import__", broken)
+    cpu_kernels.available.cache_clear()
+    try:
+        with caplog.at_level("WARNING", "locoprop_kernels"):
+            assert not cpu_kernels.available()
+            assert not cpu_kernels.available()
+    finally:
+        cpu_kernels.available.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "numba cannot be imported, so local loops on few rows go through PyTorch: numba needs another numpy"
+    ]
+
+
+def test_many_rows_of_one_batch_go_through_pytorch():
+    """Whose products are as fast there, and take all of the processor."""
+    assert lk.local_steps_([problem(b=512)], "adam", **{**OPTIONS, "rows": None}).driver == "numba"
+    assert lk.local_steps_([problem(b=513)], "adam", **{**OPTIONS, "rows": None}).driver == "product"
+    assert lk.local_steps_([problem(b=5000)], "adam", **OPTIONS).driver == "numba"
+
+
+def test_operands_that_lie_otherwise_in_memory():
+    one = problem(b=40, k=32, n=20)
+    expected = lk.local_steps_([copied(one)], "adam", **OPTIONS).delta_weight[0]
+    wide = torch.randn(40, 50)
+    wide[:, 5:37] = one.x
+    transposed = {name: getattr(one, name).t().contiguous().t() for name in ("preactivation", "weight", "grad_weight")}
+    for changes in ({"x": one.x.t().contiguous().t()}, {"x": wide[:, 5:37]}, transposed):
+        assert torch.equal(lk.local_steps_([copied(one, **changes)], "adam", **OPTIONS).delta_weight[0], expected)
+    low = copied(one, x=one.x.bfloat16(), preactivation=one.preactivation.bfloat16())
+    assert max(errors(solved(low))) < 1e-4
+
+
+def test_rows_that_were_chosen_are_those_of_the_batch():
+    one = problem(b=40, k=32, n=20)
+    expected = lk.local_steps_([copied(one)], "adam", **OPTIONS).delta_weight[0]
+    for numbers in (range(5), (4, 2, 0, 1, 3)):
+        x, a0 = (
+            ChosenRows(40, 5, {number: rows[number::5].clone() for number in numbers})
+            for rows in (one.x, one.preactivation)
+        )
+        assert torch.equal(
+            lk.local_steps_([copied(one, x=x, preactivation=a0)], "adam", **OPTIONS).delta_weight[0], expected
+        )
+
+
+@pytest.mark.parametrize("rows", [8, None])
+@pytest.mark.parametrize("name", ["x", "preactivation", "grad_weight", "weight", "bias"])
+def test_what_is_not_finite_is_not_committed(name, rows):
+    for bad in (float("nan"), float("inf"), 1e38):
+        one = problem(b=24)
+        getattr(one, name).view(-1)[::2] = bad
+        before = copied(one)
+        with np.errstate(all="raise"):
+            report = lk.local_steps_([one], "rmsprop", **{**OPTIONS, "commit": True, "rows": rows})
+        assert report.driver == "numba"
+        # Numbers so large that their sum is not finite, but they are, are looked at one by one.
+        parameters = [one.weight, one.bias, *(v for slots in one.state.values() for v in slots.values())]
+        assert all(bool(torch.isfinite(value).all()) for value in parameters) or not report.committed
+        if not report.committed:
+            assert torch.equal(one.weight, before.weight) or bad != bad
+            assert not one.state
+    assert lk.local_steps_([problem()], "rmsprop", **{**OPTIONS, "commit": True}).committed
+
+
+def test_memory_is_given_back_and_taken_again():
+    options = {**OPTIONS, "commit": True}
+    one = problem(b=64, k=64, n=64)
+    reports = [lk.local_steps_([one], "adam", **options) for _ in range(3)]
+    assert all(report.committed for report in reports)
+    held = lk.local_steps_([one], "adam", **OPTIONS)
+    kept = held.delta_weight[0].clone()
+    for _ in range(3):
+        lk.local_steps_([problem(b=64, k=64, n=64, seed=1)], "adam", **options)
+    assert torch.equal(held.delta_weight[0], kept)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 20), nn.Tanh(), nn.Linear(20, 4)
+    )
+
+
+@pytest.mark.parametrize("rows", [None, 5])
+def test_training_is_that_of_the_reference(rows):
+    x, y = torch.randn(24, 1, 8, 8), torch.randint(4, (24,))
+    found = []
+    for backend in ("auto", "reference"):
+        model = network()
+        opt = LocoProp(model, transfers={"5": "softmax"}, rows=rows, backend=backend)
+        for part in (slice(0, 24), slice(0, 16), slice(8, 24)):
+            opt.zero_grad()
+            nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+            opt.step()
+        assert ("numba" in {one.driver for report in opt.last_reports for one in report.problems}) == (
+            backend == "auto"
+        )
+        found.append([(p - q).detach() for p, q in zip(model.parameters(), network().parameters(), strict=True)])
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) < 1e-3
+
+
+def test_kernels_are_kept_by_what_they_were_made_of(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCOPROP_CACHE_DIR", str(tmp_path))
+    first = jit.folder()
+    assert first is not None
+    assert first.startswith(str(tmp_path))
+    copy = tmp_path / "sources"
+    copy.mkdir()
+    for file in sorted(jit.Path(jit.__file__).parent.glob("*.py")):
+        (copy / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(jit, "__file__", str(copy / "jit.py"))
+    assert jit.folder() == first
+    (copy / "tiles.py").write_text("# another one")
+    assert jit.folder() != first
+    monkeypatch.setenv("LOCOPROP_CACHE_DIR", "")
+    assert jit.folder() is None
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_error(monkeypatch, tmp_path):
+    def add(a, b):
+        return a + b
+
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    for folder in (str(blocked / "inside"), None, str(tmp_path / "kernels")):
+        monkeypatch.setattr(jit, "_FOLDER", folder)
+        assert jit.jit(add)(1, 2) == 3
+    assert jit.numba.config.CACHE_DIR == ""
+    assert any((tmp_path / "kernels").rglob("*.nbi"))
