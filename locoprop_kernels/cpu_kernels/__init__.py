@@ -18,22 +18,22 @@ from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["available", "can_run"]
+__all__ = ["can_run", "version"]
 
 _log = logging.getLogger("locoprop_kernels")
 
 
 @lru_cache(maxsize=1)
-def available() -> bool:
-    """Whether numba is installed, and works with the numpy that is; why it does not is logged once."""
+def version() -> str | None:
+    """The version of numba; ``None`` where there is none that works with the numpy there is, which is logged once."""
     if importlib.util.find_spec("numba") is None:
-        return False
+        return None
     try:
-        import numba  # noqa: F401
+        import numba
     except Exception as error:  # a numpy that is too new for it, say
-        _log.warning("numba cannot be imported, so local loops on few rows go through PyTorch: %s", error)
-        return False
-    return True
+        _log.warning("numba cannot be imported, so local loops on CPUs go through PyTorch: %s", error)
+        return None
+    return str(numba.__version__)
 
 
 def can_run(problem: LocalProblem, settings: Settings) -> bool:
@@ -42,7 +42,7 @@ def can_run(problem: LocalProblem, settings: Settings) -> bool:
     That is everything in float32 but masks, groups, traces, regularisers, transfer functions and rules of the user's
     own, and some rare ones. The rest goes through PyTorch.
     """
-    if not available():
+    if version() is None:
         return False
     from locoprop_kernels.cpu_kernels.functions import CODES
     from locoprop_kernels.cpu_kernels.updates import family_of

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from locoprop_kernels import routes
+from locoprop_kernels import cpu_kernels, routes
 from locoprop_torch import checkpoints
 from locoprop_torch.auxiliary import own_groups
 from locoprop_torch.sharding import is_sharded
@@ -122,6 +122,8 @@ def _facts(optimizer: LocoProp) -> dict[str, str]:
         facts[f"parameter group {i}"] = ", ".join(values)
     facts["regulariser"] = "one" if optimizer.regulariser is not None else "none"
     facts["aux"] = "none" if optimizer.aux is None else f"{type(optimizer.aux).__name__} {_numbers(optimizer.aux)}"
+    # Compiled loops have other last bits than PyTorch's.
+    facts["numba"] = str(cpu_kernels.version())
     facts["products"] = " ".join(routes.route(operands) for operands in _operands(optimizer))
     return facts
 
