@@ -37,10 +37,10 @@ def version() -> str | None:
 
 
 def can_run(problem: LocalProblem, settings: Settings) -> bool:
-    """Whether the kernels have what a problem on few rows needs.
+    """Whether the kernels have what a problem needs.
 
-    That is everything in float32 but masks, groups, traces, regularisers, transfer functions and rules of the user's
-    own, and some rare ones. The rest goes through PyTorch.
+    That is everything in float32, with operands in bfloat16 too on few rows, but masks, groups, traces, regularisers,
+    transfer functions and rules of the user's own, and some rare ones. The rest goes through PyTorch.
     """
     if version() is None:
         return False
@@ -48,6 +48,7 @@ def can_run(problem: LocalProblem, settings: Settings) -> bool:
     from locoprop_kernels.cpu_kernels.updates import family_of
 
     assert isinstance(problem.transfer, Transfer)
+    operands = settings.operands(problem)  # bfloat16 is multiplied in float32: not where products are the cost
     return (
         settings.iterations > 1
         and problem.weight.dtype is torch.float32
@@ -56,7 +57,7 @@ def can_run(problem: LocalProblem, settings: Settings) -> bool:
         and problem.grad_weight is not None
         and problem.mask_weight is None
         and problem.mask_bias is None
-        and settings.operands(problem) is torch.float32
+        and (operands is torch.float32 or (operands is torch.bfloat16 and settings.sets(problem) > 1))
         and settings.regulariser is None
         and not settings.trace
         and problem.transfer.name in CODES

@@ -17,8 +17,19 @@ _ZERO = np.float32(0.0)
 
 
 @jit
-def _difference(e, a, bias, first, a0, places, count, transfer, p0, p1, scale):
+def _rounded(value):
+    """``value`` rounded to bfloat16, the nearest or else the even one: it has the upper half of the bits."""
+    bits = np.float32(value).view(np.int32)
+    odd = (bits >> np.int32(16)) & np.int32(1)
+    found = np.int32((bits + np.int32(0x7FFF) + odd) & np.int32(-0x10000)).view(np.float32)
+    return found if value == value else value
+
+
+@jit
+def _difference(e, a, bias, first, a0, places, count, transfer, p0, p1, scale, rounds):
     """``E = scale · (f(A0 + P + δ) - f(A0))`` in place of ``P``; zero in rows that do not count.
+
+    With ``rounds``, ``a`` is then the same of differences that are rounded to bfloat16.
 
     Args:
         e: ``P`` ``[r, n]``, of which the outputs that ``bias`` has count.
@@ -29,6 +40,7 @@ def _difference(e, a, bias, first, a0, places, count, transfer, p0, p1, scale):
         count: how many rows count.
         transfer: the function's code; ``p0`` and ``p1`` are its parameters.
         scale: see above.
+        rounds: likewise.
     """
     outputs = bias.shape[0]
     for r in range(count):
@@ -37,6 +49,12 @@ def _difference(e, a, bias, first, a0, places, count, transfer, p0, p1, scale):
             old[n] = row[n]
             own[n] += bias[n]
     differences(transfer, e[:count], a[:count], outputs, p0, p1)
+    if rounds:
+        for r in range(count):
+            own, other = e[r], a[r]
+            for n in range(own.shape[0]):
+                other[n] = scale * _rounded(own[n])
+        a[count:] = _ZERO
     e[:count] *= scale
     e[count:] = _ZERO
 
@@ -111,7 +129,8 @@ def local_steps(first, last, rows, weight, bias, rule, transfer, prox):
         last: the one behind the last.
         rows: memory of the inputs, and of the pre-activations; where the rows of each local step but the first begin
             in them, each ``[T - 1, r]``; how many of these count ``[T - 1]``; how long a row of inputs is, with zeros
-            behind the ``K`` inputs; the scale of activation differences.
+            behind the ``K`` inputs; the scale of activation differences; whether products round their operands to
+            bfloat16, as the inputs have been.
         weight: gradient, parameter, increment, pairs of old and of new slots, each ``[N, K]`` (``[0, 0]`` for a slot
             that the rule does not have); the factors of its local steps ``[T, 2]``; the scale of the gradient.
         bias: the same of the bias, each ``[N]``; a gradient ``[0]`` says that it is not trained.
@@ -122,7 +141,7 @@ def local_steps(first, last, rows, weight, bias, rule, transfer, prox):
     Returns:
         a number that is no less than the absolute value of any that a commit would write; NaN if one of them is.
     """
-    x, a0, places_x, places_a0, counts, padded, scale = rows
+    x, a0, places_x, places_a0, counts, padded, scale, rounds = rows
     code, p0, p1 = transfer
     _, parameter, delta, old, new, factors, _ = weight
     grad_b, parameter_b, delta_b, old_b, new_b, _, _ = bias
@@ -131,6 +150,7 @@ def local_steps(first, last, rows, weight, bias, rule, transfer, prox):
     block = -(-outputs // OUTPUTS) * OUTPUTS
     e, a = np.empty((width, block), np.float32), np.zeros((width, block), np.float32)
     d, g = np.zeros((block, padded), np.float32), np.zeros((block, padded), np.float32)
+    factor = np.zeros((block if rounds else 0, padded), np.float32)
     gb = np.empty(outputs, np.float32)
     total = _ZERO
     for n in range(first, last, outputs):
@@ -145,10 +165,15 @@ def local_steps(first, last, rows, weight, bias, rule, transfer, prox):
         for t in range(factors.shape[0]):
             places = places_x[max(t - 1, 0)]
             if t > 0:
+                for i in range(0, m - n if rounds else 0):
+                    own, other = d[i], factor[i]
+                    for k in range(padded):
+                        other[k] = _rounded(own[k])
+                left = factor if rounds else d
                 for i in range(0, m - n, OUTPUTS):
-                    preactivations(d[i : i + OUTPUTS], x, places, e, i)
-                _difference(e, a, delta_b[n:m], n, a0, places_a0[t - 1], counts[t - 1], code, p0, p1, scale)
-            _update_weight(weight, n, m - n, d, e, x, places, t, rule, prox, g)
+                    preactivations(left[i : i + OUTPUTS], x, places, e, i)
+                _difference(e, a, delta_b[n:m], n, a0, places_a0[t - 1], counts[t - 1], code, p0, p1, scale, rounds)
+            _update_weight(weight, n, m - n, d, a if rounds else e, x, places, t, rule, prox, g)
             if trains_bias:
                 _update_bias(bias, n, m, e, t, rule, prox, gb)
         for i in range(n, m):

@@ -17,7 +17,7 @@ from locoprop_kernels.cpu_kernels.threads import run_all
 from locoprop_kernels.cpu_kernels.tiles import ROWS
 from locoprop_kernels.cpu_kernels.updates import family_of
 from locoprop_kernels.loop import count_steps
-from locoprop_kernels.patches import Rows, one_after_another
+from locoprop_kernels.patches import Rows, one_after_another, several
 from locoprop_kernels.problem import LocalProblem, State
 from locoprop_kernels.sampling import set_size
 from locoprop_kernels.scratch import take
@@ -94,9 +94,11 @@ class _Work:
     def _rows(self, problem: LocalProblem) -> tuple[Any, ...]:
         sets = self.settings.sets(problem)
         order = self.settings.set_order(sets)[: self.settings.iterations - 1]
-        x = _located(problem.x, sets, order, _VECTOR)
-        a0 = _located(problem.preactivation, sets, order)
-        return x.memory, a0.memory, x.places, a0.places, x.counts, x.length, np.float32(self.scale * sets)
+        operands = self.settings.operands(problem)
+        x = _located(problem.x, sets, order, operands, _VECTOR)
+        a0 = _located(problem.preactivation, sets, order, torch.float32)
+        scale, rounds = np.float32(self.scale * sets), operands is torch.bfloat16
+        return x.memory, a0.memory, x.places, a0.places, x.counts, x.length, scale, rounds
 
     def _parameter(self, kind: str, problem: LocalProblem) -> tuple[Any, ...]:
         """A weight or a bias for the kernel, and memory for what is found."""
@@ -145,30 +147,38 @@ class _Located(NamedTuple):
     length: int
 
 
-def _located(rows: Tensor | Rows, sets: int, order: tuple[int, ...], multiple: int = 1) -> _Located:
+def _located(
+    rows: Tensor | Rows, sets: int, order: tuple[int, ...], rounding: torch.dtype, multiple: int = 1
+) -> _Located:
     """Rows where they are, if that will do, or in a copy.
 
     Args:
         rows: all rows, or those that were chosen.
         sets: into how many sets they fall.
         order: the set of each local step.
+        rounding: the dtype that they are rounded to; they are held in float32.
         multiple: what the length of a row must be a multiple of: there are zeros behind it where it is not.
     """
     batch, columns = rows.shape
+    length = -(-columns // multiple) * multiple
+    if multiple > 1 and length % _CONFLICT == 0:
+        length += multiple
     numbers = None
     if not isinstance(rows, Tensor):
         numbers = tuple(dict.fromkeys(order))
         rows = one_after_another(rows, numbers, sets)
-    places, counts = _places(batch, sets, order, numbers)
-    length = -(-columns // multiple) * multiple
-    if multiple > 1 and length % _CONFLICT == 0:
-        length += multiple
+    elif length != columns or rounding is not torch.float32:  # of which only what is taken need be copied
+        numbers = tuple(dict.fromkeys(order))
+        rows = several(rows, numbers, sets)
+    if rounding is not torch.float32:
+        rows = rows.to(rounding)
     if length != columns:
         longer = torch.zeros(len(rows), length, dtype=torch.float32)
         longer[:, :columns] = rows
         rows = longer
     elif rows.dtype is not torch.float32 or rows.stride(1) != 1:
         rows = rows.to(torch.float32).contiguous()
+    places, counts = _places(batch, sets, order, numbers)
     stride = rows.stride(0)
     memory = rows.detach().as_strided(((len(rows) - 1) * stride + length,), (1,)).numpy()
     return _Located(memory, places * stride, counts, length)
