@@ -27,6 +27,7 @@ _log = logging.getLogger("locoprop_kernels")
 def version() -> str | None:
     """The version of numba; ``None`` where there is none that works with the numpy there is, which is logged once."""
     if importlib.util.find_spec("numba") is None:
+        _log.info("numba is not installed, so local loops on CPUs go through PyTorch (pip install numba)")
         return None
     try:
         import numba

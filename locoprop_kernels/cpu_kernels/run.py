@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ _TASK = 2 * BLOCK
 _VECTOR = 16
 # Rows of this length, or a multiple of it, share few places of a cache.
 _CONFLICT = 512
+_log = logging.getLogger("locoprop_kernels")
 _NOTHING = np.empty(0, np.float32), np.empty((0, 0), np.float32)
 
 
@@ -47,6 +49,8 @@ def increments(problems: Sequence[LocalProblem], olds: Sequence[State], settings
     Returns:
         the increment of each.
     """
+    if not local_steps.signatures:
+        _log.info("loading the local loops for CPUs; the first process compiles them, for about ten seconds")
     works = [_Work(problem, old, settings) for problem, old in zip(problems, olds, strict=True)]
     tasks = [task for work in works for task in work.tasks()]
     found = run_all(_Task.run, tasks)

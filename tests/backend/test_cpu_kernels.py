@@ -331,6 +331,28 @@ def test_what_is_not_finite_is_not_committed(name, rows):
     assert lk.local_steps_([problem()], "rmsprop", **{**OPTIONS, "commit": True}).committed
 
 
+def test_kernels_are_compiled_once_for_all():
+    """Every other form of the arguments would take another ten seconds."""
+    for rule, bias, transfer in itertools.product(COMPILED, (True, False), ("tanh", "softmax", "leaky_relu")):
+        for changes in ({}, {"compute_dtype": torch.bfloat16}, {"prox": 1.0}):
+            lk.local_steps_([problem(transfer, bias=bias)], rule, **{**OPTIONS, **changes})
+    assert len(loop.local_steps.signatures) == 1
+
+
+def test_without_numba_a_hint_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(cpu_kernels.importlib.util, "find_spec", lambda name: None)
+    cpu_kernels.version.cache_clear()
+    try:
+        with caplog.at_level("INFO", "locoprop_kernels"):
+            assert cpu_kernels.version() is None
+            assert cpu_kernels.version() is None
+    finally:
+        cpu_kernels.version.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "numba is not installed, so local loops on CPUs go through PyTorch (pip install numba)"
+    ]
+
+
 def test_memory_is_given_back_and_taken_again():
     options = {**OPTIONS, "commit": True}
     one = problem(b=64, k=64, n=64)
