@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from locoprop_kernels import routes
+from locoprop_kernels import cpu_kernels, routes
 from locoprop_torch import LocoProp, ownership
 from locoprop_torch.sharding import own
 from tests.helpers import RECENT, batch, mlp, moved, weights
@@ -110,6 +110,22 @@ def test_all_processes_raise_the_same(pools, spoil, message):
     text, *changes = first
     assert not any(changes)
     assert re.search(message, text), text
+
+
+def without_numba(rank):
+    """What a step raises where one of two processes has no numba."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_kernels, "version", lambda: None if rank else "0.61.0")
+        return caught(rank, lambda *nothing: None)
+
+
+def test_all_processes_have_numba_or_none_has(pools):
+    """Compiled loops have other last bits, so that weights would drift apart."""
+    first, second = pools[2].run(without_numba)
+    assert first == second
+    text, *changes = first
+    assert not any(changes)
+    assert "must agree in numba, got 0.61.0 in process 0 and None in process 1" in text
 
 
 def infinite_gradient(rank, rows):
