@@ -16,7 +16,7 @@ from locoprop_kernels.cpu_kernels.functions import CODES, SOFTMAX
 from locoprop_kernels.cpu_kernels.loop import BLOCK, local_steps
 from locoprop_kernels.cpu_kernels.threads import run_all
 from locoprop_kernels.cpu_kernels.tiles import ROWS
-from locoprop_kernels.cpu_kernels.updates import family_of
+from locoprop_kernels.cpu_kernels.updates import factors, family_of
 from locoprop_kernels.loop import count_steps
 from locoprop_kernels.patches import Rows, one_after_another, several
 from locoprop_kernels.problem import LocalProblem, State
@@ -120,10 +120,12 @@ class _Work:
             tuple(_array(slots[slot]) if slot else nothing for slot in self.family.slots) for slots in (old, state)
         )
         rule = self.settings.rule
-        rates = [lr * problem.rate(kind) for lr in self.settings.rates]
-        factors = self.family.factors(rule, rates, int(old["step"]) if rule.counts_steps else 0)
+        rate, rates = problem.rate(kind), self.settings.rates
+        if rate != 1:
+            rates = tuple(lr * rate for lr in rates)
+        own_factors = factors(rule, rates, int(old["step"]) if rule.counts_steps else 0)
         scale = np.float32(self.scale * problem.grad_scale)
-        return _array(gradient), _array(parameter.detach()), _array(delta), before, after, factors, scale
+        return _array(gradient), _array(parameter.detach()), _array(delta), before, after, own_factors, scale
 
     def tasks(self) -> list[_Task]:
         """What threads take one by one."""

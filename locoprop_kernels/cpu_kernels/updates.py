@@ -7,6 +7,8 @@ are one array, and what changes from local step to local step is another, so tha
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,54 +16,63 @@ from numpy.typing import NDArray
 from locoprop_kernels import rules
 from locoprop_kernels.cpu_kernels.jit import jit
 
-__all__ = ["Family", "family_of", "update"]
+__all__ = ["Family", "factors", "family_of", "update"]
 
 _ONE = np.float32(1.0)
 _MOMENTUM, _SQUARES, _ADAM = range(3)
 
 
-class Family:
+class Family(NamedTuple):
     """A rule as the kernels take it.
 
-    Args:
+    Attributes:
         code: of the family.
         slots: names of the state tensors, in the kernels' order; ``""`` for one that the rule does not have.
         hyper: the hyper-parameters, float32.
     """
 
-    def __init__(self, code: int, slots: tuple[str, str], *hyper: float) -> None:
-        self.code, self.slots, self.hyper = code, slots, np.array(hyper, dtype=np.float32)
-
-    def factors(self, rule: rules.Rule, rates: list[float], steps: int) -> NDArray[np.float32]:
-        """What local steps at these learning rates, after so many steps, multiply with: ``[T, 2]``."""
-        found = np.ones((len(rates), 2))
-        found[:, 0] = rates
-        if isinstance(rule, rules.Adam):
-            for t in range(len(rates)):
-                first, second = (1 - beta ** (steps + t + 1) for beta in rule.betas)
-                found[t, 0] *= (math.sqrt(second) if rule.flavor == "tensorflow" else 1.0) / first
-                found[t, 1] = 1.0 if rule.flavor == "tensorflow" else 1 / math.sqrt(second)
-        return found.astype(np.float32)
+    code: int
+    slots: tuple[str, str]
+    hyper: NDArray[np.float32]
 
 
 def family_of(rule: rules.Rule) -> Family | None:
     """The family of a rule of the package; ``None`` for rules that the kernels do not have."""
-    if type(rule) is rules.SGD:
+    return _family(rule) if rules.is_elementwise(rule) else None
+
+
+@lru_cache(maxsize=16)
+def _family(rule: rules.Rule) -> Family | None:
+    found: tuple[int, tuple[str, str], tuple[float, ...]] | None = None
+    if isinstance(rule, rules.SGD):
         of_gradient, of_buffer = (1.0, rule.momentum) if rule.nesterov or not rule.momentum else (0.0, 1.0)
-        return Family(
-            _MOMENTUM, ("", "momentum_buffer" if rule.momentum else ""), rule.momentum, of_gradient, of_buffer
-        )
-    if type(rule) is rules.RMSprop and not rule.centered:
+        buffer = "momentum_buffer" if rule.momentum else ""
+        found = _MOMENTUM, ("", buffer), (rule.momentum, of_gradient, of_buffer)
+    elif isinstance(rule, rules.RMSprop) and not rule.centered:
         inside = rule.flavor == "tensorflow"
         eps = (rule.eps, 0.0) if inside else (0.0, rule.eps)
         slots = ("square_avg", "momentum_buffer" if rule.momentum else "")
-        return Family(_SQUARES, slots, rule.alpha, 1 - rule.alpha, *eps, rule.momentum, inside)
-    if type(rule) is rules.Adagrad and rule.flavor == "torch":
-        return Family(_SQUARES, ("sum", ""), 1.0, 1.0, 0.0, rule.eps, 0.0, 0.0)
-    if type(rule) is rules.Adam:
+        found = _SQUARES, slots, (rule.alpha, 1 - rule.alpha, *eps, rule.momentum, inside)
+    elif isinstance(rule, rules.Adagrad) and rule.flavor == "torch":
+        found = _SQUARES, ("sum", ""), (1.0, 1.0, 0.0, rule.eps, 0.0, 0.0)
+    elif isinstance(rule, rules.Adam):
         rests = (1 - beta for beta in rule.betas)  # which rounded decays would not give
-        return Family(_ADAM, ("exp_avg_sq", "exp_avg"), rule.betas[1], *rests, rule.eps)
-    return None
+        found = _ADAM, ("exp_avg_sq", "exp_avg"), (rule.betas[1], *rests, rule.eps)
+    return found and Family(*found[:2], np.array(found[2], np.float32))
+
+
+# All layers of a step ask for the same, and without Adam all steps do.
+@lru_cache(maxsize=16)
+def factors(rule: rules.Rule, rates: tuple[float, ...], steps: int) -> NDArray[np.float32]:
+    """What local steps at these learning rates, after so many steps, multiply with: ``[T, 2]``."""
+    found = np.ones((len(rates), 2))
+    found[:, 0] = rates
+    if isinstance(rule, rules.Adam):
+        for t in range(len(rates)):
+            first, second = (1 - beta ** (steps + t + 1) for beta in rule.betas)
+            found[t, 0] *= (math.sqrt(second) if rule.flavor == "tensorflow" else 1.0) / first
+            found[t, 1] = 1.0 if rule.flavor == "tensorflow" else 1 / math.sqrt(second)
+    return found.astype(np.float32)
 
 
 @jit
@@ -74,7 +85,7 @@ def update(code, delta, grad, squares, buffer, factors, hyper):
         grad: their gradients.
         squares: the first slot; where the rule has none, anything.
         buffer: the second slot, likewise.
-        factors: of this local step, see :meth:`Family.factors`.
+        factors: of this local step, see :func:`factors`.
         hyper: the hyper-parameters.
     """
     lr, root = factors[0], factors[1]
