@@ -20,6 +20,8 @@ from locoprop_kernels.transfers import Transfer
 
 __all__ = ["can_run", "version"]
 
+# Weights of a softmax layer, of which one thread takes all outputs: more of them are better shared out, by PyTorch.
+_ONE_THREAD = 2**17
 _log = logging.getLogger("locoprop_kernels")
 
 
@@ -62,5 +64,6 @@ def can_run(problem: LocalProblem, settings: Settings) -> bool:
         and settings.regulariser is None
         and not settings.trace
         and problem.transfer.name in CODES
+        and (problem.transfer.elementwise or problem.weight.numel() <= _ONE_THREAD)
         and family_of(settings.rule) is not None
     )

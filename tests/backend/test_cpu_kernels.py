@@ -287,6 +287,12 @@ def test_many_rows_of_one_batch_go_through_pytorch():
     assert lk.local_steps_([problem(b=5000)], "adam", **OPTIONS).driver == "numba"
 
 
+def test_a_large_softmax_goes_through_pytorch():
+    """A thread takes all outputs of one."""
+    sizes = [problem("softmax", b=9, k=256, n=n) for n in (512, 513)]
+    assert [one.driver for one in lk.local_steps_(sizes, "adam", **OPTIONS).problems] == ["numba", "product"]
+
+
 def test_operands_that_lie_otherwise_in_memory():
     one = problem(b=40, k=32, n=20)
     expected = increments([copied(one)])
