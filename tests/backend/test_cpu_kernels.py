@@ -16,7 +16,7 @@ from locoprop_torch import LocoProp
 from tests.helpers import force_routes
 from tests.problems import RULES, TRANSFERS, copied, problem_for, random_layer, relative_error
 
-pytest.importorskip("numba")
+pytest.importorskip("numba", exc_type=ImportError)
 from locoprop_kernels.cpu_kernels import functions, jit, loop, threads, updates
 
 OPTIONS: dict[str, Any] = {"lr": [0.02, 0.01, 0.005, 0.005], "rows": 8, "rows_seed": 3, "commit": False}
