@@ -3,6 +3,7 @@
 torch's idle threads do not sleep at once, they wait busily for some milliseconds: threads beside them would share
 processors with them, and take about twice as long. So work is given to them, through the function of the OpenMP
 runtime that a compiler calls at ``#pragma omp parallel``. GNU's runtime has it, and LLVM's and Intel's have it too.
+In a forked process, where GNU's waits for threads that only the parent has, they are Python's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = ["run_all"]
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
+_PROCESS = os.getpid()
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -42,7 +44,7 @@ def run_all(function: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> lis
             failures.append(failure)
 
     threads = min(torch.get_num_threads(), len(tasks))
-    if threads > 1 and (parallel := _parallel()) is not None:
+    if threads > 1 and os.getpid() == _PROCESS and (parallel := _parallel()) is not None:
         parallel(_BODY(lambda _: work()), None, threads, 0)
     else:
         others = [_pool(os.getpid()).submit(work) for _ in range(threads - 1)]

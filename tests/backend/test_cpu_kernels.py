@@ -1,6 +1,8 @@
 """The kernels for CPUs that numba compiles, against the reference in float64."""
 
 import itertools
+import multiprocessing
+import os
 import threading
 from typing import Any
 
@@ -214,6 +216,28 @@ def test_what_a_thread_raises_is_raised(openmp, monkeypatch):
         threads.run_all(fail, [0, 1, 2])
     assert len(seen) == 2
     assert threads.run_all(str, [3, 4, 5]) == ["3", "4", "5"]
+
+
+def in_another_process(problems, connection):
+    torch.set_num_threads(2)
+    connection.send([value.tolist() for value in increments(problems)])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_processes_have_threads_of_their_own(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    problems = [problem(f, b=60, k=40, n=200, seed=i) for i, f in enumerate(("tanh", "relu"))]
+    expected = [value.tolist() for value in increments(problems)]
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=in_another_process, args=(problems, theirs))
+    child.start()
+    try:
+        assert ours.poll(60)
+        assert ours.recv() == expected
+    finally:
+        child.kill()
+        child.join()
 
 
 class Own(rules.Adam):
