@@ -264,6 +264,8 @@ def test_speed_of_few_rows_is_the_measured_one():
     assert f"takes {ours:.0f} ms where one of Adam takes {adam:.0f} ({ours / adam:.1f} times)" in readme
     ours, adam = milliseconds("classifier-rows", "ours-fp32", "adam")
     assert f"{ours:.1f} ms where Adam takes {adam:.1f} ({ours / adam:.1f} times)" in readme
+    pytorch = [milliseconds(case, "ours-reference-fp32")[0] for case in ("paper-rows", "classifier-rows")]
+    assert "through PyTorch {:.0f} and {:.1f} ms".format(*pytorch) in readme
 
 
 def test_tuning_table_is_the_measured_one():
