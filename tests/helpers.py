@@ -1,18 +1,27 @@
 """Small models and what tests ask of an optimiser, for the situations in ``tests/optimizer``."""
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from locoprop_kernels import routes, rules
+from locoprop_kernels import LocalProblem, local_steps_, routes, rules
 from locoprop_torch import LocoProp, presets
 
 #: Older versions have gaps of their own, in torch.fx and FSDP2.
 RECENT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 SGD: dict[str, Any] = {"rule": rules.SGD(), "lr": 1e-2, "activation_lr": 3.0, "reduction": "sum"}
+
+
+@lru_cache(maxsize=1)
+def compile_kernels():
+    """Compile what runs on CPUs, if it is not in the cache: processes that wait for each other should not have to."""
+    zeros = torch.zeros(2, 2)
+    problem = LocalProblem(zeros, zeros, zeros.clone(), grad_weight=zeros, transfer="tanh")
+    assert local_steps_([problem], "adam", [0.1, 0.1]).committed
 
 
 def mlp(seed=0, dtype=torch.float64, second=nn.Sigmoid):

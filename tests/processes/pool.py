@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.helpers import compile_kernels
+
 __all__ = ["Pool", "free_port"]
 
 #: After which a process that waits for another one raises.
@@ -83,6 +85,7 @@ class Pool:
 
     def _start(self):
         self.stop()
+        compile_kernels()
         # Its children have torch imported, and no threads of a parent that has used torch.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)

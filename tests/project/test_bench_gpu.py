@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from bench import cases, report  # noqa: E402
 from bench.gpu import command, exchange, sections  # noqa: E402
 from bench.gpu.session import Line  # noqa: E402
+from tests.helpers import compile_kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the dry run is for machines without a GPU")
 
@@ -61,6 +62,7 @@ def test_a_section_whose_time_is_up_leaves_its_cases_out(tmp_path, capsys):
 @pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
 def test_a_step_of_two_processes_is_timed():
     """What the section of several processes starts where there are two GPUs, here on the CPU."""
+    compile_kernels()
     assert all(seconds > 0 for seconds in exchange.measure(2, dry=True, timeout=300))
 
 
