@@ -1,5 +1,6 @@
 """The kernels for CPUs that numba compiles, against the reference in float64."""
 
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from torch import nn
 import locoprop_kernels as lk
 from locoprop_kernels import cpu_kernels, rules, transfers
 from locoprop_kernels.chosen import ChosenRows
+from locoprop_kernels.settings import Settings
 from locoprop_torch import LocoProp
 from tests.helpers import force_routes
 from tests.problems import RULES, TRANSFERS, copied, problem_for, random_layer, relative_error
@@ -238,6 +240,26 @@ def test_forked_processes_have_threads_of_their_own(monkeypatch):
     finally:
         child.kill()
         child.join()
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        (Settings, "rule rates prox reduction compute_dtype trace regulariser rows rows_seed"),
+        (
+            lk.LocalProblem,
+            "x preactivation weight bias grad_weight grad_bias transfer state name examples grad_scale "
+            "mask_weight mask_bias rate_weight rate_bias",
+        ),
+        (rules.SGD, "momentum nesterov"),
+        (rules.RMSprop, "alpha momentum eps centered flavor"),
+        (rules.Adam, "betas eps flavor"),
+        (rules.Adagrad, "eps initial_accumulator_value flavor"),
+    ],
+)
+def test_the_kernels_know_every_option(kind, known):
+    """One that is new must be read by the kernels, or refused in ``can_run`` or ``family_of``, and then named here."""
+    assert {field.name for field in dataclasses.fields(kind)} == set(known.split())
 
 
 class Own(rules.Adam):
