@@ -1,4 +1,4 @@
-"""Transfer functions for the CPU kernels, in float32: on blocks ``[n, r]`` of pre-activations, in place.
+"""Transfer functions for the CPU kernels, in float32: on blocks ``[r, n]`` of pre-activations, in place.
 
 What is written without a call of the C library, numba makes into vector instructions: the exponential function, and
 with it tanh and the sigmoid function. Errors are of 1 to 3 units in the last place, relative to the value.
@@ -12,25 +12,27 @@ import numpy as np
 
 from locoprop_kernels.constants import SELU_ALPHA, SELU_SCALE
 from locoprop_kernels.cpu_kernels.jit import jit
+from locoprop_kernels.transfers import Transfer
 
-__all__ = ["CODES", "IDENTITY", "SOFTMAX", "differences"]
+__all__ = ["CODES", "SOFTMAX", "arguments_of", "differences"]
 
-IDENTITY, SOFTMAX = 0, 13
+(IDENTITY, TANH, SIGMOID, RELU, LEAKY_RELU, SQUARED_RELU, ELU) = range(7)
+(SELU, SOFTPLUS, HARDTANH, GELU, GELU_TANH, SILU, SOFTMAX) = range(7, 14)
 #: The number that kernels know a transfer function by.
 CODES = {
     "identity": IDENTITY,
-    "tanh": 1,
-    "sigmoid": 2,
-    "relu": 3,
-    "leaky_relu": 4,
-    "squared_relu": 5,
-    "elu": 6,
-    "selu": 7,
-    "softplus": 8,
-    "hardtanh": 9,
-    "gelu": 10,
-    "gelu_tanh": 11,
-    "silu": 12,
+    "tanh": TANH,
+    "sigmoid": SIGMOID,
+    "relu": RELU,
+    "leaky_relu": LEAKY_RELU,
+    "squared_relu": SQUARED_RELU,
+    "elu": ELU,
+    "selu": SELU,
+    "softplus": SOFTPLUS,
+    "hardtanh": HARDTANH,
+    "gelu": GELU,
+    "gelu_tanh": GELU_TANH,
+    "silu": SILU,
     "softmax": SOFTMAX,
 }
 
@@ -48,6 +50,12 @@ _ROOT_HALF = np.float32(math.sqrt(0.5))
 _GELU = np.float32(math.sqrt(2 / math.pi)), np.float32(0.044715)
 _SELU = np.float32(SELU_SCALE), np.float32(SELU_ALPHA)
 _BIAS, _MANTISSA = np.int32(127), np.int32(23)
+
+
+def arguments_of(transfer: Transfer) -> tuple[int, np.float32, np.float32]:
+    """A transfer function as kernels take it: its code and two parameters, which are zero where it has none."""
+    first, second = (np.float32(value) for value in (*transfer.parameters, 0.0, 0.0)[:2])
+    return CODES[transfer.name], first, second
 
 
 @jit
@@ -152,15 +160,15 @@ def differences(code, p, a, outputs, p0, p1):
 @jit
 def _elementwise_differences(code, p, a, p0, p1):
     """The same of numbers ``[n]``, none of which depends on another."""
-    if code == 1:
+    if code == TANH:
         for n in range(p.shape[0]):
             p[n] = _tanh(p[n]) * (_ONE - _tanh(a[n]) * _tanh(a[n] + p[n]))
-    elif code == 2:
+    elif code == SIGMOID:
         for n in range(p.shape[0]):
             before, after = _sigmoid(a[n]), _sigmoid(a[n] + p[n])
             p[n] = _tanh(_HALF * p[n]) * (before * (_ONE - after) + after * (_ONE - before))
-    elif code == 3 or code == 4:
-        slope = p0 if code == 4 else _ZERO
+    elif code in (RELU, LEAKY_RELU):
+        slope = p0 if code == LEAKY_RELU else _ZERO
         for n in range(p.shape[0]):
             before, after = a[n], a[n] + p[n]
             across = (after if after > _ZERO else slope * after) - (before if before > _ZERO else slope * before)
@@ -179,31 +187,31 @@ def _elementwise_differences(code, p, a, p0, p1):
 @jit
 def _elementwise(code, a, p0, p1):
     """``f(a)`` in place of ``a`` ``[n]``, of a function that has no formula of its own for differences."""
-    if code == 5:
+    if code == SQUARED_RELU:
         for n in range(a.shape[0]):
             a[n] = a[n] * a[n] if not a[n] < _ZERO else _ZERO
-    elif code == 6:
+    elif code == ELU:
         for n in range(a.shape[0]):
             a[n] = a[n] if not a[n] < _ZERO else p0 * _expm1(a[n])
-    elif code == 7:
+    elif code == SELU:
         for n in range(a.shape[0]):
             negative = _SELU[1] * _expm1(min(a[n], _ZERO))
             a[n] = _SELU[0] * (a[n] if not a[n] < _ZERO else negative)
-    elif code == 8:
+    elif code == SOFTPLUS:
         for n in range(a.shape[0]):
             scaled = p0 * a[n]
             a[n] = (max(scaled, _ZERO) + np.float32(math.log1p(_exp(-abs(scaled))))) / p0
-    elif code == 9:
+    elif code == HARDTANH:
         for n in range(a.shape[0]):
             least = a[n] if not a[n] < p0 else p0
             a[n] = least if not least > p1 else p1
-    elif code == 10:
+    elif code == GELU:
         for n in range(a.shape[0]):
             a[n] = a[n] * _HALF * (_ONE + np.float32(math.erf(a[n] * _ROOT_HALF)))
-    elif code == 11:
+    elif code == GELU_TANH:
         for n in range(a.shape[0]):
             inner = _GELU[0] * (a[n] + _GELU[1] * a[n] * a[n] * a[n])
             a[n] = a[n] * _HALF * (_ONE + _tanh(inner))
-    elif code == 12:
+    elif code == SILU:
         for n in range(a.shape[0]):
             a[n] = a[n] * _sigmoid(a[n])

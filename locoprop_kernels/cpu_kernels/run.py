@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from locoprop_kernels.cpu_kernels.functions import CODES, SOFTMAX
+from locoprop_kernels.cpu_kernels.functions import SOFTMAX, arguments_of
 from locoprop_kernels.cpu_kernels.loop import BLOCK, local_steps
 from locoprop_kernels.cpu_kernels.threads import run_all
 from locoprop_kernels.cpu_kernels.tiles import ROWS
@@ -80,18 +80,17 @@ class _Work:
         family = family_of(settings.rule)
         assert family is not None
         assert isinstance(problem.transfer, Transfer)
-        code = CODES[problem.transfer.name]
+        transfer = arguments_of(problem.transfer)
         self.family, self.settings, self.old = family, settings, old
-        self.outputs, self.whole = problem.weight.shape[0], code == SOFTMAX
+        self.outputs, self.whole = problem.weight.shape[0], transfer[0] == SOFTMAX
         self.scale = problem.scale(settings.reduction)
         self.increment = Increment({}, {})
-        parameters = (*problem.transfer.parameters, 0.0, 0.0)[:2]
         self.arguments = (
             self._rows(problem),
             self._parameter("weight", problem),
             self._parameter("bias", problem),
             (family.code, family.hyper),
-            (code, *(np.float32(value) for value in parameters)),
+            transfer,
             np.float32(settings.prox),
         )
 

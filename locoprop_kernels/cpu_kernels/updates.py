@@ -1,7 +1,8 @@
 """Update rules for the CPU kernels, in float32: on rows of a weight, or on a bias.
 
-All rules of :mod:`locoprop_kernels.rules` but the centered RMSprop are one of three families. Their hyper-parameters
-are one array, and what changes from local step to local step is another, so that no rule needs a kernel of its own.
+The rules of :mod:`locoprop_kernels.rules`, but for centered RMSprop and TensorFlow's Adagrad, are of three families.
+Their hyper-parameters are one array, and what changes from local step to local step is another, so that no rule needs
+a kernel of its own.
 """
 
 from __future__ import annotations
@@ -43,22 +44,25 @@ def family_of(rule: rules.Rule) -> Family | None:
 
 @lru_cache(maxsize=16)
 def _family(rule: rules.Rule) -> Family | None:
-    found: tuple[int, tuple[str, str], tuple[float, ...]] | None = None
     if isinstance(rule, rules.SGD):
         of_gradient, of_buffer = (1.0, rule.momentum) if rule.nesterov or not rule.momentum else (0.0, 1.0)
-        buffer = "momentum_buffer" if rule.momentum else ""
-        found = _MOMENTUM, ("", buffer), (rule.momentum, of_gradient, of_buffer)
-    elif isinstance(rule, rules.RMSprop) and not rule.centered:
+        slots = ("", "momentum_buffer" if rule.momentum else "")
+        return Family(_MOMENTUM, slots, _numbers(rule.momentum, of_gradient, of_buffer))
+    if isinstance(rule, rules.RMSprop) and not rule.centered:
         inside = rule.flavor == "tensorflow"
         eps = (rule.eps, 0.0) if inside else (0.0, rule.eps)
         slots = ("square_avg", "momentum_buffer" if rule.momentum else "")
-        found = _SQUARES, slots, (rule.alpha, 1 - rule.alpha, *eps, rule.momentum, inside)
-    elif isinstance(rule, rules.Adagrad) and rule.flavor == "torch":
-        found = _SQUARES, ("sum", ""), (1.0, 1.0, 0.0, rule.eps, 0.0, 0.0)
-    elif isinstance(rule, rules.Adam):
+        return Family(_SQUARES, slots, _numbers(rule.alpha, 1 - rule.alpha, *eps, rule.momentum, inside))
+    if isinstance(rule, rules.Adagrad) and rule.flavor == "torch":
+        return Family(_SQUARES, ("sum", ""), _numbers(1.0, 1.0, 0.0, rule.eps, 0.0, 0.0))
+    if isinstance(rule, rules.Adam):
         rests = (1 - beta for beta in rule.betas)  # which rounded decays would not give
-        found = _ADAM, ("exp_avg_sq", "exp_avg"), (rule.betas[1], *rests, rule.eps)
-    return found and Family(*found[:2], np.array(found[2], np.float32))
+        return Family(_ADAM, ("exp_avg_sq", "exp_avg"), _numbers(rule.betas[1], *rests, rule.eps))
+    return None
+
+
+def _numbers(*values: float) -> NDArray[np.float32]:
+    return np.array(values, np.float32)
 
 
 # All layers of a step ask for the same, and without Adam all steps do.

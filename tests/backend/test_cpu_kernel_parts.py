@@ -49,8 +49,8 @@ def test_differences_at_the_ends_of_the_range(transfer):
     if transfer.name == "softmax":
         before, after, exact = (value.reshape(-1, 11) for value in (before, after, exact))
     found = p.reshape(-1, 11).copy()
-    parameters = [np.float32(value) for value in (*transfer.parameters, 0.0, 0.0)[:2]]
-    functions.differences(functions.CODES[transfer.name], found, a.reshape(-1, 11).copy(), 11, *parameters)
+    code, *parameters = functions.arguments_of(transfer)
+    functions.differences(code, found, a.reshape(-1, 11).copy(), 11, *parameters)
     got = torch.from_numpy(found.astype(np.float64)).reshape(before.shape)
     # Of which the sum is rounded, or is not.
     wanted = [transfer(sum_) - transfer(before) for sum_ in (after, exact)]
@@ -63,8 +63,8 @@ def test_differences_at_the_ends_of_the_range(transfer):
 def test_what_is_not_a_number_stays_that(transfer):
     a, p = np.full((2, 3), 0.5, np.float32), np.full((2, 3), 0.25, np.float32)
     a[0, 0] = p[1, 2] = np.nan
-    parameters = [np.float32(value) for value in (*transfer.parameters, 0.0, 0.0)[:2]]
-    functions.differences(functions.CODES[transfer.name], p, a, 3, *parameters)
+    code, *parameters = functions.arguments_of(transfer)
+    functions.differences(code, p, a, 3, *parameters)
     assert np.isnan(p[1, 2])
     # Where the identity is f, A0 makes no difference.
     assert np.isnan(p[0, 0]) or transfer.name == "identity"
@@ -110,6 +110,18 @@ def test_the_kernels_know_every_option(kind, known):
     assert {field.name for field in dataclasses.fields(kind)} == set(known.split())
 
 
+def logged_without_numba(caplog, level):
+    """What is logged when the kernels are asked for twice, and there is no numba."""
+    cpu_kernels.version.cache_clear()
+    try:
+        with caplog.at_level(level, "locoprop_kernels"):
+            assert cpu_kernels.version() is None
+            assert cpu_kernels.version() is None
+    finally:
+        cpu_kernels.version.cache_clear()
+    return [record.message for record in caplog.records]
+
+
 def test_a_numba_that_cannot_be_imported_is_as_none(monkeypatch, caplog):
     def broken(name, *arguments, **keywords):
         if name == "numba":
@@ -118,28 +130,14 @@ def test_a_numba_that_cannot_be_imported_is_as_none(monkeypatch, caplog):
 
     importing = __import__
     monkeypatch.setattr("builtins.__import__", broken)
-    cpu_kernels.version.cache_clear()
-    try:
-        with caplog.at_level("WARNING", "locoprop_kernels"):
-            assert cpu_kernels.version() is None
-            assert cpu_kernels.version() is None
-    finally:
-        cpu_kernels.version.cache_clear()
-    assert [record.message for record in caplog.records] == [
+    assert logged_without_numba(caplog, "WARNING") == [
         "numba cannot be imported, so local loops on CPUs go through PyTorch: numba needs another numpy"
     ]
 
 
 def test_without_numba_a_hint_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(cpu_kernels.importlib.util, "find_spec", lambda name: None)
-    cpu_kernels.version.cache_clear()
-    try:
-        with caplog.at_level("INFO", "locoprop_kernels"):
-            assert cpu_kernels.version() is None
-            assert cpu_kernels.version() is None
-    finally:
-        cpu_kernels.version.cache_clear()
-    assert [record.message for record in caplog.records] == [
+    assert logged_without_numba(caplog, "INFO") == [
         "numba is not installed, so local loops on CPUs go through PyTorch (pip install numba)"
     ]
 
