@@ -7,6 +7,7 @@ with it tanh and the sigmoid function. Errors are of 1 to 3 units in the last pl
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -52,6 +53,7 @@ _SELU = np.float32(SELU_SCALE), np.float32(SELU_ALPHA)
 _BIAS, _MANTISSA = np.int32(127), np.int32(23)
 
 
+@lru_cache(maxsize=64)
 def arguments_of(transfer: Transfer) -> tuple[int, np.float32, np.float32]:
     """A transfer function as kernels take it: its code and two parameters, which are zero where it has none."""
     first, second = (np.float32(value) for value in (*transfer.parameters, 0.0, 0.0)[:2])

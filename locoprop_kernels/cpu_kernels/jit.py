@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numba
 
 from locoprop_kernels import route_cache
 
-__all__ = ["folder", "jit"]
+__all__ = ["entry", "folder", "jit"]
 
 # Sums may be reordered and products added without rounding between, as in any product of matrices; infinities and NaNs
 # count as what they are, and roots and divisions are rounded as IEEE 754 says.
@@ -36,15 +38,28 @@ _FOLDER = folder()
 
 def jit(function: Any) -> Any:
     """Compile a function of numbers and arrays at its first call, and keep the result on disk for later processes."""
-    options: dict[str, Any] = {"fastmath": _FASTMATH, "error_model": "numpy", "nogil": True}
+    return _kept(partial(numba.njit, fastmath=_FASTMATH, error_model="numpy", nogil=True), function)
+
+
+def entry(function: Any) -> int:
+    """Compile a function of an address at once, and keep the result likewise.
+
+    Returns:
+        the address of the C function ``void (*)(void *)``, which does without Python's lock.
+    """
+    return int(_kept(partial(numba.cfunc, "void(voidptr)"), function).address)
+
+
+def _kept(compiler: Callable[..., Any], function: Any) -> Any:
+    """A function that ``compiler`` compiles, which keeps the result in :func:`folder` where it can."""
     config: Any = numba.config
     before = config.CACHE_DIR
     try:
         if _FOLDER is not None:
             config.CACHE_DIR = _FOLDER
-            return numba.njit(cache=True, **options)(function)
+            return compiler(cache=True)(function)
     except (OSError, RuntimeError):  # a folder that cannot be written to
         pass
     finally:
         config.CACHE_DIR = before
-    return numba.njit(**options)(function)
+    return compiler()(function)

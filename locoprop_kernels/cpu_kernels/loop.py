@@ -6,8 +6,9 @@ import numpy as np
 
 from locoprop_kernels.cpu_kernels.functions import SOFTMAX, differences
 from locoprop_kernels.cpu_kernels.jit import jit
-from locoprop_kernels.cpu_kernels.tiles import OUTPUTS, add_gradient, preactivations
-from locoprop_kernels.cpu_kernels.updates import update
+from locoprop_kernels.cpu_kernels.table import integers, matrix, vector
+from locoprop_kernels.cpu_kernels.tiles import OUTPUTS, ROWS, add_gradient, preactivations
+from locoprop_kernels.cpu_kernels.updates import HYPERPARAMETERS, update
 
 __all__ = ["BLOCK", "local_steps"]
 
@@ -73,7 +74,7 @@ def _update_weight(weight, first, outputs, d, e, x, rows, step, rule, prox, g):
     """The local step ``step`` of the weights of some outputs.
 
     Args:
-        weight: see :func:`local_steps`.
+        weight: what :func:`_weight` returns.
         first: the first of these outputs.
         outputs: how many there are.
         d: their increments ``[n, P]``; zero beyond ``K`` inputs, and beyond the outputs that count.
@@ -81,8 +82,8 @@ def _update_weight(weight, first, outputs, d, e, x, rows, step, rule, prox, g):
         x: memory of the inputs.
         rows: where each row begins in it ``[r]``.
         step: the number of the local step.
-        rule: see :func:`local_steps`.
-        prox: likewise.
+        rule: the family's code and hyper-parameters.
+        prox: proximal coefficient ``λ``.
         g: memory for gradients ``[n, P]``, zero beyond ``K``.
     """
     grad, _, _, _, (squares, buffer), factors, scale = weight
@@ -121,31 +122,64 @@ def _update_bias(bias, first, last, e, step, rule, prox, g):
 
 
 @jit
-def local_steps(first, last, rows, weight, bias, rule, transfer, prox):
-    """All local steps of the outputs from ``first`` to ``last``.
+def _weight(given, outputs, inputs, steps):
+    """The tensors of a weight: gradient, parameter, increment, slots before and after, and factors; and its scale."""
+    before = matrix(given.old_squares, outputs, inputs), matrix(given.old_buffer, outputs, inputs)
+    after = matrix(given.new_squares, outputs, inputs), matrix(given.new_buffer, outputs, inputs)
+    gradient, parameter = matrix(given.gradient, outputs, inputs), matrix(given.parameter, outputs, inputs)
+    delta, factors = matrix(given.delta, outputs, inputs), matrix(given.factors, steps, 2)
+    return gradient, parameter, delta, before, after, factors, given.scale
+
+
+@jit
+def _bias(given, outputs, steps):
+    """The same of a bias."""
+    before = vector(given.old_squares, outputs), vector(given.old_buffer, outputs)
+    after = vector(given.new_squares, outputs), vector(given.new_buffer, outputs)
+    gradient, parameter = vector(given.gradient, outputs), vector(given.parameter, outputs)
+    factors = matrix(given.factors, steps, 2)
+    return gradient, parameter, vector(given.delta, outputs), before, after, factors, given.scale
+
+
+@jit
+def _places(firsts, step, counts, stride, width):
+    """Where each row of each local step begins in memory ``[T - 1, width]``; behind those that count, again the first."""
+    places = np.empty((counts.shape[0], width), np.int64)
+    for t in range(places.shape[0]):
+        for r in range(width):
+            places[t, r] = stride * (firsts[t] + (step * r if r < counts[t] else 0))
+    return places
+
+
+@jit
+def local_steps(problem, weight, bias, first, last):
+    """All local steps of the outputs of a problem from ``first`` to ``last``.
 
     Args:
+        problem: a row of the table, see :data:`~locoprop_kernels.cpu_kernels.table.PROBLEM`.
+        weight: see :data:`~locoprop_kernels.cpu_kernels.table.PARAMETER`.
+        bias: likewise.
         first: the first output.
         last: the one behind the last.
-        rows: memory of the inputs, and of the pre-activations; where the rows of each local step but the first begin
-            in them, each ``[T - 1, r]``; how many of these count ``[T - 1]``; how long a row of inputs is, with zeros
-            behind the ``K`` inputs; the scale of activation differences; whether products round their operands to
-            bfloat16, as the inputs have been.
-        weight: gradient, parameter, increment, pairs of old and of new slots, each ``[N, K]`` (``[0, 0]`` for a slot
-            that the rule does not have); the factors of its local steps ``[T, 2]``; the scale of the gradient.
-        bias: the same of the bias, each ``[N]``; a gradient ``[0]`` says that it is not trained.
-        rule: the family's code and hyper-parameters.
-        transfer: the function's code and two parameters.
-        prox: proximal coefficient ``λ``.
 
     Returns:
         a number that is no less than the absolute value of any that a commit would write; NaN if one of them is.
     """
-    x, a0, places_x, places_a0, counts, padded, scale, rounds = rows
-    code, p0, p1 = transfer
-    _, parameter, delta, old, new, factors, _ = weight
+    steps, inputs, padded, code = problem.steps, problem.inputs, problem.x_length, problem.function
+    weight = _weight(weight, problem.outputs, inputs, steps)
+    bias = _bias(bias, problem.outputs, steps)
+    _, parameter, delta, old, new, _, _ = weight
     grad_b, parameter_b, delta_b, old_b, new_b, _, _ = bias
-    trains_bias, inputs, width = grad_b.shape[0] > 0, delta.shape[1], places_x.shape[1]
+    trains_bias = grad_b.shape[0] > 0
+    if not trains_bias:
+        delta_b = np.empty(problem.outputs, np.float32)
+    rule = problem.family, vector(problem.hyper, HYPERPARAMETERS)
+    counts, width = integers(problem.counts, steps - 1), -(-problem.most // ROWS) * ROWS
+    places_x = _places(integers(problem.x_firsts, steps - 1), problem.x_step, counts, problem.x_stride, width)
+    places_a0 = _places(integers(problem.a0_firsts, steps - 1), problem.a0_step, counts, problem.a0_stride, width)
+    # To the end of the last row that is read.
+    x, a0 = vector(problem.x, places_x.max() + padded), vector(problem.a0, places_a0.max() + problem.outputs)
+    rounds, scale, prox, p0, p1 = problem.rounds != 0, problem.scale, problem.prox, problem.p0, problem.p1
     outputs = last - first if code == SOFTMAX else min(BLOCK, last - first)
     block = -(-outputs // OUTPUTS) * OUTPUTS
     e, a = np.empty((width, block), np.float32), np.zeros((width, block), np.float32)
@@ -162,7 +196,7 @@ def local_steps(first, last, rows, weight, bias, rule, transfer, prox):
                 new[slot][n:m] = old[slot][n:m]
             if trains_bias and new_b[slot].shape[0]:
                 new_b[slot][n:m] = old_b[slot][n:m]
-        for t in range(factors.shape[0]):
+        for t in range(steps):
             places = places_x[max(t - 1, 0)]
             if t > 0:
                 for i in range(0, m - n if rounds else 0):

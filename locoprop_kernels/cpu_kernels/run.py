@@ -1,11 +1,10 @@
-"""The host side of the CPU kernels: from local problems to what the kernel reads and writes."""
+"""The host side of the CPU kernels: from local problems to the table that kernels work from."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from locoprop_kernels.cpu_kernels.functions import SOFTMAX, arguments_of
-from locoprop_kernels.cpu_kernels.loop import BLOCK, local_steps
+from locoprop_kernels.cpu_kernels.loop import BLOCK
+from locoprop_kernels.cpu_kernels.table import CALL, PARAMETER, PROBLEM, TASK
+from locoprop_kernels.cpu_kernels.tasks import entry
 from locoprop_kernels.cpu_kernels.threads import run_all
-from locoprop_kernels.cpu_kernels.tiles import ROWS
-from locoprop_kernels.cpu_kernels.updates import factors, family_of
+from locoprop_kernels.cpu_kernels.updates import Family, factors, family_of
 from locoprop_kernels.loop import count_steps
 from locoprop_kernels.patches import Rows, one_after_another, several
 from locoprop_kernels.problem import LocalProblem, State
@@ -34,8 +34,8 @@ _TASK = 2 * BLOCK
 _VECTOR = 16
 # Rows of this length, or a multiple of it, share few places of a cache.
 _CONFLICT = 512
-_log = logging.getLogger("locoprop_kernels")
-_NOTHING = np.empty(0, np.float32), np.empty((0, 0), np.float32)
+# What a task returns that has not been run to its end.
+_UNDONE = -1.0
 
 
 def increments(problems: Sequence[LocalProblem], olds: Sequence[State], settings: Settings) -> list[Increment]:
@@ -48,108 +48,174 @@ def increments(problems: Sequence[LocalProblem], olds: Sequence[State], settings
 
     Returns:
         the increment of each.
+
+    Raises:
+        MemoryError: a thread had none for its work.
     """
-    if not local_steps.signatures:
-        _log.info("loading the local loops for CPUs; the first process compiles them, for about ten seconds")
-    works = [_Work(problem, old, settings) for problem, old in zip(problems, olds, strict=True)]
-    tasks = [task for work in works for task in work.tasks()]
-    found = run_all(_Task.run, tasks)
-    for task, largest in zip(tasks, found, strict=True):
-        increment = task.work.increment
-        increment.largest = (increment.largest or 0.0) + largest
-    for work in works:
-        count_steps(work.increment, settings)
-    return [work.increment for work in works]
+    table = _Table(problems, olds, settings)
+    tasks = _tasks(tuple((problem.weight.shape, _is_softmax(problem)) for problem in problems))
+    results = np.full(len(tasks), _UNDONE, np.float32)
+    number = np.zeros(1, np.int64)
+    call = np.array(
+        (
+            _address(number),
+            len(tasks),
+            len(problems),
+            _address(table.problems),
+            _address(table.parameters),
+            _address(tasks),
+            _address(results),
+        ),
+        CALL,
+    )
+    run_all(entry(), _address(call), len(tasks))
+    if (results == _UNDONE).any():
+        raise MemoryError("there was no memory for the local loops on the CPU")
+    # A sum of the sums of the tasks of each problem; one that is not a number stays that.
+    largest = np.bincount(tasks["problem"], results)
+    for own, increment in zip(largest.tolist(), table.increments, strict=True):
+        increment.largest = own
+        count_steps(increment, settings)
+    return table.increments
 
 
-class _Task(NamedTuple):
-    """Some outputs of a problem, from the first to the one behind the last."""
-
-    work: _Work
-    first: int
-    last: int
-
-    def run(self) -> float:
-        return float(local_steps(self.first, self.last, *self.work.arguments))
+def _is_softmax(problem: LocalProblem) -> bool:
+    assert isinstance(problem.transfer, Transfer)
+    return arguments_of(problem.transfer)[0] == SOFTMAX
 
 
-class _Work:
-    """A problem as the kernel takes it: its arguments, and the increment that it writes to."""
+def _address(array: NDArray[np.generic]) -> int:
+    return array.ctypes.data
 
-    def __init__(self, problem: LocalProblem, old: State, settings: Settings) -> None:
+
+@lru_cache(maxsize=64)
+def _tasks(problems: tuple[tuple[tuple[int, int], bool], ...]) -> NDArray[np.void]:
+    """What threads take one by one, the largest first.
+
+    Args:
+        problems: for each its ``(N, K)``, and whether one thread must take all outputs.
+    """
+    found = []
+    for number, ((outputs, inputs), whole) in enumerate(problems):
+        size = outputs if whole else _TASK
+        for first in range(0, outputs, size):
+            last = min(first + size, outputs)
+            found.append(((last - first) * inputs, (number, first, last)))
+    found.sort(key=lambda one: -one[0])
+    return np.array([task for _, task in found], TASK)
+
+
+class _Table:
+    """Problems as kernels take them.
+
+    Attributes:
+        problems: a row for each, see :data:`~locoprop_kernels.cpu_kernels.table.PROBLEM`.
+        parameters: two for each, see :data:`~locoprop_kernels.cpu_kernels.table.PARAMETER`.
+        increments: what the kernels write to.
+    """
+
+    def __init__(self, problems: Sequence[LocalProblem], olds: Sequence[State], settings: Settings) -> None:
+        self.settings = settings
         family = family_of(settings.rule)
         assert family is not None
-        assert isinstance(problem.transfer, Transfer)
-        transfer = arguments_of(problem.transfer)
-        self.family, self.settings, self.old = family, settings, old
-        self.outputs, self.whole = problem.weight.shape[0], transfer[0] == SOFTMAX
-        self.scale = problem.scale(settings.reduction)
-        self.increment = Increment({}, {})
-        self.arguments = (
-            self._rows(problem),
-            self._parameter("weight", problem),
-            self._parameter("bias", problem),
-            (family.code, family.hyper),
-            transfer,
-            np.float32(settings.prox),
+        self._family: Family = family
+        self.increments = [Increment({}, {}) for _ in problems]
+        # What has an address in the table must live as long.
+        self._held: list[Tensor | NDArray[np.generic]] = []
+        self.problems = np.array([self._problem(problem) for problem in problems], PROBLEM)
+        self.parameters = np.array(
+            [
+                [self._parameter(kind, problem, old, increment) for kind in ("weight", "bias")]
+                for problem, old, increment in zip(problems, olds, self.increments, strict=True)
+            ],
+            PARAMETER,
         )
 
-    def _rows(self, problem: LocalProblem) -> tuple[Any, ...]:
-        sets = self.settings.sets(problem)
-        order = self.settings.set_order(sets)[: self.settings.iterations - 1]
-        operands = self.settings.operands(problem)
+    def _problem(self, problem: LocalProblem) -> tuple[float, ...]:
+        assert isinstance(problem.transfer, Transfer)
+        settings = self.settings
+        sets, operands = settings.sets(problem), settings.operands(problem)
+        order = settings.set_order(sets)[: settings.iterations - 1]
         x = _located(problem.x, sets, order, operands, _VECTOR)
         a0 = _located(problem.preactivation, sets, order, torch.float32)
-        scale, rounds = np.float32(self.scale * sets), operands is torch.bfloat16
-        return x.memory, a0.memory, x.places, a0.places, x.counts, x.length, scale, rounds
-
-    def _parameter(self, kind: str, problem: LocalProblem) -> tuple[Any, ...]:
-        """A weight or a bias for the kernel, and memory for what is found."""
-        if kind not in self.old:
-            none = (_NOTHING[0], _NOTHING[0])
-            return *none, np.empty(self.outputs, np.float32), none, none, np.zeros((0, 2), np.float32), np.float32(0.0)
-        parameter, gradient = problem.trained()[kind]
-        shape, old = parameter.shape, self.old[kind]
-        delta = take(shape, torch.float32, parameter.device)
-        state = {s: take(shape, torch.float32, v.device) if v.dim() else v.clone() for s, v in old.items()}
-        self.increment.delta[kind], self.increment.state[kind] = delta, state
-        self.increment.memory += [delta, *(value for value in state.values() if value.dim())]
-        nothing = _NOTHING[len(shape) - 1]
-        before, after = (
-            tuple(_array(slots[slot]) if slot else nothing for slot in self.family.slots) for slots in (old, state)
+        self._held += [x.rows, a0.rows, x.which.memory, a0.which.memory]
+        return (
+            *problem.weight.shape,
+            settings.iterations,
+            *(x.rows.data_ptr(), x.length, x.rows.stride(0), x.which.firsts, x.which.step),
+            *(a0.rows.data_ptr(), a0.rows.stride(0), a0.which.firsts, a0.which.step),
+            *(x.which.counts, x.which.most),
+            *arguments_of(problem.transfer),
+            *(self._family.code, _address(self._family.hyper)),
+            operands is torch.bfloat16,
+            problem.scale(settings.reduction) * sets,
+            settings.prox,
         )
-        rule = self.settings.rule
-        rate, rates = problem.rate(kind), self.settings.rates
+
+    def _parameter(self, kind: str, problem: LocalProblem, old: State, increment: Increment) -> tuple[float, ...]:
+        """A weight or a bias for the kernels, and memory for what is found."""
+        if kind not in old:
+            return (0,) * len(PARAMETER)
+        parameter, gradient = problem.trained()[kind]
+        slots = old[kind]
+        delta = take(parameter.shape, torch.float32, parameter.device)
+        state = {s: take(v.shape, torch.float32, v.device) if v.dim() else v.clone() for s, v in slots.items()}
+        increment.delta[kind], increment.state[kind] = delta, state
+        increment.memory += [delta, *(value for value in state.values() if value.dim())]
+        rates, rate = self.settings.rates, problem.rate(kind)
         if rate != 1:
             rates = tuple(lr * rate for lr in rates)
-        own_factors = factors(rule, rates, int(old["step"]) if rule.counts_steps else 0)
-        scale = np.float32(self.scale * problem.grad_scale)
-        return _array(gradient), _array(parameter.detach()), _array(delta), before, after, own_factors, scale
+        rule = self.settings.rule
+        of_steps = factors(rule, rates, int(slots["step"]) if rule.counts_steps else 0)
+        self._held.append(of_steps)
+        return (
+            self._data(gradient),
+            self._data(parameter),
+            delta.data_ptr(),
+            *(self._data(slots[slot]) if slot else 0 for slot in self._family.slots),
+            *(state[slot].data_ptr() if slot else 0 for slot in self._family.slots),
+            _address(of_steps),
+            problem.scale(self.settings.reduction) * problem.grad_scale,
+        )
 
-    def tasks(self) -> list[_Task]:
-        """What threads take one by one."""
-        size = self.outputs if self.whole else _TASK
-        return [_Task(self, first, min(first + size, self.outputs)) for first in range(0, self.outputs, size)]
+    def _data(self, tensor: Tensor) -> int:
+        """The address of a contiguous tensor, or of a copy that is contiguous."""
+        if not tensor.is_contiguous():
+            tensor = tensor.detach().contiguous()
+            self._held.append(tensor)
+        return tensor.data_ptr()
 
 
-def _array(tensor: Tensor) -> NDArray[np.float32]:
-    return tensor.contiguous().numpy()
+class _Which(NamedTuple):
+    """Which rows local steps take.
+
+    Attributes:
+        firsts: address of the first row of each local step but the first ``[T - 1]``.
+        step: how many rows further the next one is.
+        counts: address of how many each takes ``[T - 1]``.
+        most: the most that one takes.
+        memory: what the addresses are of.
+    """
+
+    firsts: int
+    step: int
+    counts: int
+    most: int
+    memory: NDArray[np.int64]
 
 
 class _Located(NamedTuple):
-    """Rows of the sets that local steps take.
+    """Rows in float32, each of them contiguous.
 
     Attributes:
-        memory: that they are in.
-        places: where each row of each local step begins in it ``[T - 1, r]``.
-        counts: how many of them count ``[T - 1]``.
-        length: how long a row is.
+        rows: all of them, or those that are taken.
+        length: how long a row is, with zeros behind it.
+        which: which of them are taken.
     """
 
-    memory: NDArray[np.float32]
-    places: NDArray[np.int64]
-    counts: NDArray[np.int64]
+    rows: Tensor
     length: int
+    which: _Which
 
 
 def _located(
@@ -183,18 +249,13 @@ def _located(
         rows = longer
     elif rows.dtype is not torch.float32 or rows.stride(1) != 1:
         rows = rows.to(torch.float32).contiguous()
-    places, counts = _places(batch, sets, order, numbers)
-    stride = rows.stride(0)
-    memory = rows.detach().as_strided(((len(rows) - 1) * stride + length,), (1,)).numpy()
-    return _Located(memory, places * stride, counts, length)
+    return _Located(rows, length, _which(batch, sets, order, numbers))
 
 
 # All layers of a step with a batch of one size ask for the same.
 @lru_cache(maxsize=8)
-def _places(
-    batch: int, sets: int, order: tuple[int, ...], numbers: tuple[int, ...] | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which row is the ``r``-th of each local step ``[T - 1, r]``, and how many count; the others are again the first.
+def _which(batch: int, sets: int, order: tuple[int, ...], numbers: tuple[int, ...] | None) -> _Which:
+    """Which rows local steps take.
 
     Args:
         batch: how many rows there are.
@@ -202,11 +263,13 @@ def _places(
         order: the set of each local step.
         numbers: the sets that are there, one behind the other; ``None`` where all rows are, as they are.
     """
-    counts = np.array([set_size(batch, sets, number) for number in order], np.int64)
-    row = np.arange(-(-int(counts.max()) // ROWS) * ROWS)
-    row = np.where(row < counts[:, None], row, 0)
-    if numbers is None:
-        return np.array(order, np.int64)[:, None] + sets * row, counts
-    starts = np.cumsum([0, *(set_size(batch, sets, number) for number in numbers[:-1])])
-    start_of = dict(zip(numbers, starts.tolist(), strict=True))
-    return np.array([start_of[number] for number in order], np.int64)[:, None] + row, counts
+    sizes = {number: set_size(batch, sets, number) for number in order}
+    firsts, step = {number: number for number in sizes}, sets
+    if numbers is not None:
+        first, step = 0, 1
+        for number in numbers:
+            firsts[number] = first
+            first += sizes[number]
+    memory = np.array([[firsts[number] for number in order], [sizes[number] for number in order]], np.int64)
+    address = _address(memory)
+    return _Which(address, step, address + memory.strides[0], max(sizes.values()), memory)

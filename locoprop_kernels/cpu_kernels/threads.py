@@ -9,51 +9,36 @@ In a forked process, where GNU's waits for threads that only the parent has, the
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 __all__ = ["run_all"]
 
-_Task = TypeVar("_Task")
-_Result = TypeVar("_Result")
 _PROCESS = os.getpid()
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def run_all(function: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> list[_Result]:
-    """What a function that lets go of Python's lock returns for each task, run by as many threads as torch uses.
+def run_all(function: int, data: int, tasks: int) -> None:
+    """Call a function in as many threads as torch uses, which share the tasks among them; returns when all have ended.
 
-    Raises:
-        BaseException: what the function raised, after all threads have ended.
+    Args:
+        function: address of a C function ``void (*)(void *)``.
+        data: what it is called with.
+        tasks: how many there are: no more threads are needed.
     """
-    found: dict[int, _Result] = {}
-    failures: list[BaseException] = []
-    numbers = itertools.count()
-
-    def work() -> None:
-        try:
-            while not failures and (number := next(numbers)) < len(tasks):
-                found[number] = function(tasks[number])
-        except BaseException as failure:
-            failures.append(failure)
-
-    threads = min(torch.get_num_threads(), len(tasks))
+    body = _BODY(function)
+    threads = min(torch.get_num_threads(), tasks)
     if threads > 1 and os.getpid() == _PROCESS and (parallel := _parallel()) is not None:
-        parallel(_BODY(lambda _: work()), None, threads, 0)
-    else:
-        others = [_pool(os.getpid()).submit(work) for _ in range(threads - 1)]
-        work()
-        for other in others:
-            other.result()
-    if failures:
-        raise failures[0]
-    return [found[number] for number in range(len(tasks))]
+        parallel(body, data, threads, 0)
+        return
+    others = [_pool(os.getpid()).submit(body, data) for _ in range(threads - 1)]
+    body(data)
+    for other in others:
+        other.result()
 
 
 @lru_cache(maxsize=1)

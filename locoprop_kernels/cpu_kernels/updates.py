@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from locoprop_kernels import rules
 from locoprop_kernels.cpu_kernels.jit import jit
 
-__all__ = ["Family", "factors", "family_of", "update"]
+__all__ = ["HYPERPARAMETERS", "Family", "factors", "family_of", "update"]
 
+#: How many hyper-parameters a family has at most.
+HYPERPARAMETERS = 6
 _ONE = np.float32(1.0)
 _MOMENTUM, _SQUARES, _ADAM = range(3)
 
@@ -29,7 +31,7 @@ class Family(NamedTuple):
     Attributes:
         code: of the family.
         slots: names of the state tensors, in the kernels' order; ``""`` for one that the rule does not have.
-        hyper: the hyper-parameters, float32.
+        hyper: the hyper-parameters, and zeros ``[HYPERPARAMETERS]``, float32.
     """
 
     code: int
@@ -62,7 +64,7 @@ def _family(rule: rules.Rule) -> Family | None:
 
 
 def _numbers(*values: float) -> NDArray[np.float32]:
-    return np.array(values, np.float32)
+    return np.array([*values, *(HYPERPARAMETERS - len(values)) * (0.0,)], np.float32)
 
 
 # All layers of a step ask for the same, and without Adam all steps do.

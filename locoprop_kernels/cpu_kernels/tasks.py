@@ -1,0 +1,44 @@
+"""All tasks of a call: the function that every thread enters, which does without Python from task to task."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from locoprop_kernels.cpu_kernels import jit
+from locoprop_kernels.cpu_kernels.loop import local_steps
+from locoprop_kernels.cpu_kernels.table import CALL, PARAMETER, PROBLEM, TASK, pointer, take_number
+
+__all__ = ["entry"]
+
+_log = logging.getLogger("locoprop_kernels")
+
+
+def _run(address: Any) -> None:
+    """Take tasks of a call one after the other, until there are none.
+
+    Args:
+        address: of the call, see :data:`~locoprop_kernels.cpu_kernels.table.CALL`.
+    """
+    call = carray(address, (1,), CALL)[0]
+    results = carray(pointer(call.results), (call.count,), np.float32)
+    tasks = carray(pointer(call.tasks), (call.count,), TASK)
+    problems = carray(pointer(call.problems), (call.problem_count,), PROBLEM)
+    parameters = carray(pointer(call.parameters), (call.problem_count, 2), PARAMETER)
+    number = take_number(call.next)
+    while number < call.count:
+        task = tasks[number]
+        weight, bias = parameters[task.problem, 0], parameters[task.problem, 1]
+        results[number] = local_steps(problems[task.problem], weight, bias, task.first, task.last)
+        number = take_number(call.next)
+
+
+@lru_cache(maxsize=1)
+def entry() -> int:
+    """The address of the compiled function ``void (*)(void *)``, to be called with that of a call."""
+    _log.info("loading the local loops for CPUs; the first process compiles them, for about ten seconds")
+    return jit.entry(_run)
