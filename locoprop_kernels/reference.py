@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ from locoprop_kernels.scratch import give_back
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision, Increment
 from locoprop_kernels.transfers import Transfer
+
+if TYPE_CHECKING:
+    from locoprop_kernels.cpu_kernels.run import Compiled
 
 __all__ = ["Solved", "decide", "local_loop", "solve"]
 
@@ -204,25 +208,39 @@ def _group_by_group(
 
 
 class Solved:
-    """The solution of the reference backend, see :class:`locoprop_kernels.solution.Solution`."""
+    """The solution of the reference backend, see :class:`locoprop_kernels.solution.Solution`.
 
-    def __init__(self, problems: list[LocalProblem], states: list[State]) -> None:
-        self.problems, self.states = problems, states
-        self.decisions: list[Decision] = []
-        self.traces: list[Tensor | None] = []
-        self.increments: list[Increment] = []
+    Args:
+        problems: the problems.
+        states: the rule's state in each of them before the loop.
+        decisions: how each of them is solved.
+    """
+
+    def __init__(self, problems: list[LocalProblem], states: list[State], decisions: list[Decision]) -> None:
+        self.problems, self.states, self.decisions = problems, states, decisions
+        self.traces: list[Tensor | None] = [None] * len(problems)
+        #: What PyTorch has found, by the number of the problem.
+        self.increments: dict[int, Increment] = {}
+        #: What compiled kernels have found, and which of their problems each of the others is.
+        self.compiled: Compiled | None = None
+        self.places: dict[int, int] = {}
         # The problems whose increments somebody else may hold.
         self._lent: set[int] = set()
 
     def increment(self, index: int) -> Increment:
         """The increment of a problem."""
+        if self.compiled is not None and index in self.places:
+            return self.compiled.increment(self.places[index])
         self._lent.add(index)
         return self.increments[index]
 
     @property
     def finite(self) -> Tensor:
         """Whether a commit would write finite numbers only; on the device, without waiting for it."""
-        pairs = list(zip(self.problems, self.increments, strict=True))
+        increments = dict(self.increments)
+        if self.compiled is not None and not self.compiled.finite:
+            increments.update((index, self.compiled.found(place)) for index, place in self.places.items())
+        pairs = [(self.problems[index], increment) for index, increment in increments.items()]
         if all(_is_small(problem, increment) for problem, increment in pairs):
             return torch.tensor(True)
         extremes: list[Tensor] = []
@@ -239,10 +257,15 @@ class Solved:
     def commit(self, ok: Tensor) -> None:
         """Apply increments and new state where ``ok`` is true; on a GPU the decision stays on the device."""
         on_host = ok.device.type == "cpu"
+        increments = dict(self.increments)
+        if self.compiled is not None:
+            left = self.compiled.commit()
+            increments.update((index, left[place]) for index, place in self.places.items() if place in left)
         # Pairs of what is written and what is added to it, or copied.
         added: tuple[list[Tensor], list[Tensor]] = ([], [])
         copied: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for problem, before, increment in zip(self.problems, self.states, self.increments, strict=True):
+        for index, increment in increments.items():
+            problem, before = self.problems[index], self.states[index]
             for name, delta in increment.delta.items():
                 parameter = getattr(problem, name)
                 to, value = (added, delta) if on_host else (copied, torch.where(ok, parameter + delta, parameter))
@@ -261,9 +284,8 @@ class Solved:
             torch._foreach_add_(*added)
         if copied[0]:
             torch._foreach_copy_(*copied)
-        for index, increment in enumerate(self.increments):
-            kept = self.decisions[index].rows is not None or self.decisions[index].driver == "numba"
-            if kept and index not in self._lent:
+        for index, increment in self.increments.items():
+            if self.decisions[index].rows is not None and index not in self._lent:
                 give_back(*increment.memory)
 
 
@@ -290,27 +312,24 @@ def solve(
         done: called with the index of each problem that is solved.
         compiled: whether to take the kernels for CPUs where they can run, see :mod:`locoprop_kernels.cpu_kernels`.
     """
-    solved = Solved(problems, states)
-    solved.decisions = [decide(problem, settings, compiled) for problem in problems]
+    solved = Solved(problems, states, [decide(problem, settings, compiled) for problem in problems])
     by_kernels = [i for i, decision in enumerate(solved.decisions) if decision.driver == "numba"]
-    found: dict[int, tuple[Increment, Tensor | None]] = {}
     if by_kernels:
-        from locoprop_kernels.cpu_kernels.run import increments
+        from locoprop_kernels.cpu_kernels.run import Compiled
 
-        compiled_ones = increments([problems[i] for i in by_kernels], [states[i] for i in by_kernels], settings)
-        found.update((i, (increment, None)) for i, increment in zip(by_kernels, compiled_ones, strict=True))
+        solved.compiled = Compiled([problems[i] for i in by_kernels], [states[i] for i in by_kernels], settings)
+        solved.places = {index: place for place, index in enumerate(by_kernels)}
         _tell(done, by_kernels)
-    others = [i for i in range(len(problems)) if i not in found]
+    others = [i for i in range(len(problems)) if i not in solved.places]
     for some in together([problems[i] for i in others], [states[i] for i in others], settings):
         part = [others[i] for i in some]
         if len(part) == 1:
-            solutions = [local_loop(problems[part[0]], states[part[0]], settings, solved.decisions[part[0]])]
+            found = [local_loop(problems[part[0]], states[part[0]], settings, solved.decisions[part[0]])]
         else:
-            solutions = few_rows_loops([problems[i] for i in part], [states[i] for i in part], settings)
-        found.update(zip(part, solutions, strict=True))
+            found = few_rows_loops([problems[i] for i in part], [states[i] for i in part], settings)
+        for index, (increment, trace) in zip(part, found, strict=True):
+            solved.increments[index], solved.traces[index] = increment, trace
         _tell(done, part)
-    solved.increments = [found[i][0] for i in range(len(problems))]
-    solved.traces = [found[i][1] for i in range(len(problems))]
     return solved
 
 

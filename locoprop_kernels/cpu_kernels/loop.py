@@ -10,7 +10,7 @@ from locoprop_kernels.cpu_kernels.table import integers, matrix, vector
 from locoprop_kernels.cpu_kernels.tiles import OUTPUTS, ROWS, add_gradient, preactivations
 from locoprop_kernels.cpu_kernels.updates import HYPERPARAMETERS, update
 
-__all__ = ["BLOCK", "local_steps"]
+__all__ = ["BLOCK", "commit", "local_steps"]
 
 #: Outputs that go through a local step together: their increments, state and rows fit into a core's own cache.
 BLOCK = 8 * OUTPUTS
@@ -143,7 +143,7 @@ def _bias(given, outputs, steps):
 
 @jit
 def _places(firsts, step, counts, stride, width):
-    """Where each row of each local step begins in memory ``[T - 1, width]``; behind those that count, again the first."""
+    """Where each row of each local step begins in memory ``[T - 1, width]``; behind those that count, the first."""
     places = np.empty((counts.shape[0], width), np.int64)
     for t in range(places.shape[0]):
         for r in range(width):
@@ -224,3 +224,30 @@ def local_steps(problem, weight, bias, first, last):
             if trains_bias and new_b[slot].shape[0]:
                 total += _total(new_b[slot][n:m])
     return total
+
+
+@jit
+def commit(problem, weight, bias, first, last):
+    """Add the increments that local steps have found for some outputs, and bring the state to its place.
+
+    Args:
+        problem: see :func:`local_steps`.
+        weight: likewise.
+        bias: likewise.
+        first: the first output.
+        last: the one behind the last.
+    """
+    _commit(weight, first * problem.inputs, last * problem.inputs)
+    _commit(bias, first, last)
+
+
+@jit
+def _commit(given, first, last):
+    """The same of the elements of a parameter from ``first`` to ``last``."""
+    parameter, delta = vector(given.parameter, last)[first:], vector(given.delta, last)[first:]
+    for k in range(parameter.shape[0]):
+        parameter[k] += delta[k]
+    if given.old_squares:
+        vector(given.old_squares, last)[first:] = vector(given.new_squares, last)[first:]
+    if given.old_buffer:
+        vector(given.old_buffer, last)[first:] = vector(given.new_buffer, last)[first:]

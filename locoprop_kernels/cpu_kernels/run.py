@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,83 +13,107 @@ from torch import Tensor
 
 from locoprop_kernels.cpu_kernels.functions import SOFTMAX, arguments_of
 from locoprop_kernels.cpu_kernels.loop import BLOCK
+from locoprop_kernels.cpu_kernels.rows import VECTOR, located
 from locoprop_kernels.cpu_kernels.table import CALL, PARAMETER, PROBLEM, TASK
 from locoprop_kernels.cpu_kernels.tasks import entry
 from locoprop_kernels.cpu_kernels.threads import run_all
-from locoprop_kernels.cpu_kernels.updates import Family, factors, family_of
-from locoprop_kernels.loop import count_steps
-from locoprop_kernels.patches import Rows, one_after_another, several
+from locoprop_kernels.cpu_kernels.updates import factors, family_of
 from locoprop_kernels.problem import LocalProblem, State
-from locoprop_kernels.sampling import set_size
-from locoprop_kernels.scratch import take
+from locoprop_kernels.scratch import give_back, take
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Increment
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["increments"]
+__all__ = ["Compiled"]
 
 # Outputs that a thread takes at a time: few enough that all threads have work to the end.
 _TASK = 2 * BLOCK
-# Numbers of a vector register: where rows are no multiple of it, what is left over takes as long as many whole ones.
-_VECTOR = 16
-# Rows of this length, or a multiple of it, share few places of a cache.
-_CONFLICT = 512
+_BYTES = 4
 # What a task returns that has not been run to its end.
 _UNDONE = -1.0
 
 
-def increments(problems: Sequence[LocalProblem], olds: Sequence[State], settings: Settings) -> list[Increment]:
-    """Run all local iterations of some problems, by as many threads as torch uses.
+class Compiled:
+    """Problems that the kernels have solved.
 
     Args:
         problems: validated problems that :func:`locoprop_kernels.cpu_kernels.can_run`.
         olds: the rule's state in each before the loop.
         settings: the settings of the call.
 
-    Returns:
-        the increment of each.
+    Attributes:
+        finite: whether it is certain that a commit would write finite numbers only.
 
     Raises:
         MemoryError: a thread had none for its work.
     """
-    table = _Table(problems, olds, settings)
-    tasks = _tasks(tuple((problem.weight.shape, _is_softmax(problem)) for problem in problems))
-    results = np.full(len(tasks), _UNDONE, np.float32)
-    number = np.zeros(1, np.int64)
-    call = np.array(
-        (
-            _address(number),
-            len(tasks),
-            len(problems),
-            _address(table.problems),
-            _address(table.parameters),
-            _address(tasks),
-            _address(results),
-        ),
-        CALL,
-    )
-    run_all(entry(), _address(call), len(tasks))
-    if (results == _UNDONE).any():
-        raise MemoryError("there was no memory for the local loops on the CPU")
-    # A sum of the sums of the tasks of each problem; one that is not a number stays that.
-    largest = np.bincount(tasks["problem"], results)
-    for own, increment in zip(largest.tolist(), table.increments, strict=True):
-        increment.largest = own
-        count_steps(increment, settings)
-    return table.increments
+
+    def __init__(self, problems: Sequence[LocalProblem], olds: Sequence[State], settings: Settings) -> None:
+        self._table = _Table(problems, olds, settings)
+        self._problems, self._olds, self._iterations = problems, olds, settings.iterations
+        # The problems whose increments somebody else may hold.
+        self._lent: set[int] = set()
+        # The sum of all absolute values, or more; NaN where one is not a number.
+        self.finite = bool(self._run(commits=False).sum() < np.finfo(np.float32).max)
+
+    def increment(self, place: int) -> Increment:
+        """What was found for the problem of a number; it may be held after the commit."""
+        self._lent.add(place)
+        return self.found(place)
+
+    def found(self, place: int) -> Increment:
+        """The same, until the commit."""
+        increment = Increment({}, {})
+        for kind, old in self._olds[place].items():
+            views = self._table.views(place, kind)
+            increment.delta[kind] = views.pop("")
+            steps = {"step": old["step"] + self._iterations} if "step" in old else {}
+            increment.state[kind] = {**views, **steps}
+        return increment
+
+    def commit(self) -> dict[int, Increment]:
+        """Apply increments and new state, and let go of their memory.
+
+        Returns:
+            what is left to apply, by the number of the problem: where parameters or state are not contiguous.
+        """
+        table = self._table
+        left = {place: self.increment(place) for place in table.scattered}
+        table.parameters[table.scattered] = 0
+        steps = []
+        for place, (problem, olds) in enumerate(zip(self._problems, self._olds, strict=True)):
+            for kind, old in olds.items() if place not in left else ():
+                stored = problem.state.setdefault(kind, {})
+                for slot, value in old.items():
+                    if stored.get(slot) is not value:
+                        stored[slot] = value
+                if "step" in old:
+                    steps.append(old["step"])
+        self._run(commits=True)
+        if steps:
+            torch._foreach_add_(steps, self._iterations)
+        give_back(*(block for place, block in enumerate(table.blocks) if place not in self._lent))
+        return left
+
+    def _run(self, commits: bool) -> NDArray[np.float32]:
+        """Run all tasks; what each has returned."""
+        table = self._table
+        results, number = np.full(len(table.tasks), _UNDONE, np.float32), np.zeros(1, np.int64)
+        counts = len(table.tasks), len(table.problems)
+        addresses = [_address(array) for array in (table.problems, table.parameters, table.tasks, results)]
+        call = np.array((_address(number), *counts, *addresses, commits), CALL)
+        run_all(entry(), _address(call), len(table.tasks))
+        if (results == _UNDONE).any():
+            raise MemoryError("there was no memory for the local loops on the CPU")
+        return results
 
 
-def _is_softmax(problem: LocalProblem) -> bool:
-    assert isinstance(problem.transfer, Transfer)
-    return arguments_of(problem.transfer)[0] == SOFTMAX
-
-
-def _address(array: NDArray[np.generic]) -> int:
+def _address(array: NDArray[Any]) -> int:
     return array.ctypes.data
 
 
 @lru_cache(maxsize=64)
-def _tasks(problems: tuple[tuple[tuple[int, int], bool], ...]) -> NDArray[np.void]:
+def _tasks(problems: tuple[tuple[tuple[int, int], bool], ...]) -> NDArray[Any]:
     """What threads take one by one, the largest first.
 
     Args:
@@ -105,39 +129,73 @@ def _tasks(problems: tuple[tuple[tuple[int, int], bool], ...]) -> NDArray[np.voi
     return np.array([task for _, task in found], TASK)
 
 
+class _Layout(NamedTuple):
+    """Where increment and new state of a problem are in a block of memory.
+
+    Attributes:
+        size: numbers of the block.
+        starts: by kind and slot, the first number of the slot; that of the increment by ``""``.
+    """
+
+    size: int
+    starts: dict[str, dict[str, int]]
+
+
+@lru_cache(maxsize=256)
+def _layout(shape: tuple[int, int], kinds: tuple[str, ...], slots: tuple[str, ...]) -> _Layout:
+    size, starts = 0, {}
+    for kind in kinds:
+        numbers = shape[0] * (shape[1] if kind == "weight" else 1)
+        aligned = -(-numbers // VECTOR) * VECTOR
+        starts[kind] = {slot: size + number * aligned for number, slot in enumerate(slots)}
+        size += len(slots) * aligned
+    return _Layout(size, starts)
+
+
 class _Table:
     """Problems as kernels take them.
 
     Attributes:
         problems: a row for each, see :data:`~locoprop_kernels.cpu_kernels.table.PROBLEM`.
         parameters: two for each, see :data:`~locoprop_kernels.cpu_kernels.table.PARAMETER`.
-        increments: what the kernels write to.
+        tasks: what threads take one by one, see :data:`~locoprop_kernels.cpu_kernels.table.TASK`.
+        blocks: memory for the increment and the new state of each.
+        scattered: the numbers of those whose parameters or state are not contiguous: what kernels read is a copy.
     """
 
     def __init__(self, problems: Sequence[LocalProblem], olds: Sequence[State], settings: Settings) -> None:
-        self.settings = settings
         family = family_of(settings.rule)
         assert family is not None
-        self._family: Family = family
-        self.increments = [Increment({}, {}) for _ in problems]
+        self._settings, self._family = settings, family
+        slots = ("", *filter(None, family.slots))
+        self._shapes = [problem.weight.shape for problem in problems]
+        self._layouts = [_layout(shape, tuple(old), slots) for shape, old in zip(self._shapes, olds, strict=True)]
+        self.blocks = [take((layout.size,), torch.float32, problems[0].weight.device) for layout in self._layouts]
+        self.scattered: list[int] = []
         # What has an address in the table must live as long.
-        self._held: list[Tensor | NDArray[np.generic]] = []
+        self._held: list[Tensor | NDArray[Any]] = []
         self.problems = np.array([self._problem(problem) for problem in problems], PROBLEM)
-        self.parameters = np.array(
-            [
-                [self._parameter(kind, problem, old, increment) for kind in ("weight", "bias")]
-                for problem, old, increment in zip(problems, olds, self.increments, strict=True)
-            ],
-            PARAMETER,
-        )
+        rows = [
+            [self._parameter(place, kind, problem, old) for kind in ("weight", "bias")]
+            for place, (problem, old) in enumerate(zip(problems, olds, strict=True))
+        ]
+        self.parameters = np.array(rows, PARAMETER)
+        whole = self.problems["function"] == SOFTMAX
+        self.tasks = _tasks(tuple(zip(self._shapes, whole.tolist(), strict=True)))
+
+    def views(self, place: int, kind: str) -> dict[str, Tensor]:
+        """The new state of a parameter by slot, and by ``""`` its increment."""
+        block, shape = self.blocks[place], self._shapes[place][: 2 if kind == "weight" else 1]
+        stride = (*shape[1:], 1)
+        return {slot: block.as_strided(shape, stride, at) for slot, at in self._layouts[place].starts[kind].items()}
 
     def _problem(self, problem: LocalProblem) -> tuple[float, ...]:
         assert isinstance(problem.transfer, Transfer)
-        settings = self.settings
+        settings = self._settings
         sets, operands = settings.sets(problem), settings.operands(problem)
         order = settings.set_order(sets)[: settings.iterations - 1]
-        x = _located(problem.x, sets, order, operands, _VECTOR)
-        a0 = _located(problem.preactivation, sets, order, torch.float32)
+        x = located(problem.x, sets, order, operands, VECTOR)
+        a0 = located(problem.preactivation, sets, order, torch.float32)
         self._held += [x.rows, a0.rows, x.which.memory, a0.which.memory]
         return (
             *problem.weight.shape,
@@ -152,30 +210,28 @@ class _Table:
             settings.prox,
         )
 
-    def _parameter(self, kind: str, problem: LocalProblem, old: State, increment: Increment) -> tuple[float, ...]:
-        """A weight or a bias for the kernels, and memory for what is found."""
+    def _parameter(self, place: int, kind: str, problem: LocalProblem, old: State) -> tuple[float, ...]:
+        """A weight or a bias for the kernels."""
         if kind not in old:
-            return (0,) * len(PARAMETER)
+            return (0,) * len(PARAMETER.fields or ())
         parameter, gradient = problem.trained()[kind]
-        slots = old[kind]
-        delta = take(parameter.shape, torch.float32, parameter.device)
-        state = {s: take(v.shape, torch.float32, v.device) if v.dim() else v.clone() for s, v in slots.items()}
-        increment.delta[kind], increment.state[kind] = delta, state
-        increment.memory += [delta, *(value for value in state.values() if value.dim())]
-        rates, rate = self.settings.rates, problem.rate(kind)
+        settings, slots, starts = self._settings, old[kind], self._layouts[place].starts[kind]
+        rates, rate = settings.rates, problem.rate(kind)
         if rate != 1:
-            rates = tuple(lr * rate for lr in rates)
-        rule = self.settings.rule
-        of_steps = factors(rule, rates, int(slots["step"]) if rule.counts_steps else 0)
+            rates = tuple([lr * rate for lr in rates])
+        of_steps = factors(settings.rule, rates, int(slots["step"]) if settings.rule.counts_steps else 0)
         self._held.append(of_steps)
+        address = self.blocks[place].data_ptr()
+        if not all(tensor.is_contiguous() for tensor in (parameter, *slots.values())):
+            self.scattered.append(place)
         return (
             self._data(gradient),
             self._data(parameter),
-            delta.data_ptr(),
+            address + _BYTES * starts[""],
             *(self._data(slots[slot]) if slot else 0 for slot in self._family.slots),
-            *(state[slot].data_ptr() if slot else 0 for slot in self._family.slots),
+            *(address + _BYTES * starts[slot] if slot else 0 for slot in self._family.slots),
             _address(of_steps),
-            problem.scale(self.settings.reduction) * problem.grad_scale,
+            problem.scale(settings.reduction) * problem.grad_scale,
         )
 
     def _data(self, tensor: Tensor) -> int:
@@ -184,92 +240,3 @@ class _Table:
             tensor = tensor.detach().contiguous()
             self._held.append(tensor)
         return tensor.data_ptr()
-
-
-class _Which(NamedTuple):
-    """Which rows local steps take.
-
-    Attributes:
-        firsts: address of the first row of each local step but the first ``[T - 1]``.
-        step: how many rows further the next one is.
-        counts: address of how many each takes ``[T - 1]``.
-        most: the most that one takes.
-        memory: what the addresses are of.
-    """
-
-    firsts: int
-    step: int
-    counts: int
-    most: int
-    memory: NDArray[np.int64]
-
-
-class _Located(NamedTuple):
-    """Rows in float32, each of them contiguous.
-
-    Attributes:
-        rows: all of them, or those that are taken.
-        length: how long a row is, with zeros behind it.
-        which: which of them are taken.
-    """
-
-    rows: Tensor
-    length: int
-    which: _Which
-
-
-def _located(
-    rows: Tensor | Rows, sets: int, order: tuple[int, ...], rounding: torch.dtype, multiple: int = 1
-) -> _Located:
-    """Rows where they are, if that will do, or in a copy.
-
-    Args:
-        rows: all rows, or those that were chosen.
-        sets: into how many sets they fall.
-        order: the set of each local step.
-        rounding: the dtype that they are rounded to; they are held in float32.
-        multiple: what the length of a row must be a multiple of: there are zeros behind it where it is not.
-    """
-    batch, columns = rows.shape
-    length = -(-columns // multiple) * multiple
-    if multiple > 1 and length % _CONFLICT == 0:
-        length += multiple
-    numbers = None
-    if not isinstance(rows, Tensor):
-        numbers = tuple(dict.fromkeys(order))
-        rows = one_after_another(rows, numbers, sets)
-    elif length != columns or rounding is not torch.float32:  # of which only what is taken need be copied
-        numbers = tuple(dict.fromkeys(order))
-        rows = several(rows, numbers, sets)
-    if rounding is not torch.float32:
-        rows = rows.to(rounding)
-    if length != columns:
-        longer = torch.zeros(len(rows), length, dtype=torch.float32)
-        longer[:, :columns] = rows
-        rows = longer
-    elif rows.dtype is not torch.float32 or rows.stride(1) != 1:
-        rows = rows.to(torch.float32).contiguous()
-    return _Located(rows, length, _which(batch, sets, order, numbers))
-
-
-# All layers of a step with a batch of one size ask for the same.
-@lru_cache(maxsize=8)
-def _which(batch: int, sets: int, order: tuple[int, ...], numbers: tuple[int, ...] | None) -> _Which:
-    """Which rows local steps take.
-
-    Args:
-        batch: how many rows there are.
-        sets: into how many sets they fall.
-        order: the set of each local step.
-        numbers: the sets that are there, one behind the other; ``None`` where all rows are, as they are.
-    """
-    sizes = {number: set_size(batch, sets, number) for number in order}
-    firsts, step = {number: number for number in sizes}, sets
-    if numbers is not None:
-        first, step = 0, 1
-        for number in numbers:
-            firsts[number] = first
-            first += sizes[number]
-    memory = np.array([[firsts[number] for number in order], [sizes[number] for number in order]], np.int64)
-    address = _address(memory)
-    return _Which(address, step, address + memory.strides[0], max(sizes.values()), memory)

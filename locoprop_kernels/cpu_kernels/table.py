@@ -17,9 +17,9 @@ from locoprop_kernels.cpu_kernels.jit import jit
 
 __all__ = ["CALL", "PARAMETER", "PROBLEM", "TASK", "integers", "matrix", "pointer", "take_number", "vector"]
 
-#: A weight ``[N, K]`` or a bias ``[N]``: its gradient, which is 0 where it is not trained; the parameter; memory for its
-#: increment; the rule's two slots before and after, 0 for those that it does not have; the factors of the local steps
-#: ``[T, 2]``; the scale of the gradient.
+#: A weight ``[N, K]`` or a bias ``[N]``: its gradient, which is 0 where it is not trained; the parameter; memory for
+#: its increment; the rule's two slots before and after, 0 for those that it does not have; the factors of the local
+#: steps ``[T, 2]``; the scale of the gradient.
 PARAMETER = np.dtype(
     [
         ("gradient", np.int64),
@@ -34,12 +34,12 @@ PARAMETER = np.dtype(
     ],
     align=True,
 )
-#: A problem, without its parameters: ``N``, ``K`` and ``T``; memory of the inputs, how long a row is with the zeros behind
-#: it, how far apart two rows are, which one is the first of each local step but the first ``[T - 1]`` (int64), and how
-#: many rows further the next one is; the same of the pre-activations; how many rows each of these local steps takes
-#: ``[T - 1]`` (int64), and how many at most; the code of the transfer function and its parameters; that of the rule's
-#: family and its hyper-parameters; whether products round their operands to bfloat16, as the inputs have been; the scale
-#: of activation differences; and ``λ``.
+#: A problem, without its parameters: ``N``, ``K`` and ``T``; memory of the inputs, how long a row is with the zeros
+#: behind it, how far apart two rows are, which one is the first of each local step but the first ``[T - 1]`` (int64),
+#: and how many rows further the next one is; the same of the pre-activations; how many rows each of these local steps
+#: takes ``[T - 1]`` (int64), and how many at most; the code of the transfer function and its parameters; that of the
+#: rule's family and its hyper-parameters; whether products round their operands to bfloat16, as the inputs have been;
+#: the scale of activation differences; and ``λ``.
 PROBLEM = np.dtype(
     [
         ("outputs", np.int64),
@@ -80,6 +80,7 @@ CALL = np.dtype(
         ("parameters", np.int64),
         ("tasks", np.int64),
         ("results", np.int64),
+        ("commits", np.int64),
     ],
     align=True,
 )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numba import carray
 
 from locoprop_kernels.cpu_kernels import jit
-from locoprop_kernels.cpu_kernels.loop import local_steps
+from locoprop_kernels.cpu_kernels.loop import commit, local_steps
 from locoprop_kernels.cpu_kernels.table import CALL, PARAMETER, PROBLEM, TASK, pointer, take_number
 
 __all__ = ["entry"]
@@ -18,7 +17,7 @@ __all__ = ["entry"]
 _log = logging.getLogger("locoprop_kernels")
 
 
-def _run(address: Any) -> None:
+def _run(address):
     """Take tasks of a call one after the other, until there are none.
 
     Args:
@@ -33,7 +32,12 @@ def _run(address: Any) -> None:
     while number < call.count:
         task = tasks[number]
         weight, bias = parameters[task.problem, 0], parameters[task.problem, 1]
-        results[number] = local_steps(problems[task.problem], weight, bias, task.first, task.last)
+        problem = problems[task.problem]
+        if call.commits:
+            commit(problem, weight, bias, task.first, task.last)
+            results[number] = 0.0
+        else:
+            results[number] = local_steps(problem, weight, bias, task.first, task.last)
         number = take_number(call.next)
 
 
