@@ -48,7 +48,7 @@ class _LayerHook(ForwardHook):
         if layer is None:
             return
         layer.called = True
-        transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+        transformed = torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
         if torch.is_grad_enabled() and output.requires_grad and not transformed:
             layer.watch(module, args[0] if args else next(iter(kwargs.values())), output)
 

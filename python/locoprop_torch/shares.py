@@ -37,7 +37,7 @@ class Shares:
     def __init__(self, name: str, layout: Callable[[nn.Module], Layout]) -> None:
         self._name, self._layout = name, layout
         # The passes that may still count.
-        self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
+        self._open: list[weakref.ref[Pass]] = []
 
     def begin(self, captured: Pass, before: Sequence[Pass], sampling: Sampling) -> None:
         """Cut a new pass down to its share, if that is known.
@@ -47,13 +47,13 @@ class Shares:
             before: those that count.
             sampling: which rows the next step takes.
         """
-        alone = not self._waiting()
-        self._open.add(captured)
+        waiting = self._waiting()
+        self._open = [weakref.ref(one) for one in (*waiting, captured)]
         assert captured.x is not None
         assert captured.preactivation is not None
         x, a = self._layout(captured.module).rows(captured.x, captured.preactivation)
         captured.size = x.shape[-2]
-        if not alone:
+        if waiting:
             return
         sampling = next((other.kept.sampling for other in before if other.kept), sampling)
         sets = _sets([*before, captured], sampling)
@@ -62,7 +62,6 @@ class Shares:
             captured.offset = _end(before)
             captured.keep_rows(KeptRows.of(x, a, sampling, sets, captured.offset))
 
-    @torch.no_grad()
     def even_out(self, passes: list[Pass], sampling: Sampling, dtype: torch.dtype, at_step: bool = False) -> None:
         """Bring the passes that count into their order, and cut them down to their shares.
 
@@ -75,7 +74,7 @@ class Shares:
         Raises:
             ValueError: at a step, and an input was overwritten.
         """
-        self._open.difference_update(passes)
+        self._open = [weakref.ref(one) for one in self._waiting()]
         # Where one that has its place already may still count, others cannot know theirs.
         if not passes or (any(one.kept for one in self._waiting()) and not at_step):
             return
@@ -89,21 +88,23 @@ class Shares:
         sets = _sets(passes, sampling)
         if sets <= sampling.steps and not any(captured.kept for captured in passes):
             return
-        for captured in passes:
-            if captured.kept is not None:
-                captured.kept.thin(sets)
-            # A step refuses what was overwritten; until then the gradient may be discarded.
-            elif at_step or not captured.overwritten:
-                x, a = self._layout(captured.module).rows(*captured.restored(self._name, dtype))
-                captured.keep_rows(KeptRows.of(x, a, sampling, sets, captured.offset or 0))
+        with torch.no_grad():
+            for captured in passes:
+                if captured.kept is not None:
+                    captured.kept.thin(sets)
+                # A step refuses what was overwritten; until then the gradient may be discarded.
+                elif at_step or not captured.overwritten:
+                    x, a = self._layout(captured.module).rows(*captured.restored(self._name, dtype))
+                    captured.keep_rows(KeptRows.of(x, a, sampling, sets, captured.offset or 0))
 
     def end(self) -> None:
         """A step has been made: of what was called before it, nothing is expected to count any more."""
-        self._open.clear()
+        self._open = []
 
     def _waiting(self) -> list[Pass]:
         """The passes that may still count."""
-        return [captured for captured in self._open if not captured.counted and not captured.released]
+        found = [captured() for captured in self._open]
+        return [captured for captured in found if captured and not captured.counted and not captured.released]
 
 
 def _end(passes: Sequence[Pass]) -> int:

@@ -1,7 +1,10 @@
 """The parts of the kernels for CPUs: functions, rounding, threads, where kernels are kept, and what they know."""
 
+import concurrent.futures
+import ctypes
 import dataclasses
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +13,12 @@ import torch
 import locoprop_kernels as lk
 from locoprop_kernels import cpu_kernels, rules, transfers
 from locoprop_kernels.settings import Settings
-from tests.problems import RULES, TRANSFERS
+from tests.problems import RULES, TRANSFERS, problem_for, random_layer
 
 pytest.importorskip("numba", exc_type=ImportError)
-from locoprop_kernels.cpu_kernels import functions, jit, loop, threads, updates
+import numba
+
+from locoprop_kernels.cpu_kernels import functions, jit, loop, run, table, threads, updates
 
 COMPILED = [rule for rule in RULES if updates.family_of(rule) is not None]
 KNOWN = [transfer for transfer in TRANSFERS if transfer.name in functions.CODES]
@@ -71,23 +76,61 @@ def test_what_is_not_a_number_stays_that(transfer):
 
 
 @pytest.mark.parametrize("openmp", [True, False])
-def test_what_a_thread_raises_is_raised(openmp, monkeypatch):
+def test_as_many_threads_run_as_torch_uses(openmp, monkeypatch):
     if not openmp:
         monkeypatch.setattr(threads, "_parallel", lambda: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    seen = set()
+    seen = []
     barrier = threading.Barrier(2, timeout=30)
 
-    def fail(number):
-        seen.add(threading.get_ident())
-        if number < 2:
-            barrier.wait()
-        raise OSError(f"of task {number}")
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def together(data):
+        seen.append((threading.get_ident(), data))
+        barrier.wait()
 
-    with pytest.raises(OSError, match="of task"):
-        threads.run_all(fail, [0, 1, 2])
-    assert len(seen) == 2
-    assert threads.run_all(str, [3, 4, 5]) == ["3", "4", "5"]
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def alone(data):
+        seen.append((threading.get_ident(), data))
+
+    threads.run_all(address_of(together), 7, 3)
+    assert len({thread for thread, _ in seen}) == 2
+    assert [data for _, data in seen] == [7, 7]
+    seen.clear()
+    threads.run_all(address_of(alone), 8, 1)
+    assert seen == [(threading.get_ident(), 8)]
+
+
+def address_of(function):
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def test_numbers_are_given_to_one_thread_each():
+    take_number: Any = table.take_number
+
+    @numba.njit(nogil=True)
+    def take(address, count):
+        total = 0
+        for _ in range(count):
+            total += take_number(address)
+        return total
+
+    number = np.zeros(1, np.int64)
+    take(number.ctypes.data, 0)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        totals = list(pool.map(take, [number.ctypes.data] * 4, [100_000] * 4))
+    assert number[0] == 400_000
+    assert sum(totals) == 400_000 * 399_999 // 2
+
+
+def test_a_task_that_is_not_ended_is_an_error(monkeypatch):
+    """As where a thread has no memory: compiled code has no exceptions for its caller."""
+    one = problem_for(*random_layer(0, 23, 9, 7, dtype=torch.float32), "tanh")
+    before = one.weight.clone()
+    monkeypatch.setattr(run, "run_all", lambda *arguments: None)
+    with pytest.raises(MemoryError, match="local loops on the CPU"):
+        lk.local_steps_([one], "adam", [0.1] * 3, rows=8)
+    assert torch.equal(one.weight, before)
+    assert not one.state
 
 
 @pytest.mark.parametrize(
@@ -163,10 +206,14 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(monkeypatch, tmp_path):
     def add(a, b):
         return a + b
 
+    def ignore(address):
+        pass
+
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     for folder in (str(blocked / "inside"), None, str(tmp_path / "kernels")):
         monkeypatch.setattr(jit, "_FOLDER", folder)
         assert jit.jit(add)(1, 2) == 3
+        assert jit.entry(ignore) > 0
     assert vars(jit.numba.config)["CACHE_DIR"] == ""
     assert any((tmp_path / "kernels").rglob("*.nbi"))

@@ -18,7 +18,7 @@ from tests.helpers import force_routes
 from tests.problems import RULES, TRANSFERS, copied, problem_for, random_layer, relative_error
 
 pytest.importorskip("numba", exc_type=ImportError)
-from locoprop_kernels.cpu_kernels import functions, loop, threads, updates
+from locoprop_kernels.cpu_kernels import functions, threads, updates
 
 OPTIONS: dict[str, Any] = {"lr": [0.02, 0.01, 0.005, 0.005], "rows": 8, "rows_seed": 3, "commit": False}
 COMPILED = [rule for rule in RULES if updates.family_of(rule) is not None]
@@ -269,12 +269,33 @@ def test_what_is_not_finite_is_not_committed(name, rows):
     assert lk.local_steps_([problem()], "rmsprop", **{**OPTIONS, "commit": True}).committed
 
 
-def test_kernels_are_compiled_once_for_all():
-    """Every other form of the arguments would take another ten seconds."""
-    for rule, bias, transfer in itertools.product(COMPILED, (True, False), ("tanh", "softmax", "leaky_relu")):
-        for changes in ({}, {"compute_dtype": torch.bfloat16}, {"prox": 1.0}):
-            lk.local_steps_([problem(transfer, bias=bias)], rule, **{**OPTIONS, **changes})
-    assert len(loop.local_steps.signatures) == 1
+def transposed(tensor):
+    return tensor.t().contiguous().t()
+
+
+@pytest.mark.parametrize("rule", ["adam", "rmsprop", "sgd", rules.SGD(0.9)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_commit_writes_to_the_tensors_that_are_there(rule, bias):
+    """However they lie in memory: in a step that makes the state, and in one that goes on with it."""
+    options = {**OPTIONS, "commit": True}
+    one = problem(b=40, k=32, n=60, bias=bias)
+    other = copied(one, weight=transposed(one.weight), grad_weight=transposed(one.grad_weight))
+    for seed in range(2):
+        before = {kind: dict(slots) for kind, slots in one.state.items()}
+        expected = lk.local_steps_([one], rule, **{**options, "rows_seed": seed, "commit": False})
+        assert expected._solution is not None
+        increment = expected._solution.increment(0)
+        wanted = {kind: getattr(one, kind) + delta for kind, delta in increment.delta.items()}
+        for each in (one, other):
+            assert lk.local_steps_([each], rule, **{**options, "rows_seed": seed}).committed
+            assert all(torch.equal(getattr(each, kind), value) for kind, value in wanted.items())
+            for kind, slots in increment.state.items():
+                assert all(torch.equal(each.state[kind][slot], value) for slot, value in slots.items())
+        for kind, slots in before.items():
+            assert all(one.state[kind][slot] is value for slot, value in slots.items())
+        # From the second step on, state that lies as the weight does.
+        other.state = {kind: {s: transposed(v) if v.dim() == 2 else v for s, v in slots.items()}
+                       for kind, slots in other.state.items()}  # fmt: skip
 
 
 def test_memory_is_given_back_and_taken_again():
