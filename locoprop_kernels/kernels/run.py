@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ class StepPlan(NamedTuple):
     flags: int
 
 
+_lock = threading.Lock()
 # By the problems' descriptions, which of their inputs are aligned, and what the settings and the device ask for.
 _steps: OrderedDict[tuple[Any, ...], StepPlan] = OrderedDict()
 
@@ -62,13 +64,10 @@ def planned(checked: Checked, settings: Settings) -> StepPlan | str:
     device = problems[0].weight.device
     aligned = tuple([is_aligned(problem.x) for problem in problems])
     key = (checked.kind, aligned, target.float32_precision(), configs.asked(), *_asked_for(settings))
-    try:
-        known = _steps.get(key)
-    except TypeError:  # a rule that is not frozen has no hash, and is not supported
-        known = None
-    if known is not None:
-        _steps.move_to_end(key)
-        return known
+    with suppress(TypeError), _lock:  # a rule that is not frozen has no hash, and is not supported
+        if key in _steps:
+            _steps.move_to_end(key)
+            return _steps[key]
     reason = target.unsupported(device, settings)
     if reason is not None:
         return reason
@@ -82,13 +81,13 @@ def planned(checked: Checked, settings: Settings) -> StepPlan | str:
         reason = target.unsupported_problem(problem, settings)
         if reason is not None:
             return reason
-    with _on(device):
+    with _lock, _on(device):
         known = _steps[key] = _new_plan([shape_of(problem, settings) for problem in problems], task, machine, device)
-    if len(_steps) > _KEPT_STEPS:
-        free = (old for old, kept in _steps.items() if not any(plan.captured for plan in kept.plans))
-        oldest = next(free, None)
-        if oldest is not None:
-            del _steps[oldest]
+        if len(_steps) > _KEPT_STEPS:
+            free = (old for old, kept in _steps.items() if not any(plan.captured for plan in kept.plans))
+            oldest = next(free, None)
+            if oldest is not None:
+                del _steps[oldest]
     return known
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -209,6 +210,8 @@ def _follower(
 class _Tracer(fx.Tracer):
     """Traces a copy of a model. A part whose ``forward`` cannot be traced is recorded as one call.
 
+    While it does, torch sends the calls of all modules through here, those that other threads make too.
+
     Args:
         leaves: ``id`` of the layers to look for, which stay whole.
 
@@ -220,6 +223,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.failed: dict[int, str] = {}
         self._leaves = leaves
+        self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is recorded as one call: torch's are, and our own, whose ``forward`` branches on shapes."""
@@ -230,6 +234,8 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace into ``m``; where that fails, forget what it has recorded so far, and record the call alone."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         depth, nodes = len(self.module_stack), len(self.graph.nodes)
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -240,6 +246,12 @@ class _Tracer(fx.Tracer):
                 self.graph.erase_node(node)
             self.failed[id(m)] = _reason(m, error)
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """An attribute of a module, or what stands for it."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def _reason(module: nn.Module, error: Exception) -> str:

@@ -9,6 +9,7 @@ import itertools
 import logging
 import random
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Iterable, Iterator
@@ -149,13 +150,30 @@ class _Outside:
         return elements(kept)
 
 
+class _Unheard:
+    """A stream that nothing comes to from the thread that makes it; what others write goes where it went before."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+# What follows changes what all threads share, such as where they print: one at a time, or it would not be put back.
+_one_at_a_time = threading.RLock()
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run ``forward`` of a copy of ``model`` unnoticed: nothing is printed, no random number is drawn, no hook runs."""
     tables = [value for name, value in vars(nn.modules.module).items() if name.startswith("_global_")]
     hooks = [table for table in tables if isinstance(table, dict)]
     cuda = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
-    with contextlib.ExitStack() as stack:
+    with _one_at_a_time, contextlib.ExitStack() as stack:
         stack.callback(_Outside(model).restore)
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
@@ -165,8 +183,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         logging.disable(sys.maxsize)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stdout(_Unheard(sys.stdout or io.StringIO())))
+        stack.enter_context(contextlib.redirect_stderr(_Unheard(sys.stderr or io.StringIO())))
         for table in hooks:
             stack.callback(table.update, dict(table))
             table.clear()
