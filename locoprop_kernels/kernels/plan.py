@@ -8,6 +8,7 @@ and its address fit for a CUDA graph. The same is true of learning rates and cou
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -124,6 +125,8 @@ class Plan:
         self.no_trace = torch.empty(1, dtype=torch.float64, device=device)
         self._no_counts = torch.empty(1, dtype=torch.int32, device=device)
         self.spec = _spec(self.layout, shapes, task, precision, machine)
+        #: For :meth:`table`: threads with models of one kind share a plan.
+        self.lock = threading.Lock()
         self.captured = self._connected = False
         self._uploader = Uploader(device)
         self._uploads: OrderedDict[tuple[Any, ...], Upload] = OrderedDict()

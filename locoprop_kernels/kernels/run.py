@@ -161,7 +161,8 @@ class _Launched:
             sources(problem, layer, state, layout.kind.slots, gram)
             for problem, layer, state, gram in zip(self.problems, layout.layers, self.states, grams, strict=True)
         ]
-        table, rates, counts = plan.table(self.buffer, self.sources, settings)
+        with plan.lock:
+            table, rates, counts = plan.table(self.buffer, self.sources, settings)
         if settings.trace:
             trace = torch.zeros(iterations + 1, layout.trace_slots, dtype=torch.float64, device=device)
         else:
