@@ -112,4 +112,4 @@ def _adam(
 @lru_cache(maxsize=64)
 def _count(step: float) -> Tensor:
     """A number of steps as the kernels take it: a tensor, which they only read."""
-    return torch.tensor(step, dtype=torch.float32)
+    return torch.tensor(step, dtype=torch.float32, device="cpu")

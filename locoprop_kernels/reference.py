@@ -242,7 +242,7 @@ class Solved:
             increments.update((index, self.compiled.found(place)) for index, place in self.places.items())
         pairs = [(self.problems[index], increment) for index, increment in increments.items()]
         if all(_is_small(problem, increment) for problem, increment in pairs):
-            return torch.tensor(True)
+            return torch.tensor(True, device="cpu")
         extremes: list[Tensor] = []
         for problem, increment in pairs:
             for name, delta in increment.delta.items():

@@ -131,5 +131,6 @@ class StepReport:
 
 def nothing_done(names: Sequence[str], reason: str) -> StepReport:
     """A report for problems that a step had nothing to do for."""
+    done = torch.tensor(True, device="cpu")
     problems = [ProblemReport(name, 0, Decision("none", "none")) for name in names]
-    return StepReport("none", reason, problems, torch.tensor(True), _committed=torch.tensor(True))
+    return StepReport("none", reason, problems, done, _committed=done)

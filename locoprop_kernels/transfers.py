@@ -263,7 +263,7 @@ def register_transfer(
         raise TypeError(f"potential must be callable or None, got {type(potential).__name__}")
     if name in _DEFINITIONS and not _DEFINITIONS[name].registered:
         raise ValueError(f"name must not be one of the package's transfer functions, got {name!r}")
-    a = torch.linspace(-2.0, 2.0, 6, dtype=torch.float64).reshape(2, 3)
+    a = torch.linspace(-2.0, 2.0, 6, dtype=torch.float64, device="cpu").reshape(2, 3)
     y = torch_fn(a.clone())
     if not isinstance(y, Tensor) or y.shape != a.shape or y.dtype != a.dtype:
         got = f"{list(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__

@@ -79,7 +79,7 @@ def located(
     if rounding is not torch.float32:
         rows = rows.to(rounding)
     if length != columns:
-        longer = torch.zeros(len(rows), length, dtype=torch.float32)
+        longer = torch.zeros(len(rows), length, dtype=torch.float32, device=rows.device)
         longer[:, :columns] = rows
         rows = longer
     elif rows.dtype is not torch.float32 or rows.stride(1) != 1:

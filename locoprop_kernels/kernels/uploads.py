@@ -71,4 +71,4 @@ class Uploader:
 def _fill(blocks: list[Tensor], size: int, count: int) -> None:
     """Add blocks of ``size`` bytes of page-locked memory until there are ``count``."""
     if len(blocks) < count:
-        blocks += torch.empty(count - len(blocks), size, dtype=torch.uint8, pin_memory=True).unbind()
+        blocks += torch.empty(count - len(blocks), size, dtype=torch.uint8, device="cpu", pin_memory=True).unbind()

@@ -45,7 +45,7 @@ def agree(wire: Wire, optimizer: LocoProp, numbers: Sequence[int], error: Except
         ValueError: on all processes alike.
     """
     facts: dict[str, str] = {}
-    weights = gradients = torch.zeros((), dtype=torch.int64)
+    weights = gradients = torch.zeros((), dtype=torch.int64, device="cpu")
     if error is None:
         try:
             facts = _facts(optimizer)
@@ -53,7 +53,7 @@ def agree(wire: Wire, optimizer: LocoProp, numbers: Sequence[int], error: Except
         except Exception as raised:
             error = raised
     own = [int(error is not None), _digest(facts), _digest(numbers), len(numbers)]
-    header = [*(torch.tensor(number).to(wire.device) for number in own), weights.to(wire.device), gradients]
+    header = [*(torch.tensor(number, device=wire.device) for number in own), weights.to(wire.device), gradients]
     found = wire.numbers(torch.stack([number.to(wire.device) for number in header]))
     failed, settings, described, lengths, models, slopes = map(list, zip(*found, strict=True))
     if any(failed):
@@ -166,7 +166,7 @@ def _mixed(tensors: Iterable[Tensor]) -> Tensor:
         flat = tensor.detach().reshape(-1)
         samples.append(flat[:: max(1, len(flat) // _SAMPLES)].double())
     if not samples:
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64, device="cpu")
     # NaNs have many bit patterns.
     bits = torch.nan_to_num(torch.cat(samples), nan=0.5).view(torch.int64)
     factors = torch.arange(1, 2 * len(bits), 2, device=bits.device) * 0x9E3779B97F4A7C15

@@ -133,7 +133,7 @@ class _Work:
             self.states[kind].write_back(self.problem.state[kind])
             stored.update(self.states[kind].slots)
             if not isinstance(self.optimizer, torch.optim.SGD):
-                start = torch.zeros(()) if step is None else step
+                start = torch.zeros((), device="cpu") if step is None else step
                 stored["step"] = start + len(self.rates)
 
 

@@ -109,7 +109,7 @@ def _described(layer: CapturedLayer, captured: Pass, x: Tensor, a: Tensor) -> _D
 
 
 def _bits(number: float) -> int:
-    return int(torch.tensor(number, dtype=torch.float64).view(torch.int64))
+    return int(torch.tensor(number, dtype=torch.float64, device="cpu").view(torch.int64))
 
 
 def _measured(described: Sequence[_Described], processes: int) -> Measured | None:
@@ -117,7 +117,7 @@ def _measured(described: Sequence[_Described], processes: int) -> Measured | Non
     found = [one.output for one in described if one.output[2]]
     if not found:
         return None
-    squares = torch.tensor([bits for _, bits, _ in found], dtype=torch.int64).view(torch.float64)
+    squares = torch.tensor([bits for _, bits, _ in found], dtype=torch.int64, device="cpu").view(torch.float64)
     total = squares.sum() / processes**2
     return Measured(min(order for order, _, _ in found), total, sum(rows for _, _, rows in found), settled=True)
 

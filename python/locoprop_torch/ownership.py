@@ -170,7 +170,7 @@ class Owners:
             [(tuple(part.target.shape), accumulation_dtype(part.target.dtype)) for part in some] for some in parts
         ]
         mine = [
-            own[key].to(dtype) if (key := part.key) in own else torch.zeros(size, dtype=dtype)
+            own[key].to(dtype) if (key := part.key) in own else torch.zeros(size, dtype=dtype, device=part.target.device)
             for part, (size, dtype) in zip(parts[wire.rank], shapes[wire.rank], strict=True)
         ]
         found = wire.tensors(mine, shapes)
@@ -207,7 +207,7 @@ class Received(NamedTuple):
     key: tuple[str, str]
     target: Tensor
     decay: float
-    increment: Tensor = torch.empty(0)
+    increment: Tensor = torch.empty(0, device="cpu")
 
     def add(self, finite: Tensor) -> None:
         """What the owner's commit does, to the same bits."""

@@ -193,7 +193,7 @@ class LayerWork:
                 state[self.trained[kind].parameter] = rule_state.slots
 
 
-_RELEASED = torch.empty(0)
+_RELEASED = torch.empty(0, device="cpu")
 
 
 def _form(parameter: Tensor) -> tuple[Any, ...]:

@@ -252,7 +252,7 @@ class Processes:
         """
         error: Exception | None = None
         solved = Solved()
-        flag = torch.tensor(0)
+        flag = torch.tensor(0, device="cpu")
         try:
             solved, finite = solve()
             flag = 1 + finite.to(torch.int64)

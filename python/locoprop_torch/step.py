@@ -268,14 +268,14 @@ def all_finite(reports: Iterable[StepReport], loss: Any, aux: Optimizer | None) 
     """
     flags = [report.finite for report in reports]
     if isinstance(loss, (Tensor, float)):
-        flags.append(torch.isfinite(torch.as_tensor(loss)).all())
+        flags.append(torch.isfinite(loss if isinstance(loss, Tensor) else torch.tensor(loss, device="cpu")).all())
     if aux is not None:
         grads = [own(p.grad) for group in aux.param_groups for p in group["params"] if p.grad is not None]
         flags.extend(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all() for g in grads)
     if len(flags) == 1:
         return flags[0]
     if not flags:
-        return torch.tensor(True)
+        return torch.tensor(True, device="cpu")
     return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
 
 
@@ -312,8 +312,8 @@ class SkipCounter:
     """Counts steps that were not committed, on their device, and warns about the first."""
 
     def __init__(self, total: int = 0) -> None:
-        self._total = torch.tensor(total)
-        self._seen = torch.tensor(total)
+        self._total = torch.tensor(total, device="cpu")
+        self._seen = torch.tensor(total, device="cpu")
         self._start = total
         self._warned = False
 

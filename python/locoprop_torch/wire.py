@@ -40,7 +40,7 @@ class Wire:
 
     def numbers(self, own: Sequence[int] | Tensor) -> list[list[int]]:
         """The integers of every process, of which all have equally many; waits for the device."""
-        mine = torch.as_tensor(own, dtype=torch.int64).to(self.device)
+        mine = torch.as_tensor(own, dtype=torch.int64, device=self.device)
         return self._gathered(mine).tolist() if len(mine) else [[] for _ in range(self.size)]
 
     def objects(self, own: Any) -> list[Any]:
