@@ -80,16 +80,19 @@ class Compiled:
         table = self._table
         left = {place: self.increment(place) for place in table.scattered}
         table.parameters[table.scattered] = 0
-        steps = []
+        written, steps = [], []
         for place, (problem, olds) in enumerate(zip(self._problems, self._olds, strict=True)):
             for kind, old in olds.items() if place not in left else ():
                 stored = problem.state.setdefault(kind, {})
                 for slot, value in old.items():
                     if stored.get(slot) is not value:
                         stored[slot] = value
+                written += [getattr(problem, kind), *old.values()]
                 if "step" in old:
                     steps.append(old["step"])
         self._run(commits=True)
+        # PyTorch does not know what kernels write to: graphs that have saved a parameter must not be used any more.
+        torch.autograd.graph.increment_version(written)
         if steps:
             torch._foreach_add_(steps, self._iterations)
         give_back(*(block for place, block in enumerate(table.blocks) if place not in self._lent))

@@ -92,7 +92,8 @@ def _acts_as_mask(parametrization: nn.Module, parameter: Tensor) -> bool:
             mask = trial(torch.ones_like(parameter))
             if not isinstance(mask, Tensor) or mask.shape != parameter.shape:
                 return False
-            values = [torch.linspace(-2, 3, parameter.numel(), device="cpu").reshape(parameter.shape).to(parameter), parameter]
+            rising = torch.linspace(-2, 3, parameter.numel(), device="cpu").reshape(parameter.shape)
+            values = [rising.to(parameter), parameter]
             binary = bool(((mask == 0) | (mask == 1)).all())
             return binary and all(torch.equal(trial(value), value * mask) for value in values)
     except Exception:

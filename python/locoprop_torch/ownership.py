@@ -170,7 +170,7 @@ class Owners:
             [(tuple(part.target.shape), accumulation_dtype(part.target.dtype)) for part in some] for some in parts
         ]
         mine = [
-            own[key].to(dtype) if (key := part.key) in own else torch.zeros(size, dtype=dtype, device=part.target.device)
+            own[part.key].to(dtype) if part.key in own else torch.zeros(size, dtype=dtype, device=part.target.device)
             for part, (size, dtype) in zip(parts[wire.rank], shapes[wire.rank], strict=True)
         ]
         found = wire.tensors(mine, shapes)

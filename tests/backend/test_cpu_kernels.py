@@ -298,6 +298,20 @@ def test_a_commit_writes_to_the_tensors_that_are_there(rule, bias):
                        for kind, slots in other.state.items()}  # fmt: skip
 
 
+def test_pytorch_knows_what_a_commit_has_written_to():
+    """Otherwise a graph that has saved the weight would give a wrong gradient, and no error."""
+    model = network()
+    opt = LocoProp(model, transfers={"5": "softmax"}, rows=5)
+    losses = [nn.functional.cross_entropy(model(torch.randn(24, 1, 8, 8)), torch.arange(24) % 4) for _ in range(2)]
+    losses[0].backward()
+    versions = [parameter._version for parameter in model.parameters()]
+    opt.step()
+    assert {one.driver for one in opt.last_reports[0].problems} == {"numba"}
+    assert all(p._version > before for p, before in zip(model.parameters(), versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses[1].backward()
+
+
 def test_memory_is_given_back_and_taken_again():
     options = {**OPTIONS, "commit": True}
     one = problem(b=64, k=64, n=64)
