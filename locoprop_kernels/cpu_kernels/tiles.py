@@ -3,15 +3,19 @@
 Rows are given by where they begin in memory, so nothing is gathered. A tile is of three outputs and four rows: as many
 as vector registers hold sums or factors of, and the widest that ran at the speed of a library's products. There is no
 other: outputs that are not a multiple of three are filled up, so no output's sums depend on which others there are.
+With sixteen vector registers, as x86 has without AVX-512, the sums of two rows are all that fits in the first product.
 """
 
 from __future__ import annotations
 
+import platform
+
 import numpy as np
+from llvmlite.binding import get_host_cpu_features
 
 from locoprop_kernels.cpu_kernels.jit import jit
 
-__all__ = ["OUTPUTS", "ROWS", "add_gradient", "preactivations"]
+__all__ = ["OUTPUTS", "ROWS", "add_gradient", "by_fours", "by_twos", "preactivations"]
 
 #: Outputs of a tile.
 OUTPUTS = 3
@@ -21,8 +25,8 @@ _ZERO = np.float32(0.0)
 
 
 @jit
-def preactivations(d, x, rows, out, n):
-    """``out[:, n : n + 3] = X dᵀ`` for the three outputs of a tile.
+def by_fours(d, x, rows, out, n):
+    """``out[:, n : n + 3] = X dᵀ`` for the three outputs of a tile, four rows at a time.
 
     Args:
         d: their increments ``[3, P]``.
@@ -54,6 +58,31 @@ def preactivations(d, x, rows, out, n):
         out[r + 1, n], out[r + 1, n + 1], out[r + 1, n + 2] = a1, b1, c1
         out[r + 2, n], out[r + 2, n + 1], out[r + 2, n + 2] = a2, b2, c2
         out[r + 3, n], out[r + 3, n + 1], out[r + 3, n + 2] = a3, b3, c3
+
+
+@jit
+def by_twos(d, x, rows, out, n):
+    """:func:`by_fours`, two rows at a time."""
+    size = d.shape[1]
+    d0, d1, d2 = d[0], d[1], d[2]
+    for r in range(0, rows.shape[0], 2):
+        r0, r1 = rows[r], rows[r + 1]
+        x0, x1 = x[r0 : r0 + size], x[r1 : r1 + size]
+        a0 = a1 = b0 = b1 = c0 = c1 = _ZERO
+        for k in range(size):
+            a0 += d0[k] * x0[k]
+            a1 += d0[k] * x1[k]
+            b0 += d1[k] * x0[k]
+            b1 += d1[k] * x1[k]
+            c0 += d2[k] * x0[k]
+            c1 += d2[k] * x1[k]
+        out[r, n], out[r, n + 1], out[r, n + 2] = a0, b0, c0
+        out[r + 1, n], out[r + 1, n + 1], out[r + 1, n + 2] = a1, b1, c1
+
+
+_FEW_REGISTERS = platform.machine().lower() in ("x86_64", "amd64") and not get_host_cpu_features().get("avx512f", False)
+#: The one of the two for this processor.
+preactivations = by_twos if _FEW_REGISTERS else by_fours
 
 
 @jit

@@ -18,7 +18,7 @@ from tests.problems import RULES, TRANSFERS, problem_for, random_layer
 pytest.importorskip("numba", exc_type=ImportError)
 import numba
 
-from locoprop_kernels.cpu_kernels import functions, jit, loop, run, table, threads, updates
+from locoprop_kernels.cpu_kernels import functions, jit, loop, run, table, threads, tiles, updates
 
 COMPILED = [rule for rule in RULES if updates.family_of(rule) is not None]
 KNOWN = [transfer for transfer in TRANSFERS if transfer.name in functions.CODES]
@@ -39,6 +39,19 @@ def test_rounding_is_that_of_torch():
     found = np.array([loop._rounded(value) for value in values], np.float32)
     expected = torch.from_numpy(values).bfloat16().float().numpy()
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("product", [tiles.by_twos, tiles.by_fours])
+def test_either_product_of_a_tile(product):
+    """Which of them a processor takes depends on its registers."""
+    generator = np.random.default_rng(0)
+    d, memory = (generator.standard_normal(size).astype(np.float32) for size in ((3, 48), 500))
+    rows = np.array([0, 100, 50, 400, 452, 3, 3, 200])
+    out = np.zeros((8, 5), np.float32)
+    product(d, memory, rows, out, 1)
+    expected = np.stack([memory[row : row + 48] for row in rows]) @ d.T
+    np.testing.assert_allclose(out[:, 1:4], expected, rtol=1e-5, atol=1e-5)
+    assert not out[:, [0, 4]].any()
 
 
 @pytest.mark.parametrize("transfer", KNOWN, ids=str)
