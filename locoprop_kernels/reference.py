@@ -221,7 +221,7 @@ class Solved:
         self.traces: list[Tensor | None] = [None] * len(problems)
         #: What PyTorch has found, by the number of the problem.
         self.increments: dict[int, Increment] = {}
-        #: What compiled kernels have found, and which of their problems each of the others is.
+        #: What compiled kernels have found, and, by the number of the problem, its place among theirs.
         self.compiled: Compiled | None = None
         self.places: dict[int, int] = {}
         # The problems whose increments somebody else may hold.
