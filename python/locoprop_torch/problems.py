@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -31,15 +31,22 @@ class RuleState:
         slots: in the parameter's shape, as an optimiser stores it.
         views: the same tensors in the shape of the local problem.
         wholes: gathered copies of sharded slots, if the views are of them.
+        kept: ``slots`` as they were: the optimiser's own dictionary is anybody's, who may put other tensors into it.
     """
 
     slots: Mapping[str, Tensor]
     views: Mapping[str, Tensor]
     wholes: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept = dict(self.slots)
 
     def is_of(self, stored: Mapping[str, Tensor] | None) -> bool:
-        """Whether this is what the optimiser has stored for the parameter."""
-        return stored is self.slots or not (stored or self.slots)
+        """Whether this is what the optimiser has stored for the parameter, tensor by tensor."""
+        if stored is None or stored.keys() != self.kept.keys():
+            return not (stored or self.kept)
+        return all(value is self.kept[slot] for slot, value in stored.items())
 
     def write_back(self, state: Mapping[str, Tensor]) -> None:
         """Bring the problem's ``state`` after a committed step into the tensors here, where it is not already."""

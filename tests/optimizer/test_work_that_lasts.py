@@ -33,6 +33,11 @@ def other_state(model, opt):
         slots["exp_avg"].mul_(0.5)
 
 
+def other_tensors_in_state(model, opt):
+    for slots in opt.state.values():
+        slots.update({slot: torch.zeros_like(value) for slot, value in slots.items()})
+
+
 def no_state(model, opt):
     opt.state.clear()
 
@@ -67,7 +72,7 @@ def other_rule(model, opt):
 
 
 CHANGES = [
-    as_it_was, other_state, no_state, frozen_bias, other_transfer, other_prox, other_strides, other_dtype, pruned,
+    as_it_was, other_state, other_tensors_in_state, no_state, frozen_bias, other_transfer, other_prox, other_strides, other_dtype, pruned,
     other_rule,
 ]  # fmt: skip
 
