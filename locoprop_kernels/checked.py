@@ -1,4 +1,4 @@
-"""The checks of the problems of a call, made in full once for all steps of a training loop."""
+"""The checks of the problems of a call: in full for a problem of a new description, in short for others like it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from locoprop_kernels.problem import LocalProblem, State, rule_states
 from locoprop_kernels.rules import Rule
 
-__all__ = ["Checked", "check"]
+__all__ = ["Checked", "CheckedProblem", "check", "check_problem", "together"]
 
-_MOST_KINDS = 1024
-# The kind of a list of problems, by their descriptions.
+_MOST_KINDS = 4096
+# A number for every description of a problem that has been checked.
 _kinds: dict[tuple[Any, ...], int] = {}
 _numbers = itertools.count()
+
+
+@dataclass(eq=False)
+class CheckedProblem:
+    """A problem about which everything has been checked that can be by itself.
+
+    Attributes:
+        problem: the problem.
+        states: the rule's state in it.
+        device: of its tensors.
+        kind: a number that stands for its description, see :meth:`LocalProblem.described`: problems with the same
+            number are checked, decided and planned alike.
+    """
+
+    problem: LocalProblem
+    states: State
+    device: torch.device
+    kind: int
 
 
 @dataclass(eq=False)
@@ -25,13 +45,12 @@ class Checked:
     Attributes:
         problems: the problems.
         states: the rule's state in each of them.
-        kind: a number that stands for their descriptions, see :meth:`LocalProblem.described`: lists of problems with
-            the same number are checked, decided and planned alike.
+        kind: of each problem, see :class:`CheckedProblem`.
     """
 
     problems: list[LocalProblem]
     states: list[State]
-    kind: int
+    kind: tuple[int, ...]
 
 
 def check(problems: Sequence[LocalProblem], rule: Rule) -> Checked:
@@ -46,42 +65,55 @@ def check(problems: Sequence[LocalProblem], rule: Rule) -> Checked:
     for i, problem in enumerate(problems):
         if not isinstance(problem, LocalProblem):
             raise TypeError(f"problem {i} must be a LocalProblem, got {type(problem).__name__}")
-    labels = [problem.name or f"problem {i}" for i, problem in enumerate(problems)]
-    for problem, label in zip(problems, labels, strict=True):
-        problem.validate_numbers(label)
-    kind = _kind(problems, labels)
-    states = [rule_states(problem, rule, label) for problem, label in zip(problems, labels, strict=True)]
-    owners = [id(getattr(problem, name)) for problem, own in zip(problems, states, strict=True) for name in own]
-    if len(set(owners)) < len(owners):
-        _refuse_shared(problems, labels)
-    return Checked(problems, states, kind)
+    return together([check_problem(problem, rule, _label(problem, i)) for i, problem in enumerate(problems)])
 
 
-def _kind(problems: list[LocalProblem], labels: list[str]) -> int:
-    """The number of the problems' descriptions; where it is a new one, all checks are made."""
-    described = tuple([problem.described() for problem in problems])
-    known = _kinds.get(described)
-    if known is not None:
-        return known
-    for problem, label in zip(problems, labels, strict=True):
+def check_problem(problem: LocalProblem, rule: Rule, label: str) -> CheckedProblem:
+    """A problem by itself, once everything about it has been checked; ``label`` begins every message.
+
+    Raises:
+        TypeError, ValueError: what was expected and what came.
+    """
+    described = problem.described()
+    known = None if described is None else _kinds.get(described)
+    if known is None:
         problem.validate(label)
-        if problem.weight.device != problems[0].weight.device:
-            raise ValueError(
-                f"{label} must be on the device of problem 0, {problems[0].weight.device}, got {problem.weight.device}"
-            )
-    number = next(_numbers)
-    if None not in described:
-        if len(_kinds) >= _MOST_KINDS:
-            _kinds.clear()
-        _kinds[described] = number
-    return number
+        known = next(_numbers)
+        if described is not None:
+            if len(_kinds) >= _MOST_KINDS:
+                _kinds.clear()
+            _kinds[described] = known
+    else:
+        problem.validate_numbers(label)
+    return CheckedProblem(problem, rule_states(problem, rule, label), problem.weight.device, known)
 
 
-def _refuse_shared(problems: list[LocalProblem], labels: list[str]) -> None:
+def together(checked: Sequence[CheckedProblem]) -> Checked:
+    """Checked problems as one call.
+
+    Raises:
+        ValueError: they are on different devices, or train the same tensor.
+    """
+    problems, first = [one.problem for one in checked], checked[0].device
+    for i, one in enumerate(checked):
+        if one.device != first:
+            raise ValueError(f"{_label(one.problem, i)} must be on the device of problem 0, {first}, got {one.device}")
+    owners = [id(getattr(one.problem, name)) for one in checked for name in one.states]
+    if len(set(owners)) < len(owners):
+        _refuse_shared(problems)
+    return Checked(problems, [one.states for one in checked], tuple([one.kind for one in checked]))
+
+
+def _label(problem: LocalProblem, index: int) -> str:
+    return problem.name or f"problem {index}"
+
+
+def _refuse_shared(problems: Sequence[LocalProblem]) -> None:
     """Say which tensor two problems train."""
     owners: dict[int, str] = {}
-    for problem, label in zip(problems, labels, strict=True):
+    for i, problem in enumerate(problems):
         for name, (parameter, _) in problem.trained().items():
+            label = _label(problem, i)
             other = owners.setdefault(id(parameter), label)
             if other != label:
                 raise ValueError(

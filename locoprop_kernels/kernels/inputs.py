@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,21 +14,55 @@ from locoprop_kernels.patches import Rows, every, row_chunks
 from locoprop_kernels.problem import LocalProblem, State
 from locoprop_kernels.settings import Settings
 
-__all__ = ["place_chunks", "sources"]
+__all__ = ["Sources", "place_chunks", "sources"]
 
 _FLOAT16_MAX = 65504
-_BASES = {"weight": c.WEIGHT.value, "bias": c.BIAS.value}
-_GRAD, _GRAD_SCALE, _VALUE = c.GRAD.value, c.GRAD_SCALE.value, c.VALUE.value
-_OLD, _STEP, _MASK, _RATE = c.OLD.value, c.STEP.value, c.MASK.value, c.RATE.value
+_ROWS = c.A0_SOURCE.value, c.X.value, c.X_SOURCE.value, c.ROW_SUMS.value
+
+
+class _Columns(NamedTuple):
+    """Columns of a weight or a bias in the layer table.
+
+    Attributes:
+        always: those of the gradient, its scale, the parameter, and the factor of the learning rates.
+        mask: that of the mask.
+        old: the first of the rule's slots.
+        step: that of the number of steps.
+    """
+
+    always: tuple[int, int, int, int]
+    mask: int
+    old: int
+    step: int
+
+    @classmethod
+    def at(cls, base: int) -> _Columns:
+        always = base + c.GRAD.value, base + c.GRAD_SCALE.value, base + c.VALUE.value, base + c.RATE.value
+        return cls(always, base + c.MASK.value, base + c.OLD.value, base + c.STEP.value)
+
+
+_COLUMNS = {"weight": _Columns.at(c.WEIGHT.value), "bias": _Columns.at(c.BIAS.value)}
+
+
+class Sources(NamedTuple):
+    """What a problem fills into its rows of the layer table.
+
+    Attributes:
+        columns: the columns; the same for all problems with the same plan.
+        values: tensors for their addresses, and numbers.
+    """
+
+    columns: list[int]
+    values: list[Tensor | int]
 
 
 def sources(
     problem: LocalProblem, layer: LayerPlan, state: State, slots: tuple[str, ...], gram: GramForm | None
-) -> list[tuple[int, Tensor | int]]:
-    """What a problem fills into its rows of the layer table: tensors for their addresses, and numbers, by column.
+) -> Sources:
+    """What a problem fills into its rows of the layer table.
 
-    The columns are the same for all problems with the same plan. What is the caller's lives as long as the launches
-    need it without being held: a device's allocator reuses memory in the order of the stream.
+    What is the caller's lives as long as the launches need it without being held: a device's allocator reuses memory
+    in the order of the stream.
 
     Args:
         problem: the problem.
@@ -35,34 +71,38 @@ def sources(
         slots: names of its tensors, in order.
         gram: its Gram form, which has the matrix that is multiplied; ``None`` for other forms.
     """
-    found: list[tuple[int, Tensor | int]] = []
+    columns: list[int] = []
+    values: list[Tensor | int] = []
+    a0_source, x_in_place, x_source, row_sums = _ROWS
     if isinstance(problem.preactivation, Tensor) and not layer.a0_chunks:
-        found.append((c.A0_SOURCE.value, problem.preactivation))
+        columns.append(a0_source)
+        values.append(problem.preactivation)
     x = problem.x if gram is None else gram.gram.tensor
     if layer.weight and isinstance(x, Tensor) and not layer.x_chunks:
-        found.append((c.X.value if layer.x_in_place else c.X_SOURCE.value, x))
+        columns.append(x_in_place if layer.x_in_place else x_source)
+        values.append(x)
     if gram is not None:
-        found.append((c.ROW_SUMS.value, gram.sum_x))
+        columns.append(row_sums)
+        values.append(gram.sum_x)
     grad_scale = float_bits(problem.grad_scale)
     for name, (value, grad) in problem.trained().items():
-        base, own, mask = _BASES[name], state[name], problem.mask(name)
+        places, own, mask = _COLUMNS[name], state[name], problem.mask(name)
         if name == "weight" and grad.stride(-1) != 1:
             grad = grad.contiguous()
-        found += (
-            (base + _GRAD, grad),
-            (base + _GRAD_SCALE, grad_scale),
-            (base + _VALUE, value),
-            (base + _RATE, float_bits(problem.rate(name))),
-        )
+        columns += places.always
+        values += (grad, grad_scale, value, float_bits(problem.rate(name)))
         if mask is not None:
-            found.append((base + _MASK, mask.contiguous()))
-        for column, slot in enumerate(slots, base + _OLD):
+            columns.append(places.mask)
+            values.append(mask.contiguous())
+        for column, slot in enumerate(slots, places.old):
             if not own[slot].is_contiguous():
                 own = state[name] = {**own, slot: own[slot].contiguous()}
-            found.append((column, own[slot]))
+            columns.append(column)
+            values.append(own[slot])
         if "step" in own:
-            found.append((base + _STEP, own["step"]))
-    return found
+            columns.append(places.step)
+            values.append(own["step"])
+    return Sources(columns, values)
 
 
 def place_chunks(problem: LocalProblem, index: int, layout: Layout, scratch: Tensor, settings: Settings) -> None:

@@ -201,17 +201,17 @@ class Layout:
         # Places in the table, and for each the number of what is added there.
         self._places: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
-    def connect(self, sources: Sequence[Sequence[tuple[int, Tensor | int]]]) -> None:
+    def connect(self, sources: Sequence[tuple[Sequence[int], Sequence[Tensor | int]]]) -> None:
         """Note where the addresses of the caller's tensors go, and put their strides into the template.
 
         Args:
-            sources: of each layer, what its problem fills into its rows, by column: see
-                :func:`locoprop_kernels.kernels.inputs.sources`. All later steps bring tensors of the same strides.
+            sources: of each layer, the columns that its problem fills and what it fills in, see
+                :class:`locoprop_kernels.kernels.inputs.Sources`. All later steps bring tensors of the same strides.
         """
         places = [np.flatnonzero(self._arena.offsets)]
         for rows, own in zip(self.rows, sources, strict=True):
             group = np.arange(rows.stop - rows.start)
-            for column, source in own:
+            for column, source in zip(*own, strict=True):
                 places.append((rows.start + group) * c.WIDTH.value + column)
                 if isinstance(source, Tensor):
                     # There is one counter of steps for all groups.

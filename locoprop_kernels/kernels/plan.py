@@ -26,6 +26,7 @@ from locoprop_kernels.kernels.decide import SCALED, LayerShape, Machine, Task
 from locoprop_kernels.kernels.device import columns as c
 from locoprop_kernels.kernels.device import functions
 from locoprop_kernels.kernels.device import rules as device_rules
+from locoprop_kernels.kernels.inputs import Sources
 from locoprop_kernels.kernels.layout import COPY_BLOCK, Kind, LayerPlan, Layout
 from locoprop_kernels.kernels.spec import NOWHERE, Copy, Products, Spec, Update
 from locoprop_kernels.kernels.uploads import Upload, Uploader
@@ -147,9 +148,7 @@ class Plan:
             self._upload(self.schedule.update_offsets),
         )
 
-    def table(
-        self, buffer: Tensor, sources: Sequence[Sequence[tuple[int, Tensor | int]]], settings: Settings
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def table(self, buffer: Tensor, sources: Sequence[Sources], settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
         """The layer table with all addresses, the learning rates, and the counts of examples, on the device.
 
         Args:
@@ -160,7 +159,7 @@ class Plan:
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         values = [buffer.data_ptr()]
         for own in sources:
-            values += [source.data_ptr() if isinstance(source, Tensor) else source for _, source in own]
+            values += [source if type(source) is int else source.data_ptr() for source in own.values]  # type: ignore[union-attr]
         if not self._connected:
             self.layout.connect(sources)
             self._connected = True

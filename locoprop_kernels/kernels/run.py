@@ -149,7 +149,8 @@ class _Launched:
     def __init__(self, plan: Plan, checked: Checked, settings: Settings, bad: Tensor, counters: Tensor) -> None:
         self.plan, self.settings, self.counters = plan, settings, counters
         self.problems = [checked.problems[i] for i in plan.members]
-        self.states = [checked.states[i] for i in plan.members]
+        # What is not contiguous is replaced by copies.
+        self.states = [dict(checked.states[i]) for i in plan.members]
         layout, device, iterations = plan.layout, plan.device, settings.iterations
         self.grams: list[GramForm] = []
         if plan.form == "gram":

@@ -305,20 +305,41 @@ class CapturedLayer:
                 for part in kept:
                     self._check_shape(weight, part.x[0], part.preactivation[0])
                 return joined(kept, weight.dtype) if any(part.filled for part in kept) else None
+        if len(self.passes) == 1:
+            captured = self.passes[0]
+            return self._rows_of(captured, weight, *captured.restored(self.name, weight.dtype))
         restored = [captured.restored(self.name, weight.dtype) for captured in self.passes]
-        if len(restored) > 1:
-            columns = (_of_one_dtype(tensors, weight.dtype) for tensors in zip(*restored, strict=True))
-            restored = list(zip(*columns, strict=True))
-        found: list[tuple[Tensor | Rows, Tensor | Rows]] = []
-        for captured, (x, a) in zip(self.passes, restored, strict=True):
-            rows = self._layout(captured.module).rows(x, a)
-            self._check_shape(weight, *rows)
-            if rows[0].shape[-2]:
-                found.append(rows)
+        columns = (_of_one_dtype(tensors, weight.dtype) for tensors in zip(*restored, strict=True))
+        all_rows = (self._rows_of(one, weight, x, a) for one, x, a in zip(self.passes, *columns, strict=True))
+        found = [rows for rows in all_rows if rows is not None]
         if len(found) > 1:
             inputs, outputs = zip(*found, strict=True)
             return Stacked(inputs), Stacked(outputs)
         return found[0] if found else None
+
+    def only_rows(self, chosen: bool) -> tuple[Tensor | Rows, Tensor | Rows] | None:
+        """:meth:`rows`, where these are those of a single pass as it is; ``None`` where there is more to be done.
+
+        Args:
+            chosen: whether steps take few rows, so that what was kept is all that there is to be.
+        """
+        if len(self.passes) != 1:
+            return None
+        captured = self.passes[0]
+        if captured.kept is not None:
+            return joined([captured.kept], self.weight.dtype) if captured.kept.filled else None
+        x, a = captured.x, captured.preactivation
+        if chosen or x is None or a is None or (x._version, a._version) != captured.versions:
+            return None
+        return self._layout(captured.module).rows(x, a)
+
+    def _rows_of(
+        self, captured: Pass, weight: Tensor, x: Tensor, a: Tensor
+    ) -> tuple[Tensor | Rows, Tensor | Rows] | None:
+        """The rows of one pass; ``None`` where it has none."""
+        rows = self._layout(captured.module).rows(x, a)
+        self._check_shape(weight, *rows)
+        return rows if rows[0].shape[-2] else None
 
     def sizes(self) -> list[int]:
         """How many rows each captured pass has."""

@@ -33,26 +33,21 @@ from locoprop_torch.checks import as_list, check_arguments, checked_hyperparamet
 from locoprop_torch.layers import ModelLayers, table, transfer_in_use
 from locoprop_torch.ownership import Owners
 from locoprop_torch.presets import DEFAULT_RULE
-from locoprop_torch.problems import layer_work
-from locoprop_torch.rates import default_lr_decay, local_rates
+from locoprop_torch.rates import default_lr_decay
+from locoprop_torch.repeated import RepeatedStep, prepared
 from locoprop_torch.step import (
-    Call,
-    Place,
     SkipCounter,
     Solved,
     all_finite,
-    check,
     check_capture,
     commit,
     decay_weights,
-    places,
     sampling_ahead,
     solve,
-    tell_without_rows,
-    trained,
 )
 from locoprop_torch.targets import Target, check_target
 from locoprop_torch.unit import PER_EXAMPLE, PerExample
+from locoprop_torch.work import Place, places
 
 __all__ = ["LocoProp", "default_lr_decay"]
 
@@ -167,6 +162,8 @@ class LocoProp(Optimizer):
         # Which process has the state of which outputs, once a step has spread it.
         self._owners: Owners | None = None
         self.last_reports: list[StepReport] = []
+        # What the next step may repeat.
+        self._repeated: RepeatedStep | None = None
         self._skipped = SkipCounter()
         # The layers whose gradients without rows were logged.
         self._told: set[str] = set()
@@ -276,7 +273,7 @@ class LocoProp(Optimizer):
             self.aux.step()
             link_state(self.state, self.aux)
         if any(group["weight_decay"] for group in own):
-            decay_weights(calls, where, finite)
+            decay_weights(calls, finite)
         for call, report in zip(calls, reports, strict=True):
             commit(call, report, finite, self.state)
         together.receive(finite)
@@ -289,39 +286,9 @@ class LocoProp(Optimizer):
 
     def _solved(self, where: Mapping[int, Place], loss: Any) -> tuple[Solved, Tensor]:
         """The calls of a step and what they have found, and whether all is finite."""
-        solved = self._calls(where)
-        check(solved.calls)
+        solved, self._repeated = prepared(self, where, self._repeated)
         solved.reports += [solve(self, call) for call in solved.calls]
         return solved, all_finite(solved.reports, loss, self.aux)
-
-    def _calls(self, where: Mapping[int, Place]) -> Solved:
-        """The calls of the backend that make this step, not solved yet, and the layers that are in none."""
-        calls: dict[tuple[int, float, bool], Call] = {}
-        idle, elsewhere = [], []
-        unit = self._model_layers.output_gradient
-        unit.look(self._layers)
-        for name, layer in self._layers.items():
-            found = trained(layer, where, self._model_layers.masks(layer))
-            if found is None:
-                idle.append(name)
-                continue
-            if layer.outputs and layer.outputs.start == layer.outputs.stop:
-                elsewhere.append(name)
-                continue
-            place, parts, lr = found
-            transfer = transfer_in_use(layer, place.group["transfer"], self.local_loss)
-            target = self._model_layers.target(name)
-            activation_lr = unit.activation_lr(place.group["activation_lr"], layer)
-            work = layer_work(layer, parts, lr, transfer, target, activation_lr, place.group["rule"], self.state)
-            if not work.rows:
-                tell_without_rows(work, self.model, self._told)
-            key = (place.number, lr, work.rows > 0)
-            if key not in calls:
-                iterations = place.group["local_iterations"]
-                rates = local_rates(lr, iterations, self.lr_decay, steps=iterations if work.rows else 1)
-                calls[key] = Call(place.group, rates, work.rows > 0)
-            calls[key].work.append(work)
-        return Solved(list(calls.values()), idle, elsewhere)
 
     join_hook = processes.refuse_join
 
@@ -380,7 +347,7 @@ class LocoProp(Optimizer):
         self._model_layers.forget(release=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "last_reports": []}
+        state = {**self.__dict__, "last_reports": [], "_repeated": None}
         # torch's own __init__ and __setstate__ put these back.
         kept = [k for k in state if not k.endswith("_hooks") and k not in ("_zero_grad_profile_name", "step")]
         return {k: state[k] for k in kept}

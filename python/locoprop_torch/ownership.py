@@ -21,8 +21,9 @@ from locoprop_torch.capture import CapturedLayer
 from locoprop_torch.layers import transfer_in_use
 from locoprop_torch.layouts import laid_out, number_of_groups
 from locoprop_torch.sharding import is_sharded
-from locoprop_torch.step import Place, Solved, shrink, trained
+from locoprop_torch.step import Solved, shrink
 from locoprop_torch.wire import Shape, Wire
+from locoprop_torch.work import Place, trained
 
 if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp
@@ -184,14 +185,13 @@ class Owners:
     def _trained(self, optimizer: LocoProp, where: Mapping[int, Place], rank: int) -> Iterator[Received]:
         """What a process trains in this step, without the increments."""
         for name, layer in optimizer._layers.items():
-            found = trained(layer, where, {}) if name in self.bounds else None
+            found = trained(layer, where, {}) if name in self.bounds else {}
             share = self.share(name, rank) if found else slice(0, 0)
-            if found is None or share.start == share.stop:
+            if share.start == share.stop:
                 continue
-            for kind, part in found[1].items():
-                place = where[id(part.parameter)]
+            for kind, part in found.items():
                 target = layer.layout.view(kind, part.parameter.detach()[share])
-                yield Received((name, kind), target, 1 - place.lr * place.group["weight_decay"])
+                yield Received((name, kind), target, 1 - part.place.lr * part.place.group["weight_decay"])
 
 
 class Received(NamedTuple):

@@ -25,8 +25,9 @@ from locoprop_torch.checks import check_model
 from locoprop_torch.gathering import GatheredRows, LocalRows
 from locoprop_torch.ownership import Owners, Received, assign, outputs_are_independent
 from locoprop_torch.sharding import group_of, is_sharded, is_tensor_parallel, leaves_none_out
-from locoprop_torch.step import Place, Solved
+from locoprop_torch.step import Solved
 from locoprop_torch.wire import Wire
+from locoprop_torch.work import Place
 
 if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,104 +18,31 @@ from locoprop_kernels.graphs import capturing
 from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.settings import Settings, check_rows
 from locoprop_kernels.solution import Decision
-from locoprop_torch.capture import CapturedLayer
-from locoprop_torch.checks import checked_hyperparameters, is_compiled
+from locoprop_torch.checks import is_compiled
 from locoprop_torch.layers import ModelLayers
-from locoprop_torch.problems import LayerWork, Trained
+from locoprop_torch.rates import local_rates
 from locoprop_torch.sharding import own
+from locoprop_torch.work import LayerWork, Place, layer_work, trained
 
 if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp
 
 __all__ = [
     "Call",
-    "Place",
     "SkipCounter",
     "Solved",
     "all_finite",
-    "check",
+    "calls_of",
     "check_capture",
     "commit",
     "decay_weights",
-    "places",
     "sampling_ahead",
     "shrink",
     "solve",
     "tell_without_rows",
-    "trained",
 ]
 
 _log = logging.getLogger("locoprop_torch")
-# What the groups of a layer's weight and bias must agree in.
-_SHARED = ("activation_lr", "local_iterations", "prox", "rule", "transfer")
-
-
-class Place(NamedTuple):
-    """Where a parameter is among the parameter groups: the number of its group, the group, and its learning rate."""
-
-    number: int
-    group: dict[str, Any]
-    lr: float
-
-
-def places(groups: Sequence[dict[str, Any]]) -> dict[int, Place]:
-    """The place of every parameter, by its ``id``, once the numbers of its group have been checked.
-
-    Raises:
-        TypeError, ValueError: naming a number, what was expected and what came.
-    """
-    found = {}
-    for number, group in enumerate(groups):
-        # Schedulers and users may have set anything since the last step.
-        group.update(checked_hyperparameters(group))
-        place = Place(number, group, float(group["lr"]))
-        found.update({id(p): place for p in group["params"]})
-    return found
-
-
-def trained(
-    layer: CapturedLayer, where: Mapping[int, Place], masks: Mapping[str, Sequence[Tensor]]
-) -> tuple[Place, dict[str, Trained], float] | None:
-    """What a step trains of a layer.
-
-    Args:
-        layer: the layer.
-        where: the place of every parameter, by its ``id``.
-        masks: the masks of the layer's parameters, by kind.
-
-    Returns:
-        The place whose group the layer takes its hyper-parameters from, the parameters to train, by kind, and the
-        largest of their learning rates; ``None`` where no parameter has a gradient.
-
-    Raises:
-        ValueError: weight and bias are in groups that do not agree, or a gradient is sparse.
-    """
-    place: Place | None = None
-    parts: dict[str, Trained] = {}
-    most = 0.0
-    for kind, parameter in layer.parameters.items():
-        gradient, place_of = parameter.grad, where.get(id(parameter))
-        if gradient is None or place_of is None or not parameter.requires_grad:
-            continue
-        if place is None:
-            place = place_of
-        elif place_of is not place:
-            _check_agreement(layer, place, place_of)
-        if gradient.layout != torch.strided:
-            raise ValueError(f"layer {layer.name!r}: the gradient of its {kind} must be dense, got {gradient.layout}")
-        parts[kind] = Trained(parameter, gradient, place_of.lr, masks.get(kind, ()))
-        most = max(most, place_of.lr)
-    return None if place is None else (place, parts, most)
-
-
-def _check_agreement(layer: CapturedLayer, place: Place, other: Place) -> None:
-    """Check that the groups of a layer's weight and bias have the hyper-parameters in common that they must."""
-    different = [name for name in _SHARED if other.group[name] != place.group[name]]
-    if different:
-        raise ValueError(
-            f"the parameter groups of weight and bias of layer {layer.name!r} must agree in "
-            f"{', '.join(_SHARED)}; they differ in {', '.join(different)}"
-        )
 
 
 @dataclass(eq=False)
@@ -135,6 +62,12 @@ class Call:
     with_rows: bool
     work: list[LayerWork] = field(default_factory=list)
     checked: Checked | None = None
+
+    def look_up_rates(self, optimizer: LocoProp) -> None:
+        """Take the learning rates of a step."""
+        iterations = self.group["local_iterations"]
+        steps = iterations if self.with_rows else 1
+        self.rates = local_rates(self.work[0].lr, iterations, optimizer.lr_decay, steps)
 
     @property
     def rows_and_seed(self) -> tuple[int, int] | None:
@@ -162,10 +95,41 @@ def sampling_ahead(rows: int | None, seed: int, groups: Iterable[Mapping[str, An
     return Sampling(rows, seed, max(most - 1 + trace, 1))
 
 
-def check(calls: Sequence[Call]) -> None:
-    """Check the problems of all calls: the first must not run if the second cannot."""
-    for call in calls:
-        call.checked = checked.check([work.problem for work in call.work], call.group["rule"])
+def calls_of(optimizer: LocoProp, where: Mapping[int, Place]) -> Solved:
+    """The calls of the backend that make a step, checked and not solved yet, and the layers that are in none.
+
+    Args:
+        optimizer: the optimiser.
+        where: the place of every parameter, by its ``id``.
+
+    Raises:
+        TypeError, ValueError: a layer cannot be trained as it is; none is, then.
+    """
+    calls: dict[tuple[int, float, bool], Call] = {}
+    idle, elsewhere = [], []
+    layers = optimizer._model_layers
+    for name, layer in layers.captured.items():
+        parts = trained(layer, where, layers.masks(layer))
+        if not parts:
+            idle.append(name)
+            continue
+        if layer.outputs and layer.outputs.start == layer.outputs.stop:
+            elsewhere.append(name)
+            continue
+        place = next(iter(parts.values())).place
+        activation_lr = layers.output_gradient.activation_lr(place.group["activation_lr"], layer)
+        work = layer_work(layer, parts, optimizer.local_loss, layers.target(name), activation_lr, optimizer.state)
+        if not work.rows:
+            tell_without_rows(work, optimizer.model, optimizer._told)
+        key = (place.number, work.lr, work.rows > 0)
+        if key not in calls:
+            calls[key] = Call(place.group, [], work.rows > 0)
+        calls[key].work.append(work)
+    for call in calls.values():
+        call.look_up_rates(optimizer)
+        problems = [work.problem for work in call.work]
+        call.checked = checked.check(problems, call.group["rule"])
+    return Solved(list(calls.values()), idle, elsewhere)
 
 
 def check_capture(layers: ModelLayers, aux: Optimizer | None) -> None:
@@ -279,13 +243,12 @@ def all_finite(reports: Iterable[StepReport], loss: Any, aux: Optimizer | None) 
     return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
 
 
-def decay_weights(calls: Iterable[Call], where: Mapping[int, Place], finite: Tensor) -> None:
+def decay_weights(calls: Iterable[Call], finite: Tensor) -> None:
     """Decoupled weight decay, as AdamW's: once a step, before the increment is added, and only if it will be."""
     everything = [
-        (work.problem, kind, part) for call in calls for work in call.work for kind, part in work.trained.items()
+        (work.problem, kind, part.place) for call in calls for work in call.work for kind, part in work.trained.items()
     ]
-    for problem, kind, part in everything:
-        place = where[id(part.parameter)]
+    for problem, kind, place in everything:
         # A view of the parameter, or what the parameter is written from.
         shrink(getattr(problem, kind), 1 - place.lr * place.group["weight_decay"], finite)
 
