@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,11 +46,14 @@ class Checked:
         problems: the problems.
         states: the rule's state in each of them.
         kind: of each problem, see :class:`CheckedProblem`.
+        found: what a backend has found out about the problems' own tensors, of which only the contents change as long
+            as these problems come again; by anything that has a hash.
     """
 
     problems: list[LocalProblem]
     states: list[State]
     kind: tuple[int, ...]
+    found: dict[Any, Any] = field(default_factory=dict)
 
 
 def check(problems: Sequence[LocalProblem], rule: Rule) -> Checked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -73,11 +73,19 @@ class Settings:
         if compute_dtype is not None and compute_dtype not in COMPUTE_DTYPES:
             raise ValueError(f"compute_dtype must be None or one of {COMPUTE_DTYPES}, got {shown(compute_dtype)}")
         check_rows(rows)
-        if isinstance(rows_seed, bool) or not isinstance(rows_seed, Integral) or rows_seed < 0:
-            raise ValueError(f"rows_seed must be an integer >= 0, got {shown(rows_seed)}")
+        _check_seed(rows_seed)
         return cls(
             rules.get(rule), rates, float(prox), reduction, compute_dtype, bool(trace), regulariser, rows, rows_seed
         )
+
+    def with_seed(self, rows_seed: int) -> Settings:
+        """The same settings with other rows in the local steps.
+
+        Raises:
+            ValueError: it is no integer ``>= 0``.
+        """
+        _check_seed(rows_seed)
+        return replace(self, rows_seed=rows_seed)
 
     @property
     def iterations(self) -> int:
@@ -121,6 +129,11 @@ def _checked_rates(lr: Any) -> tuple[float, ...]:
     if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
         raise ValueError(f"lr must hold finite numbers >= 0, got {shown(list(rates))}")
     return rates
+
+
+def _check_seed(rows_seed: Any) -> None:
+    if isinstance(rows_seed, bool) or not isinstance(rows_seed, Integral) or rows_seed < 0:
+        raise ValueError(f"rows_seed must be an integer >= 0, got {shown(rows_seed)}")
 
 
 def check_rows(rows: int | None) -> None:

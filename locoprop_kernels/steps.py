@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ _log = logging.getLogger("locoprop_kernels")
 _logged_reasons: set[str] = set()
 
 
+@lru_cache(maxsize=1)
 def triton_unavailable() -> str | None:
     """Why the Triton backend cannot run at all in this process, or ``None`` when it can."""
     if importlib.util.find_spec("triton") is None:

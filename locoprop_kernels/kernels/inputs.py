@@ -14,31 +14,34 @@ from locoprop_kernels.patches import Rows, every, row_chunks
 from locoprop_kernels.problem import LocalProblem, State
 from locoprop_kernels.settings import Settings
 
-__all__ = ["Sources", "place_chunks", "sources"]
+__all__ = ["Sources", "own_sources", "place_chunks", "sources"]
 
 _FLOAT16_MAX = 65504
-_ROWS = c.A0_SOURCE.value, c.X.value, c.X_SOURCE.value, c.ROW_SUMS.value
+_A0_SOURCE, _ROW_SUMS = c.A0_SOURCE.value, c.ROW_SUMS.value
+_X, _X_SOURCE = c.X.value, c.X_SOURCE.value
 
 
 class _Columns(NamedTuple):
     """Columns of a weight or a bias in the layer table.
 
     Attributes:
-        always: those of the gradient, its scale, the parameter, and the factor of the learning rates.
+        of_step: those of the gradient, its scale, and the factor of the learning rates.
+        value: that of the parameter.
         mask: that of the mask.
         old: the first of the rule's slots.
         step: that of the number of steps.
     """
 
-    always: tuple[int, int, int, int]
+    of_step: tuple[int, int, int]
+    value: int
     mask: int
     old: int
     step: int
 
     @classmethod
     def at(cls, base: int) -> _Columns:
-        always = base + c.GRAD.value, base + c.GRAD_SCALE.value, base + c.VALUE.value, base + c.RATE.value
-        return cls(always, base + c.MASK.value, base + c.OLD.value, base + c.STEP.value)
+        of_step = base + c.GRAD.value, base + c.GRAD_SCALE.value, base + c.RATE.value
+        return cls(of_step, *(base + column.value for column in (c.VALUE, c.MASK, c.OLD, c.STEP)))
 
 
 _COLUMNS = {"weight": _Columns.at(c.WEIGHT.value), "bias": _Columns.at(c.BIAS.value)}
@@ -56,41 +59,20 @@ class Sources(NamedTuple):
     values: list[Tensor | int]
 
 
-def sources(
-    problem: LocalProblem, layer: LayerPlan, state: State, slots: tuple[str, ...], gram: GramForm | None
-) -> Sources:
-    """What a problem fills into its rows of the layer table.
-
-    What is the caller's lives as long as the launches need it without being held: a device's allocator reuses memory
-    in the order of the stream.
+def own_sources(problem: LocalProblem, state: State, slots: tuple[str, ...]) -> Sources:
+    """What a problem has of its own, so that it is the same tensors whenever the problem comes again.
 
     Args:
         problem: the problem.
-        layer: what the layout knows of it.
         state: the rule's state; what is not contiguous is replaced by a copy.
         slots: names of its tensors, in order.
-        gram: its Gram form, which has the matrix that is multiplied; ``None`` for other forms.
     """
     columns: list[int] = []
     values: list[Tensor | int] = []
-    a0_source, x_in_place, x_source, row_sums = _ROWS
-    if isinstance(problem.preactivation, Tensor) and not layer.a0_chunks:
-        columns.append(a0_source)
-        values.append(problem.preactivation)
-    x = problem.x if gram is None else gram.gram.tensor
-    if layer.weight and isinstance(x, Tensor) and not layer.x_chunks:
-        columns.append(x_in_place if layer.x_in_place else x_source)
-        values.append(x)
-    if gram is not None:
-        columns.append(row_sums)
-        values.append(gram.sum_x)
-    grad_scale = float_bits(problem.grad_scale)
-    for name, (value, grad) in problem.trained().items():
+    for name, (value, _) in problem.trained().items():
         places, own, mask = _COLUMNS[name], state[name], problem.mask(name)
-        if name == "weight" and grad.stride(-1) != 1:
-            grad = grad.contiguous()
-        columns += places.always
-        values += (grad, grad_scale, value, float_bits(problem.rate(name)))
+        columns.append(places.value)
+        values.append(value)
         if mask is not None:
             columns.append(places.mask)
             values.append(mask.contiguous())
@@ -102,6 +84,40 @@ def sources(
         if "step" in own:
             columns.append(places.step)
             values.append(own["step"])
+    return Sources(columns, values)
+
+
+def sources(problem: LocalProblem, layer: LayerPlan, own: Sources, gram: GramForm | None) -> Sources:
+    """What a problem fills into its rows of the layer table in a step.
+
+    What is the caller's lives as long as the launches need it without being held: a device's allocator reuses memory
+    in the order of the stream.
+
+    Args:
+        problem: the problem.
+        layer: what the layout knows of it.
+        own: what :func:`own_sources` has returned for it.
+        gram: its Gram form, which has the matrix that is multiplied; ``None`` for other forms.
+    """
+    columns, values = list(own.columns), list(own.values)
+    x, a0_source = problem.x, problem.preactivation
+    if isinstance(a0_source, Tensor) and not layer.a0_chunks:
+        columns.append(_A0_SOURCE)
+        values.append(a0_source)
+    if gram is not None:
+        columns.append(_ROW_SUMS)
+        values.append(gram.sum_x)
+        x = gram.gram.tensor
+    if layer.weight and isinstance(x, Tensor) and not layer.x_chunks:
+        columns.append(_X if layer.x_in_place else _X_SOURCE)
+        values.append(x)
+    grad_scale = float_bits(problem.grad_scale)
+    if (grad := problem.grad_weight) is not None:
+        columns += _COLUMNS["weight"].of_step
+        values += (grad if grad.stride(-1) == 1 else grad.contiguous(), grad_scale, float_bits(problem.rate_weight))
+    if (grad := problem.grad_bias) is not None and problem.bias is not None:
+        columns += _COLUMNS["bias"].of_step
+        values += (grad, grad_scale, float_bits(problem.rate_bias))
     return Sources(columns, values)
 
 

@@ -26,7 +26,7 @@ from locoprop_kernels.kernels.decide import (
     task_of,
 )
 from locoprop_kernels.kernels.device import rules as device_rules
-from locoprop_kernels.kernels.inputs import place_chunks, sources
+from locoprop_kernels.kernels.inputs import Sources, own_sources, place_chunks, sources
 from locoprop_kernels.kernels.layout import ALIGNMENT, Piece, Place
 from locoprop_kernels.kernels.plan import Plan
 from locoprop_kernels.kernels.spec import StepArguments
@@ -63,7 +63,9 @@ def planned(checked: Checked, settings: Settings) -> StepPlan | str:
     problems = checked.problems
     device = problems[0].weight.device
     aligned = tuple([is_aligned(problem.x) for problem in problems])
-    key = (checked.kind, aligned, target.float32_precision(), configs.asked(), *_asked_for(settings))
+    rounds = settings.compute_dtype not in (None, torch.float32)
+    precision = None if rounds else target.float32_precision()
+    key = (checked.kind, aligned, precision, configs.asked(), *_asked_for(settings))
     with suppress(TypeError), _lock:  # a rule that is not frozen has no hash, and is not supported
         if key in _steps:
             _steps.move_to_end(key)
@@ -159,8 +161,10 @@ class _Launched:
         self.buffer = allocate(layout.bytes, device)
         # Among them are copies that kernels read.
         self.sources = [
-            sources(problem, layer, state, layout.kind.slots, gram)
-            for problem, layer, state, gram in zip(self.problems, layout.layers, self.states, grams, strict=True)
+            sources(problem, layer, own, gram)
+            for problem, layer, own, gram in zip(
+                self.problems, layout.layers, self._own_sources(checked), grams, strict=True
+            )
         ]
         with plan.lock:
             table, rates, counts = plan.table(self.buffer, self.sources, settings)
@@ -170,6 +174,18 @@ class _Launched:
             trace = plan.no_trace
         self.step = StepArguments(table, rates, iterations, settings.prox, counts, bad, trace, layout.trace_slots)
         self.gram_losses: list[Tensor] | None = None
+
+    def _own_sources(self, checked: Checked) -> list[Sources]:
+        """See :func:`own_sources`; found once for problems that come again, unless there are copies among them."""
+        plan = self.plan
+        found: list[Sources] | None = checked.found.get(plan)
+        if found is None:
+            pairs = zip(self.problems, self.states, strict=True)
+            found = [own_sources(problem, state, plan.layout.kind.slots) for problem, state in pairs]
+            before = [checked.states[i] for i in plan.members]
+            if all(own[name] is old[name] for own, old in zip(self.states, before, strict=True) for name in own):
+                checked.found[plan] = found
+        return found
 
     def run(self) -> None:
         """All launches up to the commit."""
@@ -260,10 +276,8 @@ class _Launched:
             matrices = matrices[0]
         return matrices if name == "weight" else matrices[..., 0]
 
-    def trace(self, index: int) -> Tensor | None:
+    def trace(self, index: int) -> Tensor:
         """Local objective of a problem before every local step and at the end."""
-        if not self.plan.spec.P.trace:
-            return None
         layout = self.plan.layout
         activation, update = (self.step.trace[:, lo:hi].sum(1) for lo, hi in layout.trace_ranges[index])
         if self.gram_losses is not None:
@@ -299,13 +313,15 @@ class Solved:
     def __init__(self, decisions: tuple[Decision, ...], launched: list[_Launched], bad: Tensor) -> None:
         self.decisions, self._launched = decisions, launched
         self.finite = bad == 0
-        self._places = {member: (one, place) for one in launched for place, member in enumerate(one.plan.members)}
-        self.traces = [one.trace(place) for one, place in map(self._places.__getitem__, range(len(decisions)))]
+        self.traces: list[Tensor | None] = [None] * len(decisions)
+        for one in launched if launched[0].settings.trace else ():
+            for place, member in enumerate(one.plan.members):
+                self.traces[member] = one.trace(place)
 
     def increment(self, index: int) -> Increment:
         """The results of a problem, as views."""
-        launched, place = self._places[index]
-        return launched.increment(place)
+        launched = next(one for one in self._launched if index in one.plan.members)
+        return launched.increment(launched.plan.members.index(index))
 
     def commit(self, ok: Tensor) -> None:
         """Apply all results where the bool ``ok`` is true."""

@@ -192,7 +192,9 @@ class LocoProp(Optimizer):
     def _sampling(self) -> Sampling | None:
         """Which rows the next step takes, as far as that is known before it."""
         late = processes.gather_rows(self.model)
-        return None if late else sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
+        if late or self.rows is None:
+            return None
+        return sampling_ahead(self.rows, self.rows_seed, own_groups(self.param_groups), self.trace)
 
     def _attach(self) -> None:
         """Capture the supported layers of the model that ``aux`` leaves to us."""

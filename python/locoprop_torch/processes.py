@@ -72,8 +72,7 @@ def of(optimizer: LocoProp) -> Alone | Processes:
             initialised.
     """
     model = optimizer.model
-    check_model(model)
-    reference = _wrappers.get(model)
+    reference = _wrappers.get(model) if _wrappers else None
     wrapper: Any = None if reference is None else reference()
     if not (dist.is_available() and dist.is_initialized()):
         if wrapper is not None:
@@ -84,6 +83,7 @@ def of(optimizer: LocoProp) -> Alone | Processes:
         if optimizer._owners is None:
             _refuse_strangers()
         return Alone()
+    check_model(model)
     parameters = {f"{n}.{kind}": p for n, layer in optimizer._layers.items() for kind, p in layer.parameters.items()}
     group = group_of(parameters) or (dist.group.WORLD if wrapper is None else wrapper.process_group)
     if dist.get_world_size(group) == 1:
@@ -100,8 +100,11 @@ def _refuse_strangers() -> None:
     Raises:
         ValueError: says what would work.
     """
-    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "")
-    if dist.is_available() and rank is not None and size.isdecimal() and int(size) > 1:
+    rank = os.environ.get("RANK")
+    if rank is None or not dist.is_available():
+        return
+    size = os.environ.get("WORLD_SIZE", "")
+    if size.isdecimal() and int(size) > 1:
         raise ValueError(
             f"this is process {rank} of {size} (RANK and WORLD_SIZE in its environment), and their process group is "
             "not initialised, so each would train alone: call torch.distributed.init_process_group() and wrap the "

@@ -61,18 +61,19 @@ class RepeatedStep:
     def __init__(self, solved: Solved, optimizer: LocoProp) -> None:
         self._calls, self._idle = solved.calls, solved.idle
         self._works = [work for call in solved.calls for work in call.work]
-        self._trained = [(work, one) for work in self._works for one in work.trained.values()]
-        self._numbers = [one.place.number for _, one in self._trained]
-        ours = {id(one.parameter) for _, one in self._trained}
+        self._trained = [one for work in self._works for one in work.trained.values()]
+        self._numbers = [one.place.number for one in self._trained]
+        self._parameters = [one.parameter for one in self._trained]
+        self._ids = [id(parameter) for parameter in self._parameters]
         layers = optimizer._layers.values()
         self._layers = len(layers)
-        self._untrained = [p for layer in layers for p in layer.parameters.values() if id(p) not in ours]
+        self._untrained = [p for layer in layers for p in layer.parameters.values() if id(p) not in self._ids]
         self._asked = _asked(optimizer, self._calls)
         self._slots = [slot for work in self._works for state in work.states.values() for slot in state.kept.values()]
         biases = [work.problem.bias for work in self._works if work.problem.bias is not None]
-        self._parameters = [*(work.problem.weight for work in self._works), *biases]
+        self._tensors_of_problems = [*(work.problem.weight for work in self._works), *biases]
         rows = [(work.problem.x, work.problem.preactivation) for work in self._works]
-        tensors, self._rows = self._tensors([one.gradient for _, one in self._trained], rows)
+        tensors, self._rows = self._tensors([one.gradient for one in self._trained], rows)
         self._metadata = Metadata(tensors)
 
     @classmethod
@@ -94,9 +95,9 @@ class RepeatedStep:
         layers, state = optimizer._model_layers, optimizer.state
         if len(layers.captured) != self._layers or _asked(optimizer, self._calls) != self._asked:
             return None
-        places = [where[id(one.parameter)] for _, one in self._trained if id(one.parameter) in where]
-        gradients = [one.parameter.grad for _, one in self._trained if one.parameter.grad is not None]
-        kept = [state.get(one.parameter) or {} for _, one in self._trained]
+        places = [where[number] for number in self._ids if number in where]
+        gradients = [gradient for p in self._parameters if (gradient := p.grad) is not None]
+        kept = [state.get(parameter) or {} for parameter in self._parameters]
         slots = [*chain.from_iterable([slots.values() for slots in kept])]
         if (
             [place.number for place in places] != self._numbers
@@ -112,12 +113,10 @@ class RepeatedStep:
         tensors, others = self._tensors(gradients, rows)
         if others != self._rows or not self._metadata.fits(tensors):
             return None
-        for (_, one), gradient, place in zip(self._trained, gradients, places, strict=True):
+        for one, gradient, place in zip(self._trained, gradients, places, strict=True):
             one.gradient, one.place = gradient, place
         for work, own in zip(self._works, rows, strict=True):
-            work.take(own, {kind: one.gradient for kind, one in work.trained.items()})
-            activation_lr = work.place.group["activation_lr"]
-            work.problem.grad_scale = layers.output_gradient.activation_lr(activation_lr, work.layer)
+            work.take_anew(own, layers.output_gradient)
         for call in self._calls:
             call.look_up_rates(optimizer)
         return Solved(self._calls, self._idle)
@@ -136,7 +135,7 @@ class RepeatedStep:
         self, gradients: Sequence[Tensor], rows: Sequence[tuple[Tensor | Rows, Tensor | Rows]]
     ) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
         """All tensors that the step looks at, and the descriptions of rows that are none."""
-        tensors, others = [*self._parameters, *gradients, *self._slots], []
+        tensors, others = [*self._tensors_of_problems, *gradients, *self._slots], []
         for part in chain.from_iterable(rows):
             if isinstance(part, Tensor):
                 tensors.append(part)

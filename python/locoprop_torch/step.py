@@ -62,6 +62,26 @@ class Call:
     with_rows: bool
     work: list[LayerWork] = field(default_factory=list)
     checked: Checked | None = None
+    # What the latest settings were made from, and these.
+    _settings: tuple[tuple[Any, ...], Settings] | None = None
+
+    def settings(self, optimizer: LocoProp) -> Settings:
+        """The settings of the call; those of the step before where they are the same."""
+        group, (rows, seed) = self.group, self.rows_and_seed or (optimizer.rows, optimizer.rows_seed)
+        given = (
+            group["rule"],
+            self.rates,
+            group["prox"],
+            optimizer.reduction,
+            optimizer.compute_dtype,
+            optimizer.trace and self.with_rows,
+            optimizer.regulariser,
+            rows,
+        )
+        if self._settings is None or self._settings[0] != given:
+            self._settings = given, Settings.checked(*given)
+        settings = self._settings[1]
+        return settings if rows is None else settings.with_seed(seed)
 
     def look_up_rates(self, optimizer: LocoProp) -> None:
         """Take the learning rates of a step."""
@@ -201,18 +221,7 @@ class Solved:
 
 def solve(optimizer: LocoProp, call: Call) -> StepReport:
     """The local iterations of one call, up to the commit."""
-    rows, seed = call.rows_and_seed or (optimizer.rows, optimizer.rows_seed)
-    settings = Settings.checked(
-        rule=call.group["rule"],
-        lr=call.rates,
-        prox=call.group["prox"],
-        reduction=optimizer.reduction,
-        compute_dtype=optimizer.compute_dtype,
-        trace=optimizer.trace and call.with_rows,
-        regulariser=optimizer.regulariser,
-        rows=rows,
-        rows_seed=seed,
-    )
+    settings = call.settings(optimizer)
     assert call.checked is not None
     report = steps.solve(call.checked, settings, optimizer.backend, done=lambda index: call.work[index].release())
     for work, problem in zip(call.work, report.problems, strict=True):
@@ -264,10 +273,10 @@ def commit(call: Call, report: StepReport, finite: Tensor, state: dict[Any, Any]
     """Apply the increments of a call and keep the rules' state, if the whole step is finite."""
     report.commit_(finite)
     # Only on a CPU is the answer there without waiting; elsewhere the new values are the old ones if it is no.
-    if finite.device.type != "cpu" or report.committed:
-        for work in call.work:
-            work.keep(state)
+    written = finite.device.type != "cpu" or report.committed
     for work in call.work:
+        if written:
+            work.keep(state)
         work.release()
 
 

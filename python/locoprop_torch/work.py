@@ -22,6 +22,7 @@ from locoprop_torch.layouts import Layout, laid_out
 from locoprop_torch.problems import RuleState, give_parameter, problem_of
 from locoprop_torch.sharding import as_it_is, is_sharded, keep_own, own, own_or_zeros, own_rows, whole
 from locoprop_torch.targets import Target, starting_gradients
+from locoprop_torch.unit import OutputGradient
 
 __all__ = ["LayerWork", "Place", "Trained", "layer_work", "places", "trained"]
 
@@ -136,6 +137,8 @@ class LayerWork:
     trained: Mapping[str, Trained]
     rows: int = 0
     sampling: Sampling | None = None
+    # Whether the optimiser has the rule's state already.
+    _kept: bool = False
 
     @property
     def place(self) -> Place:
@@ -168,6 +171,24 @@ class LayerWork:
         self.rows = rows[0].shape[-2]
         self.sampling = self.layer.sampling if isinstance(rows[0], ChosenRows) else None
 
+    def take_anew(self, rows: tuple[Tensor | Rows, Tensor | Rows], unit: OutputGradient) -> None:
+        """Take rows and gradients of another step, which has as many rows, where the work :attr:`repeats`.
+
+        Args:
+            rows: inputs and pre-activations.
+            unit: of activation learning rates.
+        """
+        problem, layer = self.problem, self.layer
+        problem.x, problem.preactivation = rows
+        for kind, one in self.trained.items():
+            if kind == "weight":
+                problem.grad_weight = one.gradient
+            else:
+                problem.grad_bias = one.gradient
+        problem.grad_scale = unit.activation_lr(one.place.group["activation_lr"], layer)
+        if self.sampling is not None:
+            self.sampling = layer.sampling
+
     @property
     def repeats(self) -> bool:
         """Whether the next step may be made with the same problem, which differs in what is in its tensors alone."""
@@ -193,7 +214,9 @@ class LayerWork:
         for kind, rule_state in self.states.items():
             if rule_state.slots:
                 rule_state.write_back(self.problem.state[kind])
-                state[self.trained[kind].parameter] = rule_state.slots
+                if not self._kept:
+                    state[self.trained[kind].parameter] = rule_state.slots
+        self._kept = True
 
 
 _RELEASED = torch.empty(0, device="cpu")

@@ -215,7 +215,12 @@ def test_what_is_changed_in_a_step_counts(change, rows):
 def test_steps_are_repeated(rows, monkeypatch):
     made_anew = []
     calls_of = repeated.calls_of
-    monkeypatch.setattr(repeated, "calls_of", lambda *given: made_anew.append(1) or calls_of(*given))
+
+    def counted(*given):
+        made_anew.append(1)
+        return calls_of(*given)
+
+    monkeypatch.setattr(repeated, "calls_of", counted)
     model, opt, x = made(rows=rows)
     for lr in (0.1, 0.2, 0.3):
         opt.param_groups[0]["lr"] = lr
