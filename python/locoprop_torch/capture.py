@@ -317,11 +317,11 @@ class CapturedLayer:
             return Stacked(inputs), Stacked(outputs)
         return found[0] if found else None
 
-    def only_rows(self, chosen: bool) -> tuple[Tensor | Rows, Tensor | Rows] | None:
+    def only_rows(self, sampling: Sampling | None) -> tuple[Tensor | Rows, Tensor | Rows] | None:
         """:meth:`rows`, where these are those of a single pass as it is; ``None`` where there is more to be done.
 
         Args:
-            chosen: whether steps take few rows, so that what was kept is all that there is to be.
+            sampling: which rows the step takes, as the optimiser says; ``None`` for all.
         """
         if len(self.passes) != 1:
             return None
@@ -329,7 +329,9 @@ class CapturedLayer:
         if captured.kept is not None:
             return joined([captured.kept], self.weight.dtype) if captured.kept.filled else None
         x, a = captured.x, captured.preactivation
-        if chosen or x is None or a is None or (x._version, a._version) != captured.versions:
+        if x is None or a is None or (x._version, a._version) != captured.versions:
+            return None
+        if sampling is not None and not self._shares.leave_all(captured, sampling):
             return None
         return self._layout(captured.module).rows(x, a)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from locoprop_kernels.metadata import Metadata
 from locoprop_kernels.patches import Rows
+from locoprop_kernels.sampling import Sampling
 from locoprop_torch.layers import ModelLayers
 from locoprop_torch.step import Call, Solved, calls_of
 from locoprop_torch.work import Place
@@ -107,7 +108,7 @@ class RepeatedStep:
             or not all(map(is_, slots, self._slots))
         ):
             return None
-        rows = self._rows_of_step(layers, optimizer.rows is not None)
+        rows = self._rows_of_step(layers, optimizer._sampling())
         if rows is None:
             return None
         tensors, others = self._tensors(gradients, rows)
@@ -121,11 +122,13 @@ class RepeatedStep:
             call.look_up_rates(optimizer)
         return Solved(self._calls, self._idle)
 
-    def _rows_of_step(self, layers: ModelLayers, chosen: bool) -> list[tuple[Tensor | Rows, Tensor | Rows]] | None:
+    def _rows_of_step(
+        self, layers: ModelLayers, sampling: Sampling | None
+    ) -> list[tuple[Tensor | Rows, Tensor | Rows]] | None:
         """The rows of each layer; ``None`` where they are not those of a single pass, or the layer has masks."""
         found = []
         for work in self._works:
-            rows = None if layers.masks(work.layer) else work.layer.only_rows(chosen)
+            rows = None if layers.masks(work.layer) else work.layer.only_rows(sampling)
             if rows is None:
                 return None
             found.append(rows)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from locoprop_kernels.sampling import Sampling, count_sets_of_parts
+from locoprop_kernels.sampling import Sampling, count_sets, count_sets_of_parts
 from locoprop_torch.kept import KeptRows
 from locoprop_torch.layouts import Layout
 from locoprop_torch.passes import Pass
@@ -96,6 +96,10 @@ class Shares:
                 elif at_step or not captured.overwritten:
                     x, a = self._layout(captured.module).rows(*captured.restored(self._name, dtype))
                     captured.keep_rows(KeptRows.of(x, a, sampling, sets, captured.offset or 0))
+
+    def leave_all(self, only: Pass, sampling: Sampling) -> bool:
+        """Whether a step takes rows of all sets, where the whole pass ``only`` is all that counts: all are kept then."""
+        return bool(only.size) and count_sets(only.size, sampling.rows) <= sampling.steps
 
     def end(self) -> None:
         """A step has been made: of what was called before it, nothing is expected to count any more."""

@@ -191,7 +191,8 @@ IN_A_STEP = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [None, 3])
+# Two local steps take rows: of three sets of three rows, or of both sets of five and four.
+@pytest.mark.parametrize("rows", [None, 3, 5])
 @pytest.mark.parametrize("change", IN_A_STEP, ids=lambda change: change.__name__)
 def test_what_is_changed_in_a_step_counts(change, rows):
     results = []
@@ -211,7 +212,7 @@ def test_what_is_changed_in_a_step_counts(change, rows):
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("rows", [None, 3, 5])
 def test_steps_are_repeated(rows, monkeypatch):
     made_anew = []
     calls_of = repeated.calls_of
