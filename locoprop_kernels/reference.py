@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from locoprop_kernels import cpu_kernels
+from locoprop_kernels.checked import Checked
 from locoprop_kernels.few_rows_loop import few_rows_loops, together
 from locoprop_kernels.form import ChangeForm, Form
 from locoprop_kernels.gram import GramForm, gram_is_cheaper
@@ -40,6 +41,7 @@ __all__ = ["Solved", "decide", "local_loop", "solve"]
 
 _LARGE_GROUP = 2**22  # multiply-accumulates of a group's product, from which on groups are solved one by one on CPUs
 _COMPILED_ROWS = 512  # up to which kernels for CPUs are faster than torch's products: 1.0 to 2.3 times, fewer rows more
+_YES = torch.tensor(True, device="cpu")
 _CACHED_BYTES = 4 * 2**20  # of E at a time on CPUs: among 1 to 16 MiB the best, or close to it, at all measured shapes
 
 
@@ -242,7 +244,7 @@ class Solved:
             increments.update((index, self.compiled.found(place)) for index, place in self.places.items())
         pairs = [(self.problems[index], increment) for index, increment in increments.items()]
         if all(_is_small(problem, increment) for problem, increment in pairs):
-            return torch.tensor(True, device="cpu")
+            return _YES.clone()
         extremes: list[Tensor] = []
         for problem, increment in pairs:
             for name, delta in increment.delta.items():
@@ -295,34 +297,31 @@ def _is_small(problem: LocalProblem, increment: Increment) -> bool:
 
 
 def solve(
-    problems: list[LocalProblem],
-    states: list[State],
-    settings: Settings,
-    done: Callable[[int], None] | None = None,
-    compiled: bool = False,
+    checked: Checked, settings: Settings, done: Callable[[int], None] | None = None, compiled: bool = False
 ) -> Solved:
     """Run all local iterations of all problems; writes nothing that belongs to them.
 
     They are solved one after the other; small ones on few rows together, and all that compiled functions do.
 
     Args:
-        problems: validated problems.
-        states: the rule's state in each of them.
+        checked: the problems.
         settings: the settings of the call.
         done: called with the index of each problem that is solved.
         compiled: whether to take the kernels for CPUs where they can run, see :mod:`locoprop_kernels.cpu_kernels`.
     """
-    solved = Solved(problems, states, [decide(problem, settings, compiled) for problem in problems])
+    problems, states = checked.problems, checked.states
+    solved = Solved(problems, states, _decisions(checked, settings, compiled))
     by_kernels = [i for i, decision in enumerate(solved.decisions) if decision.driver == "numba"]
     if by_kernels:
         from locoprop_kernels.cpu_kernels.run import Compiled
 
-        solved.compiled = Compiled([problems[i] for i in by_kernels], [states[i] for i in by_kernels], settings)
+        some = [problems[i] for i in by_kernels], [states[i] for i in by_kernels]
+        solved.compiled = Compiled(*some, settings, checked.found)
         solved.places = {index: place for place, index in enumerate(by_kernels)}
         _tell(done, by_kernels)
     others = [i for i in range(len(problems)) if i not in solved.places]
-    for some in together([problems[i] for i in others], [states[i] for i in others], settings):
-        part = [others[i] for i in some]
+    for numbers in together([problems[i] for i in others], [states[i] for i in others], settings):
+        part = [others[i] for i in numbers]
         if len(part) == 1:
             found = [local_loop(problems[part[0]], states[part[0]], settings, solved.decisions[part[0]])]
         else:
@@ -331,6 +330,16 @@ def solve(
             solved.increments[index], solved.traces[index] = increment, trace
         _tell(done, part)
     return solved
+
+
+def _decisions(checked: Checked, settings: Settings, compiled: bool) -> list[Decision]:
+    """:func:`decide` for each problem; found once for problems that come again with such settings."""
+    known: tuple[tuple[Any, ...], list[Decision]] | None = checked.found.get(Decision)
+    asked = (compiled, *settings.decided_by)
+    if known is None or known[0] != asked:
+        known = asked, [decide(problem, settings, compiled) for problem in checked.problems]
+        checked.found[Decision] = known
+    return known[1]
 
 
 def _tell(done: Callable[[int], None] | None, solved: list[int]) -> None:

@@ -92,6 +92,19 @@ class Settings:
         """``T``."""
         return len(self.rates)
 
+    @property
+    def decided_by(self) -> tuple[Any, ...]:
+        """All of the settings that decisions and plans depend on, but for the functions of a regulariser."""
+        return (
+            self.rule,
+            self.regulariser is None,
+            self.iterations,
+            self.reduction,
+            self.compute_dtype,
+            self.trace,
+            self.rows,
+        )
+
     def sets(self, problem: LocalProblem) -> int:
         """Into how many sets a problem's batch falls, of which a local step takes one; 1 where it takes all rows.
 
@@ -132,6 +145,8 @@ def _checked_rates(lr: Any) -> tuple[float, ...]:
 
 
 def _check_seed(rows_seed: Any) -> None:
+    if type(rows_seed) is int and rows_seed >= 0:
+        return
     if isinstance(rows_seed, bool) or not isinstance(rows_seed, Integral) or rows_seed < 0:
         raise ValueError(f"rows_seed must be an integer >= 0, got {shown(rows_seed)}")
 
@@ -142,7 +157,9 @@ def check_rows(rows: int | None) -> None:
     Raises:
         ValueError: it is neither a positive integer nor ``None``.
     """
-    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1):
+    if rows is None or (type(rows) is int and rows > 0):
+        return
+    if isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1:
         raise ValueError(f"rows must be a positive integer, or None for all rows of the batch; got {shown(rows)}")
 
 

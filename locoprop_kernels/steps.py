@@ -140,5 +140,5 @@ def solve(checked: Checked, settings: Settings, backend: str, done: Callable[[in
     else:
         # Asked for by name, the reference is PyTorch alone.
         compiled = backend == "auto"
-        solution = reference.solve(checked.problems, checked.states, settings, done, compiled)
+        solution = reference.solve(checked, settings, done, compiled)
     return StepReport.of(solution, "reference" if plan is None else "triton", reason, names, rows)

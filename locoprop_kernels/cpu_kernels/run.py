@@ -17,7 +17,7 @@ from locoprop_kernels.cpu_kernels.rows import VECTOR, located
 from locoprop_kernels.cpu_kernels.table import CALL, PARAMETER, PROBLEM, TASK
 from locoprop_kernels.cpu_kernels.tasks import entry
 from locoprop_kernels.cpu_kernels.threads import run_all
-from locoprop_kernels.cpu_kernels.updates import factors, family_of
+from locoprop_kernels.cpu_kernels.updates import Family, factors, family_of
 from locoprop_kernels.problem import LocalProblem, State
 from locoprop_kernels.scratch import give_back, take
 from locoprop_kernels.settings import Settings
@@ -31,6 +31,8 @@ _TASK = 2 * BLOCK
 _BYTES = 4
 # What a task returns that has not been run to its end.
 _UNDONE = -1.0
+# A parameter that is not trained.
+_NONE = (0,) * len(PARAMETER.fields or ())
 
 
 class Compiled:
@@ -40,6 +42,7 @@ class Compiled:
         problems: validated problems that :func:`locoprop_kernels.cpu_kernels.can_run`.
         olds: the rule's state in each before the loop.
         settings: the settings of the call.
+        found: what has been found out about these problems, see :class:`locoprop_kernels.checked.Checked`.
 
     Attributes:
         finite: whether it is certain that a commit would write finite numbers only.
@@ -48,8 +51,10 @@ class Compiled:
         MemoryError: a thread had none for its work.
     """
 
-    def __init__(self, problems: Sequence[LocalProblem], olds: Sequence[State], settings: Settings) -> None:
-        self._table = _Table(problems, olds, settings)
+    def __init__(
+        self, problems: Sequence[LocalProblem], olds: Sequence[State], settings: Settings, found: dict[Any, Any]
+    ) -> None:
+        self._table = _Table(problems, _owns(problems, olds, settings, found), settings)
         self._problems, self._olds, self._iterations = problems, olds, settings.iterations
         # The problems whose increments somebody else may hold.
         self._lent: set[int] = set()
@@ -79,7 +84,7 @@ class Compiled:
         """
         table = self._table
         left = {place: self.increment(place) for place in table.scattered}
-        table.parameters[table.scattered] = 0
+        table.parameters.reshape(-1, 2)[table.scattered] = 0
         written, steps = [], []
         for place, (problem, olds) in enumerate(zip(self._problems, self._olds, strict=True)):
             for kind, old in olds.items() if place not in left else ():
@@ -155,6 +160,73 @@ def _layout(shape: tuple[int, int], kinds: tuple[str, ...], slots: tuple[str, ..
     return _Layout(size, starts)
 
 
+class _Part(NamedTuple):
+    """A weight or a bias that is trained.
+
+    Attributes:
+        kind: ``"weight"`` or ``"bias"``.
+        parameter: the parameter.
+        slots: the rule's two slots before the loop; ``None`` for one that the rule does not have.
+        step: the number of steps before the loop, for rules that count them.
+        places: where in the problem's block of memory, in bytes, the increment and the two slots after the loop are.
+    """
+
+    kind: str
+    parameter: Tensor
+    slots: tuple[Tensor | None, ...]
+    step: Tensor | None
+    places: tuple[int, ...]
+
+
+class _Own(NamedTuple):
+    """What a problem has of its own, so that it is the same whenever the problem comes again.
+
+    Attributes:
+        layout: of its block of memory.
+        shape: ``(N, K)``.
+        function: of its transfer function, see :func:`locoprop_kernels.cpu_kernels.functions.arguments_of`.
+        parts: its weight and its bias, ``None`` where that is not trained.
+        contiguous: whether parameters and state are: otherwise what kernels read is a copy.
+    """
+
+    layout: _Layout
+    shape: tuple[int, int]
+    function: tuple[int, np.float32, np.float32]
+    parts: tuple[_Part | None, ...]
+    contiguous: bool
+
+    @classmethod
+    def of(cls, problem: LocalProblem, old: State, family: Family) -> _Own:
+        assert isinstance(problem.transfer, Transfer)
+        shape = problem.weight.shape[0], problem.weight.shape[1]
+        layout = _layout(shape, tuple(old), ("", *filter(None, family.slots)))
+        parts: list[_Part | None] = []
+        contiguous = True
+        for kind in ("weight", "bias"):
+            if kind not in old:
+                parts.append(None)
+                continue
+            parameter, slots, starts = getattr(problem, kind), old[kind], layout.starts[kind]
+            places = tuple(_BYTES * starts[slot] if slot in starts else 0 for slot in ("", *family.slots))
+            two = tuple(slots[slot] if slot else None for slot in family.slots)
+            parts.append(_Part(kind, parameter, two, slots.get("step"), places))
+            contiguous = contiguous and all(tensor.is_contiguous() for tensor in (parameter, *slots.values()))
+        return cls(layout, shape, arguments_of(problem.transfer), tuple(parts), contiguous)
+
+
+def _owns(
+    problems: Sequence[LocalProblem], olds: Sequence[State], settings: Settings, found: dict[Any, Any]
+) -> list[_Own]:
+    """What each problem has of its own; found once for problems that come again."""
+    key = _Own, tuple(map(id, problems))
+    known: list[_Own] | None = found.get(key)
+    if known is None:
+        family = family_of(settings.rule)
+        assert family is not None
+        known = found[key] = [_Own.of(problem, old, family) for problem, old in zip(problems, olds, strict=True)]
+    return known
+
+
 class _Table:
     """Problems as kernels take them.
 
@@ -166,34 +238,32 @@ class _Table:
         scattered: the numbers of those whose parameters or state are not contiguous: what kernels read is a copy.
     """
 
-    def __init__(self, problems: Sequence[LocalProblem], olds: Sequence[State], settings: Settings) -> None:
+    def __init__(self, problems: Sequence[LocalProblem], owns: Sequence[_Own], settings: Settings) -> None:
         family = family_of(settings.rule)
         assert family is not None
-        self._settings, self._family = settings, family
-        slots = ("", *filter(None, family.slots))
-        self._shapes = [problem.weight.shape for problem in problems]
-        self._layouts = [_layout(shape, tuple(old), slots) for shape, old in zip(self._shapes, olds, strict=True)]
-        self.blocks = [take((layout.size,), torch.float32, problems[0].weight.device) for layout in self._layouts]
-        self.scattered: list[int] = []
+        self._settings, self._family, self._owns = settings, family, owns
+        device = problems[0].weight.device
+        self.blocks = [take((own.layout.size,), torch.float32, device) for own in owns]
+        self.scattered = [place for place, own in enumerate(owns) if not own.contiguous]
         # What has an address in the table must live as long.
         self._held: list[Tensor | NDArray[Any]] = []
-        self.problems = np.array([self._problem(problem) for problem in problems], PROBLEM)
-        rows = [
-            [self._parameter(place, kind, problem, old) for kind in ("weight", "bias")]
-            for place, (problem, old) in enumerate(zip(problems, olds, strict=True))
-        ]
-        self.parameters = np.array(rows, PARAMETER)
-        whole = self.problems["function"] == SOFTMAX
-        self.tasks = _tasks(tuple(zip(self._shapes, whole.tolist(), strict=True)))
+        rows, parameters = [], []
+        for problem, own, block in zip(problems, owns, self.blocks, strict=True):
+            rows.append(self._problem(problem, own))
+            address, scale = block.data_ptr(), problem.scale(settings.reduction) * problem.grad_scale
+            parameters += [self._parameter(part, problem, address, scale) if part else _NONE for part in own.parts]
+        self.problems, self.parameters = np.array(rows, PROBLEM), np.array(parameters, PARAMETER)
+        self.tasks = _tasks(tuple([(own.shape, own.function[0] == SOFTMAX) for own in owns]))
 
     def views(self, place: int, kind: str) -> dict[str, Tensor]:
         """The new state of a parameter by slot, and by ``""`` its increment."""
-        block, shape = self.blocks[place], self._shapes[place][: 2 if kind == "weight" else 1]
+        own, block = self._owns[place], self.blocks[place]
+        shape = own.shape[: 2 if kind == "weight" else 1]
         stride = (*shape[1:], 1)
-        return {slot: block.as_strided(shape, stride, at) for slot, at in self._layouts[place].starts[kind].items()}
+        return {slot: block.as_strided(shape, stride, at) for slot, at in own.layout.starts[kind].items()}
 
-    def _problem(self, problem: LocalProblem) -> tuple[float, ...]:
-        assert isinstance(problem.transfer, Transfer)
+    def _problem(self, problem: LocalProblem, own: _Own) -> tuple[Any, ...]:
+        """A problem for the kernels."""
         settings = self._settings
         sets, operands = settings.sets(problem), settings.operands(problem)
         order = settings.set_order(sets)[: settings.iterations - 1]
@@ -201,40 +271,40 @@ class _Table:
         a0 = located(problem.preactivation, sets, order, torch.float32)
         self._held += [x.rows, a0.rows, x.which.memory, a0.which.memory]
         return (
-            *problem.weight.shape,
+            *own.shape,
             settings.iterations,
             *(x.rows.data_ptr(), x.length, x.rows.stride(0), x.which.firsts, x.which.step),
             *(a0.rows.data_ptr(), a0.rows.stride(0), a0.which.firsts, a0.which.step),
             *(x.which.counts, x.which.most),
-            *arguments_of(problem.transfer),
+            *own.function,
             *(self._family.code, _address(self._family.hyper)),
             operands is torch.bfloat16,
             problem.scale(settings.reduction) * sets,
             settings.prox,
         )
 
-    def _parameter(self, place: int, kind: str, problem: LocalProblem, old: State) -> tuple[float, ...]:
-        """A weight or a bias for the kernels."""
-        if kind not in old:
-            return (0,) * len(PARAMETER.fields or ())
-        parameter, gradient = problem.trained()[kind]
-        settings, slots, starts = self._settings, old[kind], self._layouts[place].starts[kind]
-        rates, rate = settings.rates, problem.rate(kind)
+    def _parameter(self, part: _Part, problem: LocalProblem, address: int, scale: float) -> tuple[float, ...]:
+        """A weight or a bias for the kernels, whose increment and new state go into memory at ``address``."""
+        settings = self._settings
+        gradient = problem.grad_weight if part.kind == "weight" else problem.grad_bias
+        assert gradient is not None
+        rates, rate = settings.rates, problem.rate(part.kind)
         if rate != 1:
             rates = tuple([lr * rate for lr in rates])
-        of_steps = factors(settings.rule, rates, int(slots["step"]) if settings.rule.counts_steps else 0)
+        of_steps = factors(settings.rule, rates, 0 if part.step is None else int(part.step))
         self._held.append(of_steps)
-        address = self.blocks[place].data_ptr()
-        if not all(tensor.is_contiguous() for tensor in (parameter, *slots.values())):
-            self.scattered.append(place)
+        delta, squares, buffer = part.places
+        old_squares, old_buffer = part.slots
         return (
             self._data(gradient),
-            self._data(parameter),
-            address + _BYTES * starts[""],
-            *(self._data(slots[slot]) if slot else 0 for slot in self._family.slots),
-            *(address + _BYTES * starts[slot] if slot else 0 for slot in self._family.slots),
+            self._data(part.parameter),
+            address + delta,
+            0 if old_squares is None else self._data(old_squares),
+            0 if old_buffer is None else self._data(old_buffer),
+            0 if old_squares is None else address + squares,
+            0 if old_buffer is None else address + buffer,
             _address(of_steps),
-            problem.scale(settings.reduction) * problem.grad_scale,
+            scale,
         )
 
     def _data(self, tensor: Tensor) -> int:

@@ -65,7 +65,8 @@ def planned(checked: Checked, settings: Settings) -> StepPlan | str:
     aligned = tuple([is_aligned(problem.x) for problem in problems])
     rounds = settings.compute_dtype not in (None, torch.float32)
     precision = None if rounds else target.float32_precision()
-    key = (checked.kind, aligned, precision, configs.asked(), *_asked_for(settings))
+    functions = device_rules.lookup(settings.rule), settings.regulariser and settings.regulariser.triton_fn
+    key = (checked.kind, aligned, precision, configs.asked(), *functions, *settings.decided_by)
     with suppress(TypeError), _lock:  # a rule that is not frozen has no hash, and is not supported
         if key in _steps:
             _steps.move_to_end(key)
@@ -91,21 +92,6 @@ def planned(checked: Checked, settings: Settings) -> StepPlan | str:
             if oldest is not None:
                 del _steps[oldest]
     return known
-
-
-def _asked_for(settings: Settings) -> tuple[Any, ...]:
-    """All of the settings that a plan depends on."""
-    rule, regulariser = settings.rule, settings.regulariser
-    return (
-        rule,
-        device_rules.lookup(rule),
-        regulariser and (regulariser.triton_fn,),
-        settings.iterations,
-        settings.reduction,
-        settings.compute_dtype,
-        settings.trace,
-        settings.rows,
-    )
 
 
 def _new_plan(shapes: Sequence[LayerShape], task: Task, machine: Machine, device: torch.device) -> StepPlan:

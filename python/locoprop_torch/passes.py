@@ -47,6 +47,7 @@ class Pass:
         kept: copies of the rows that a step will take, in place of all of them.
         size: how many rows it has; known where some are to be chosen.
         offset: how many rows there are before it in the step, likewise.
+        settled: whether it has what it will have to give, if no other pass counts.
         counted: whether a backward pass through it has added to the parameters' gradients.
         gradients: what the backward passes that count have brought.
         arriving: by the number of a backward pass, what it has brought, until it is known to count.
@@ -61,6 +62,7 @@ class Pass:
     kept: KeptRows | None = None
     size: int = 0
     offset: int | None = None
+    settled: bool = False
     counted: bool = False
     gradients: Gradients | None = None
     arriving: dict[int, Gradients] | None = None

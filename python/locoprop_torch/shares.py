@@ -61,6 +61,15 @@ class Shares:
         if sampling.steps < sets <= captured.size:
             captured.offset = _end(before)
             captured.keep_rows(KeptRows.of(x, a, sampling, sets, captured.offset))
+        captured.settled = not before and sets <= captured.size
+
+    @staticmethod
+    def settled(passes: Sequence[Pass]) -> bool:
+        """Whether there is nothing to even out until another pass counts, or the step."""
+        if len(passes) == 1 and passes[0].settled:
+            passes[0].offset = 0
+            return True
+        return False
 
     def even_out(self, passes: list[Pass], sampling: Sampling, dtype: torch.dtype, at_step: bool = False) -> None:
         """Bring the passes that count into their order, and cut them down to their shares.
@@ -98,7 +107,7 @@ class Shares:
                     captured.keep_rows(KeptRows.of(x, a, sampling, sets, captured.offset or 0))
 
     def leave_all(self, only: Pass, sampling: Sampling) -> bool:
-        """Whether a step takes rows of all sets, where the whole pass ``only`` is all that counts: all are kept then."""
+        """Whether a step takes rows of all sets, so that all are kept, where the pass ``only`` is all that counts."""
         return bool(only.size) and count_sets(only.size, sampling.rows) <= sampling.steps
 
     def end(self) -> None:
