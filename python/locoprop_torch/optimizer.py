@@ -34,7 +34,7 @@ from locoprop_torch.layers import ModelLayers, table, transfer_in_use
 from locoprop_torch.ownership import Owners
 from locoprop_torch.presets import DEFAULT_RULE
 from locoprop_torch.rates import default_lr_decay
-from locoprop_torch.repeated import RepeatedStep, prepared
+from locoprop_torch.repeated import Preparation
 from locoprop_torch.step import (
     SkipCounter,
     Solved,
@@ -162,8 +162,7 @@ class LocoProp(Optimizer):
         # Which process has the state of which outputs, once a step has spread it.
         self._owners: Owners | None = None
         self.last_reports: list[StepReport] = []
-        # What the next step may repeat.
-        self._repeated: RepeatedStep | None = None
+        self._preparation = Preparation()
         self._skipped = SkipCounter()
         # The layers whose gradients without rows were logged.
         self._told: set[str] = set()
@@ -288,7 +287,7 @@ class LocoProp(Optimizer):
 
     def _solved(self, where: Mapping[int, Place], loss: Any) -> tuple[Solved, Tensor]:
         """The calls of a step and what they have found, and whether all is finite."""
-        solved, self._repeated = prepared(self, where, self._repeated)
+        solved = self._preparation.prepared(self, where)
         solved.reports += [solve(self, call) for call in solved.calls]
         return solved, all_finite(solved.reports, loss, self.aux)
 
@@ -349,7 +348,7 @@ class LocoProp(Optimizer):
         self._model_layers.forget(release=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "last_reports": [], "_repeated": None}
+        state = {**self.__dict__, "last_reports": [], "_preparation": Preparation()}
         # torch's own __init__ and __setstate__ put these back.
         kept = [k for k in state if not k.endswith("_hooks") and k not in ("_zero_grad_profile_name", "step")]
         return {k: state[k] for k in kept}

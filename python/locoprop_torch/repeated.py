@@ -25,33 +25,47 @@ from locoprop_torch.work import Place
 if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp
 
-__all__ = ["RepeatedStep", "prepared"]
+__all__ = ["Preparation"]
 
 
-def prepared(
-    optimizer: LocoProp, where: Mapping[int, Place], before: RepeatedStep | None
-) -> tuple[Solved, RepeatedStep | None]:
-    """The calls of the backend that make a step, checked and not solved yet.
+class Preparation:
+    """Prepares the steps of an optimiser: like the one before where that can be, else anew."""
 
-    Args:
-        optimizer: the optimiser.
-        where: the place of every parameter, by its ``id``.
-        before: what may be repeated.
+    def __init__(self) -> None:
+        self._before: _RepeatedStep | None = None
+        # What kinds of problems the step before had. Only after two with the same is one kept: batches that differ in
+        # size from step to step would gain nothing from it.
+        self._kinds: list[tuple[int, ...]] = []
 
-    Returns:
-        The step, and what the next one may repeat.
+    def prepared(self, optimizer: LocoProp, where: Mapping[int, Place]) -> Solved:
+        """The calls of the backend that make a step, checked and not solved yet.
 
-    Raises:
-        TypeError, ValueError: a layer cannot be trained as it is; none is, then.
-    """
-    optimizer._model_layers.output_gradient.look(optimizer._layers)
-    if before is not None and (again := before.again(optimizer, where)) is not None:
-        return again, before
-    solved = calls_of(optimizer, where)
-    return solved, RepeatedStep.of(solved, optimizer)
+        Args:
+            optimizer: the optimiser.
+            where: the place of every parameter, by its ``id``.
+
+        Raises:
+            TypeError, ValueError: a layer cannot be trained as it is; none is, then.
+        """
+        optimizer._model_layers.output_gradient.look(optimizer._layers)
+        if self._before is not None and (again := self._before.again(optimizer, where)) is not None:
+            return again
+        self._before = None
+        solved = calls_of(optimizer, where)
+        kinds = [call.checked.kind for call in solved.calls if call.checked is not None]
+        if kinds == self._kinds and _can_be_repeated(solved):
+            self._before = _RepeatedStep(solved, optimizer)
+        self._kinds = kinds
+        return solved
 
 
-class RepeatedStep:
+def _can_be_repeated(solved: Solved) -> bool:
+    """Whether another step can be made of the same calls."""
+    works = [work for call in solved.calls for work in call.work]
+    return bool(works) and not solved.elsewhere and all(work.repeats for work in works)
+
+
+class _RepeatedStep:
     """A step, and what another one has to have in common with it.
 
     Args:
@@ -66,9 +80,9 @@ class RepeatedStep:
         self._numbers = [one.place.number for one in self._trained]
         self._parameters = [one.parameter for one in self._trained]
         self._ids = [id(parameter) for parameter in self._parameters]
-        layers = optimizer._layers.values()
+        layers, ours = optimizer._layers.values(), set(self._ids)
         self._layers = len(layers)
-        self._untrained = [p for layer in layers for p in layer.parameters.values() if id(p) not in self._ids]
+        self._untrained = [p for layer in layers for p in layer.parameters.values() if id(p) not in ours]
         self._asked = _asked(optimizer, self._calls)
         self._slots = [slot for work in self._works for state in work.states.values() for slot in state.kept.values()]
         biases = [work.problem.bias for work in self._works if work.problem.bias is not None]
@@ -76,12 +90,6 @@ class RepeatedStep:
         rows = [(work.problem.x, work.problem.preactivation) for work in self._works]
         tensors, self._rows = self._tensors([one.gradient for one in self._trained], rows)
         self._metadata = Metadata(tensors)
-
-    @classmethod
-    def of(cls, solved: Solved, optimizer: LocoProp) -> RepeatedStep | None:
-        """A step that was made and checked; ``None`` where none can be like it."""
-        repeats = solved.calls and not solved.elsewhere and all(w.repeats for call in solved.calls for w in call.work)
-        return cls(solved, optimizer) if repeats else None
 
     def again(self, optimizer: LocoProp, where: Mapping[int, Place]) -> Solved | None:
         """The step that is to be made, up to the solution; ``None`` where it is another one, and nothing was changed.
@@ -125,10 +133,13 @@ class RepeatedStep:
     def _rows_of_step(
         self, layers: ModelLayers, sampling: Sampling | None
     ) -> list[tuple[Tensor | Rows, Tensor | Rows]] | None:
-        """The rows of each layer; ``None`` where they are not those of a single pass, or the layer has masks."""
+        """The rows of each layer; ``None`` where they are not those of a single pass, or there are masks or shares."""
+        for layer in layers.captured.values():
+            if layers.masks(layer) or layer.outputs is not None:
+                return None
         found = []
         for work in self._works:
-            rows = None if layers.masks(work.layer) else work.layer.only_rows(sampling)
+            rows = work.layer.only_rows(sampling)
             if rows is None:
                 return None
             found.append(rows)

@@ -27,7 +27,7 @@ def made(rule="adam", rows=64):
 
 def forget(opt):
     """Have the optimiser make the next step anew."""
-    opt._repeated = None
+    opt._preparation = repeated.Preparation()
     for layer in opt._layers.values():
         layer.work = None
 
@@ -137,10 +137,10 @@ def test_what_is_changed_between_steps_counts(change):
     results = []
     for kept in (True, False):
         model, opt, x = made()
-        for _ in range(2):
+        for _ in range(3):
             step(model, opt, x)
         change(model, opt)
-        for _ in range(2):
+        for _ in range(3):
             if not kept:
                 forget(opt)
             step(model, opt, x.to(next(model.parameters()).dtype))
@@ -198,10 +198,10 @@ def test_what_is_changed_in_a_step_counts(change, rows):
     results = []
     for kept in (True, False):
         model, opt, x = made(rows=rows)
-        for number in range(4):
+        for number in range(6):
             opt.zero_grad()
             model(x).square().sum().backward()
-            if number == 2:
+            if number == 3:
                 change(model, x)
             if not kept:
                 forget(opt)
@@ -223,17 +223,18 @@ def test_steps_are_repeated(rows, monkeypatch):
 
     monkeypatch.setattr(repeated, "calls_of", counted)
     model, opt, x = made(rows=rows)
-    for lr in (0.1, 0.2, 0.3):
+    for lr in (0.1, 0.2, 0.3, 0.4):
         opt.param_groups[0]["lr"] = lr
         step(model, opt, x)
-    assert len(made_anew) == 1
-    step(model, opt, x[:7])
     assert len(made_anew) == 2
+    for size in (7, 8, 7, 8):
+        step(model, opt, x[:size])
+    assert len(made_anew) == 6
 
 
 def test_a_repeated_step_is_refused_like_any_other():
     model, opt, x = made()
-    for _ in range(2):
+    for _ in range(3):
         step(model, opt, x)
     before = copy.deepcopy(model.state_dict())
     opt.param_groups[0]["lr"] = -1.0
