@@ -31,6 +31,7 @@ _TASK = 2 * BLOCK
 _BYTES = 4
 # What a task returns that has not been run to its end.
 _UNDONE = -1.0
+_LARGEST = float(np.finfo(np.float32).max)
 # A parameter that is not trained.
 _NONE = (0,) * len(PARAMETER.fields or ())
 
@@ -54,12 +55,12 @@ class Compiled:
     def __init__(
         self, problems: Sequence[LocalProblem], olds: Sequence[State], settings: Settings, found: dict[Any, Any]
     ) -> None:
-        self._table = _Table(problems, _owns(problems, olds, settings, found), settings)
+        self._table = _Table(problems, *_owns(problems, olds, settings, found), settings)
         self._problems, self._olds, self._iterations = problems, olds, settings.iterations
         # The problems whose increments somebody else may hold.
         self._lent: set[int] = set()
         # The sum of all absolute values, or more; NaN where one is not a number.
-        self.finite = bool(self._run(commits=False).sum() < np.finfo(np.float32).max)
+        self.finite = bool(self._table.run(commits=False).sum() < _LARGEST)
 
     def increment(self, place: int) -> Increment:
         """What was found for the problem of a number; it may be held after the commit."""
@@ -84,18 +85,18 @@ class Compiled:
         """
         table = self._table
         left = {place: self.increment(place) for place in table.scattered}
-        table.parameters.reshape(-1, 2)[table.scattered] = 0
+        if left:
+            table.parameters.reshape(-1, 2)[table.scattered] = 0
         written, steps = [], []
         for place, (problem, olds) in enumerate(zip(self._problems, self._olds, strict=True)):
             for kind, old in olds.items() if place not in left else ():
                 stored = problem.state.setdefault(kind, {})
-                for slot, value in old.items():
-                    if stored.get(slot) is not value:
-                        stored[slot] = value
+                if stored is not old:
+                    stored.update(old)
                 written += [getattr(problem, kind), *old.values()]
                 if "step" in old:
                     steps.append(old["step"])
-        self._run(commits=True)
+        table.run(commits=True)
         # PyTorch does not know what kernels write to: graphs that have saved a parameter must not be used any more.
         torch.autograd.graph.increment_version(written)
         if steps:
@@ -103,26 +104,14 @@ class Compiled:
         give_back(*(block for place, block in enumerate(table.blocks) if place not in self._lent))
         return left
 
-    def _run(self, commits: bool) -> NDArray[np.float32]:
-        """Run all tasks; what each has returned."""
-        table = self._table
-        results, number = np.full(len(table.tasks), _UNDONE, np.float32), np.zeros(1, np.int64)
-        counts = len(table.tasks), len(table.problems)
-        addresses = [_address(array) for array in (table.problems, table.parameters, table.tasks, results)]
-        call = np.array((_address(number), *counts, *addresses, commits), CALL)
-        run_all(entry(), _address(call), len(table.tasks))
-        if (results == _UNDONE).any():
-            raise MemoryError("there was no memory for the local loops on the CPU")
-        return results
-
 
 def _address(array: NDArray[Any]) -> int:
     return array.ctypes.data
 
 
 @lru_cache(maxsize=64)
-def _tasks(problems: tuple[tuple[tuple[int, int], bool], ...]) -> NDArray[Any]:
-    """What threads take one by one, the largest first.
+def _tasks(problems: tuple[tuple[tuple[int, int], bool], ...]) -> tuple[NDArray[Any], int]:
+    """What threads take one by one, the largest first, and its address.
 
     Args:
         problems: for each its ``(N, K)``, and whether one thread must take all outputs.
@@ -134,7 +123,8 @@ def _tasks(problems: tuple[tuple[tuple[int, int], bool], ...]) -> NDArray[Any]:
             last = min(first + size, outputs)
             found.append(((last - first) * inputs, (number, first, last)))
     found.sort(key=lambda one: -one[0])
-    return np.array([task for _, task in found], TASK)
+    tasks = np.array([task for _, task in found], TASK)
+    return tasks, _address(tasks)
 
 
 class _Layout(NamedTuple):
@@ -216,14 +206,15 @@ class _Own(NamedTuple):
 
 def _owns(
     problems: Sequence[LocalProblem], olds: Sequence[State], settings: Settings, found: dict[Any, Any]
-) -> list[_Own]:
-    """What each problem has of its own; found once for problems that come again."""
+) -> tuple[Family, list[_Own]]:
+    """The rule's family, and what each problem has of its own; found once for problems that come again."""
     key = _Own, tuple(map(id, problems))
-    known: list[_Own] | None = found.get(key)
+    known: tuple[Family, list[_Own]] | None = found.get(key)
     if known is None:
         family = family_of(settings.rule)
         assert family is not None
-        known = found[key] = [_Own.of(problem, old, family) for problem, old in zip(problems, olds, strict=True)]
+        known = family, [_Own.of(problem, old, family) for problem, old in zip(problems, olds, strict=True)]
+        found[key] = known
     return known
 
 
@@ -233,14 +224,13 @@ class _Table:
     Attributes:
         problems: a row for each, see :data:`~locoprop_kernels.cpu_kernels.table.PROBLEM`.
         parameters: two for each, see :data:`~locoprop_kernels.cpu_kernels.table.PARAMETER`.
-        tasks: what threads take one by one, see :data:`~locoprop_kernels.cpu_kernels.table.TASK`.
         blocks: memory for the increment and the new state of each.
         scattered: the numbers of those whose parameters or state are not contiguous: what kernels read is a copy.
     """
 
-    def __init__(self, problems: Sequence[LocalProblem], owns: Sequence[_Own], settings: Settings) -> None:
-        family = family_of(settings.rule)
-        assert family is not None
+    def __init__(
+        self, problems: Sequence[LocalProblem], family: Family, owns: Sequence[_Own], settings: Settings
+    ) -> None:
         self._settings, self._family, self._owns = settings, family, owns
         device = problems[0].weight.device
         self.blocks = [take((own.layout.size,), torch.float32, device) for own in owns]
@@ -253,7 +243,24 @@ class _Table:
             address, scale = block.data_ptr(), problem.scale(settings.reduction) * problem.grad_scale
             parameters += [self._parameter(part, problem, address, scale) if part else _NONE for part in own.parts]
         self.problems, self.parameters = np.array(rows, PROBLEM), np.array(parameters, PARAMETER)
-        self.tasks = _tasks(tuple([(own.shape, own.function[0] == SOFTMAX) for own in owns]))
+        self._tasks, tasks = _tasks(tuple([(own.shape, own.function[0] == SOFTMAX) for own in owns]))
+        self._results, self._number = np.empty(len(self._tasks), np.float32), np.zeros(1, np.int64)
+        arrays = self._number, self.problems, self.parameters, self._results
+        number, *tables, results = [_address(array) for array in arrays]
+        self._call = np.array((number, len(self._tasks), len(problems), *tables, tasks, results, False), CALL)
+
+    def run(self, commits: bool) -> NDArray[np.float32]:
+        """Run all tasks: the local loops, or the commit; what each has returned.
+
+        Raises:
+            MemoryError: a thread had none for its work.
+        """
+        self._results.fill(_UNDONE)
+        self._number[0], self._call["commits"] = 0, commits
+        run_all(entry(), _address(self._call), len(self._tasks))
+        if (self._results == _UNDONE).any():
+            raise MemoryError("there was no memory for the local loops on the CPU")
+        return self._results
 
     def views(self, place: int, kind: str) -> dict[str, Tensor]:
         """The new state of a parameter by slot, and by ``""`` its increment."""
@@ -277,7 +284,7 @@ class _Table:
             *(a0.rows.data_ptr(), a0.rows.stride(0), a0.which.firsts, a0.which.step),
             *(x.which.counts, x.which.most),
             *own.function,
-            *(self._family.code, _address(self._family.hyper)),
+            *(self._family.code, self._family.hyper_address),
             operands is torch.bfloat16,
             problem.scale(settings.reduction) * sets,
             settings.prox,
@@ -291,7 +298,7 @@ class _Table:
         rates, rate = settings.rates, problem.rate(part.kind)
         if rate != 1:
             rates = tuple([lr * rate for lr in rates])
-        of_steps = factors(settings.rule, rates, 0 if part.step is None else int(part.step))
+        of_steps, of_steps_address = factors(settings.rule, rates, 0 if part.step is None else int(part.step))
         self._held.append(of_steps)
         delta, squares, buffer = part.places
         old_squares, old_buffer = part.slots
@@ -303,7 +310,7 @@ class _Table:
             0 if old_buffer is None else self._data(old_buffer),
             0 if old_squares is None else address + squares,
             0 if old_buffer is None else address + buffer,
-            _address(of_steps),
+            of_steps_address,
             scale,
         )
 

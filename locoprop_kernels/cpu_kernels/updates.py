@@ -32,11 +32,19 @@ class Family(NamedTuple):
         code: of the family.
         slots: names of the state tensors, in the kernels' order; ``""`` for one that the rule does not have.
         hyper: the hyper-parameters, and zeros ``[HYPERPARAMETERS]``, float32.
+        hyper_address: where they are.
     """
 
     code: int
     slots: tuple[str, str]
     hyper: NDArray[np.float32]
+    hyper_address: int
+
+    @classmethod
+    def of(cls, code: int, slots: tuple[str, str], *values: float) -> Family:
+        """A family with these hyper-parameters."""
+        hyper = np.array([*values, *(HYPERPARAMETERS - len(values)) * (0.0,)], np.float32)
+        return cls(code, slots, hyper, hyper.ctypes.data)
 
 
 def family_of(rule: rules.Rule) -> Family | None:
@@ -49,28 +57,24 @@ def _family(rule: rules.Rule) -> Family | None:
     if isinstance(rule, rules.SGD):
         of_gradient, of_buffer = (1.0, rule.momentum) if rule.nesterov or not rule.momentum else (0.0, 1.0)
         slots = ("", "momentum_buffer" if rule.momentum else "")
-        return Family(_MOMENTUM, slots, _numbers(rule.momentum, of_gradient, of_buffer))
+        return Family.of(_MOMENTUM, slots, rule.momentum, of_gradient, of_buffer)
     if isinstance(rule, rules.RMSprop) and not rule.centered:
         inside = rule.flavor == "tensorflow"
         eps = (rule.eps, 0.0) if inside else (0.0, rule.eps)
         slots = ("square_avg", "momentum_buffer" if rule.momentum else "")
-        return Family(_SQUARES, slots, _numbers(rule.alpha, 1 - rule.alpha, *eps, rule.momentum, inside))
+        return Family.of(_SQUARES, slots, rule.alpha, 1 - rule.alpha, *eps, rule.momentum, inside)
     if isinstance(rule, rules.Adagrad) and rule.flavor == "torch":
-        return Family(_SQUARES, ("sum", ""), _numbers(1.0, 1.0, 0.0, rule.eps, 0.0, 0.0))
+        return Family.of(_SQUARES, ("sum", ""), 1.0, 1.0, 0.0, rule.eps, 0.0, 0.0)
     if isinstance(rule, rules.Adam):
         rests = (1 - beta for beta in rule.betas)  # which rounded decays would not give
-        return Family(_ADAM, ("exp_avg_sq", "exp_avg"), _numbers(rule.betas[1], *rests, rule.eps))
+        return Family.of(_ADAM, ("exp_avg_sq", "exp_avg"), rule.betas[1], *rests, rule.eps)
     return None
-
-
-def _numbers(*values: float) -> NDArray[np.float32]:
-    return np.array([*values, *(HYPERPARAMETERS - len(values)) * (0.0,)], np.float32)
 
 
 # All layers of a step ask for the same, and without Adam all steps do.
 @lru_cache(maxsize=16)
-def factors(rule: rules.Rule, rates: tuple[float, ...], steps: int) -> NDArray[np.float32]:
-    """What local steps at these learning rates, after so many steps, multiply with: ``[T, 2]``."""
+def factors(rule: rules.Rule, rates: tuple[float, ...], steps: int) -> tuple[NDArray[np.float32], int]:
+    """What local steps at these learning rates, after so many steps, multiply with ``[T, 2]``, and its address."""
     found = np.ones((len(rates), 2))
     found[:, 0] = rates
     if isinstance(rule, rules.Adam):
@@ -78,7 +82,8 @@ def factors(rule: rules.Rule, rates: tuple[float, ...], steps: int) -> NDArray[n
             first, second = (1 - beta ** (steps + t + 1) for beta in rule.betas)
             found[t, 0] *= (math.sqrt(second) if rule.flavor == "tensorflow" else 1.0) / first
             found[t, 1] = 1.0 if rule.flavor == "tensorflow" else 1 / math.sqrt(second)
-    return found.astype(np.float32)
+    rounded = found.astype(np.float32)
+    return rounded, rounded.ctypes.data
 
 
 @jit
