@@ -158,18 +158,18 @@ def check_capture(layers: ModelLayers, aux: Optimizer | None) -> None:
     Raises:
         RuntimeError: a graph is being captured, and there is an ``aux``, or the unit of ``γ`` is not known yet.
     """
-    if not capturing(next(iter(layers.captured.values())).weight.device):
+    unknown = layers.output_gradient.wanted and layers.output_gradient.size is None
+    if (aux is None and not unknown) or not capturing(next(iter(layers.captured.values())).weight.device):
         return
     if aux is not None:
         raise RuntimeError(
             "a step with aux cannot be captured in a CUDA graph, because the host decides whether aux steps: let an "
             "optimiser of its own train those parameters, and capture its step too"
         )
-    if layers.output_gradient.wanted and layers.output_gradient.size is None:
-        raise RuntimeError(
-            "the first step cannot be captured in a CUDA graph, because the host finds the unit of activation_lr in "
-            "it: make it outside of the capture"
-        )
+    raise RuntimeError(
+        "the first step cannot be captured in a CUDA graph, because the host finds the unit of activation_lr in it: "
+        "make it outside of the capture"
+    )
 
 
 def tell_without_rows(work: LayerWork, model: nn.Module, told: set[str]) -> None:
