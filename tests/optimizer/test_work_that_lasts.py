@@ -232,6 +232,19 @@ def test_steps_are_repeated(rows, monkeypatch):
     assert len(made_anew) == 6
 
 
+def test_a_layer_that_is_trained_later_counts():
+    model, opt, x = made()
+    model[0].requires_grad_(False)
+    for _ in range(4):
+        step(model, opt, x)
+    before = model[0].weight.detach().clone()
+    assert opt.last_reports[-1].problems[0].decision.form == "none"
+    model[0].requires_grad_(True)
+    step(model, opt, x)
+    assert len(opt.last_reports) == 1
+    assert not torch.equal(model[0].weight, before)
+
+
 def test_a_repeated_step_is_refused_like_any_other():
     model, opt, x = made()
     for _ in range(3):
