@@ -63,8 +63,9 @@ def planned(checked: Checked, settings: Settings) -> StepPlan | str:
     problems = checked.problems
     device = problems[0].weight.device
     aligned = tuple([is_aligned(problem.x) for problem in problems])
-    rounds = settings.compute_dtype not in (None, torch.float32)
-    precision = None if rounds else target.float32_precision()
+    # Operands that are rounded are not multiplied in float32, and asking takes a while.
+    rounded = settings.compute_dtype not in (None, torch.float32)
+    precision = None if rounded else target.float32_precision()
     functions = device_rules.lookup(settings.rule), settings.regulariser and settings.regulariser.triton_fn
     key = (checked.kind, aligned, precision, configs.asked(), *functions, *settings.decided_by)
     with suppress(TypeError), _lock:  # a rule that is not frozen has no hash, and is not supported
