@@ -183,8 +183,13 @@ def test_random_models(repetition, correction):
     draw = random.Random(seed)
     optimizer = OPTIMIZERS[draw.choice([name for name in OPTIMIZERS if name != "RMSprop alpha"])]
     momentum, iterations = draw.choice([0.0, 0.3]), draw.randint(1, 7)
+    model = random_model(draw)
+    # Where two positions have the same maximum, as those that earlier pooling has given the same pixel, rounding says
+    # which of them has the gradient. A running average takes that to the next batch, where they are different.
+    if any(isinstance(layer, nn.MaxPool2d) for layer in model):
+        momentum = 0.0
     options = {"correction": correction, "momentum": momentum, "local_iterations": iterations}
-    theirs, ours = both(random_model(draw), optimizer, learning_rate=draw.uniform(0.5, 10), **options)
+    theirs, ours = both(model, optimizer, learning_rate=draw.uniform(0.5, 10), **options)
     for _ in range(3):
         x, y = batch()
         torch.testing.assert_close(ours.step(x, y), theirs.step(x, y), rtol=1e-9, atol=1e-9)
