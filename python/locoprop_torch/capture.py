@@ -27,7 +27,7 @@ from torch.utils.weak import TensorWeakRef
 from locoprop_kernels.patches import Rows, Stacked
 from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.transfers import Transfer
-from locoprop_torch.hooks import ForwardHook, InputGradientHook, attach, backward_pass, while_alive
+from locoprop_torch.hooks import InputGradientHook, LayerHook, attach, backward_pass, while_alive
 from locoprop_torch.kept import joined
 from locoprop_torch.layouts import Layout, layout_class
 from locoprop_torch.masks import trained_parameters
@@ -37,20 +37,6 @@ from locoprop_torch.shares import Shares
 from locoprop_torch.unit import OutputGradient, unscaling
 
 __all__ = ["CapturedLayer"]
-
-
-class _LayerHook(ForwardHook):
-    def __init__(self, layer: CapturedLayer) -> None:
-        self._layer = weakref.ref(layer)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        layer = self._layer()
-        if layer is None:
-            return
-        layer.called = True
-        transformed = torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
-        if torch.is_grad_enabled() and output.requires_grad and not transformed:
-            layer.watch(module, args[0] if args else next(iter(kwargs.values())), output)
 
 
 class CapturedLayer:
@@ -108,7 +94,7 @@ class CapturedLayer:
         self._checked = -1
         # The hooks, by the id of the module or parameter that they are on.
         self._handles: dict[int, tuple[Any, ...]] = {
-            id(module): (attach(module, _LayerHook(self)),) for module in modules.values()
+            id(module): (attach(module, LayerHook(self)),) for module in modules.values()
         }
         self.detach = weakref.finalize(self, _remove, self._handles)
         self.detach.atexit = False

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["AttachedHook", "ForwardHook", "InputGradientHook", "attach", "backward_pass", "while_alive"]
+__all__ = ["AttachedHook", "ForwardHook", "InputGradientHook", "LayerHook", "attach", "backward_pass", "while_alive"]
 
 # Looked up on the instance by ``copy`` and ``pickle`` before they look at the class.
 _COPYING = ("__deepcopy__", "__reduce_ex__")
@@ -32,6 +32,26 @@ class ForwardHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         raise NotImplementedError
+
+
+class LayerHook(ForwardHook):
+    """Tells a captured layer of each call that may have gradients.
+
+    Args:
+        layer: the layer, which is not kept alive.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = weakref.ref(layer)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        layer = self._layer()
+        if layer is None:
+            return
+        layer.called = True
+        transformed = torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+        if torch.is_grad_enabled() and output.requires_grad and not transformed:
+            layer.watch(module, args[0] if args else next(iter(kwargs.values())), output)
 
 
 class AttachedHook:
