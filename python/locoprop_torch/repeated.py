@@ -3,7 +3,7 @@
 In a training loop, steps differ in numbers and in what is in tensors. So a step is kept with all that it was made from
 otherwise, and where the next one has the same, it is made of the same calls. To find that out is one comparison for
 all tensors, and takes a fraction of the time of making them. All that is unusual (several passes, masks, convolutions,
-several processes) is made anew in every step.
+shares of several processes) is made anew in every step.
 """
 
 from __future__ import annotations
