@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from locoprop_kernels.constants import SELU_ALPHA, SELU_SCALE
-from locoprop_kernels.cpu_kernels.jit import jit
+from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
 from locoprop_kernels.transfers import Transfer
 
 __all__ = ["CODES", "SOFTMAX", "arguments_of", "differences"]
@@ -162,6 +162,7 @@ def differences(code, p, a, outputs, p0, p1):
 @jit
 def _elementwise_differences(code, p, a, p0, p1):
     """The same of numbers ``[n]``, none of which depends on another."""
+    with_whole_registers()
     if code == TANH:
         for n in range(p.shape[0]):
             p[n] = _tanh(p[n]) * (_ONE - _tanh(a[n]) * _tanh(a[n] + p[n]))
@@ -189,6 +190,7 @@ def _elementwise_differences(code, p, a, p0, p1):
 @jit
 def _elementwise(code, a, p0, p1):
     """``f(a)`` in place of ``a`` ``[n]``, of a function that has no formula of its own for differences."""
+    with_whole_registers()
     if code == SQUARED_RELU:
         for n in range(a.shape[0]):
             a[n] = a[n] * a[n] if not a[n] < _ZERO else _ZERO

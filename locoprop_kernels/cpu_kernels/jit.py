@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core import types
+from numba.extending import intrinsic
 
 from locoprop_kernels import route_cache
 
-__all__ = ["entry", "folder", "jit"]
+__all__ = ["entry", "folder", "jit", "with_whole_registers"]
 
 # Sums may be reordered and products added without rounding between, as in any product of matrices; infinities and NaNs
 # count as what they are, and roots and divisions are rounded as IEEE 754 says.
@@ -48,6 +50,23 @@ def entry(function: Any) -> int:
         the address of the C function ``void (*)(void *)``, which does without Python's lock.
     """
     return int(_kept(partial(numba.cfunc, "void(voidptr)"), function).address)
+
+
+@intrinsic
+def with_whole_registers(typing: Any) -> Any:
+    """To be called by a function whose loops are to be of the widest vectors that the processor has.
+
+    For Intel's processors with AVX-512 LLVM makes vectors of half a register, as the first of them ran slower with
+    whole ones: in loops that do nothing but multiply and add, half as fast.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        attributes = builder.function.attributes
+        if isinstance(attributes, set):  # llvmlite has names for attributes without a value alone
+            set.add(attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), code
 
 
 def _kept(compiler: Callable[..., Any], function: Any) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from locoprop_kernels.cpu_kernels.functions import SOFTMAX, differences
-from locoprop_kernels.cpu_kernels.jit import jit
-from locoprop_kernels.cpu_kernels.table import integers, matrix, vector
+from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
+from locoprop_kernels.cpu_kernels.table import aligned, integers, matrix, vector
 from locoprop_kernels.cpu_kernels.tiles import OUTPUTS, ROWS, add_gradient, preactivations
 from locoprop_kernels.cpu_kernels.updates import HYPERPARAMETERS, update
 
@@ -14,7 +14,7 @@ __all__ = ["BLOCK", "commit", "local_steps"]
 
 #: Outputs that go through a local step together: their increments, state and rows fit into a core's own cache.
 BLOCK = 8 * OUTPUTS
-_ZERO = np.float32(0.0)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @jit
@@ -70,37 +70,39 @@ def _total(values):
 
 
 @jit
-def _update_weight(weight, first, outputs, d, e, x, rows, step, rule, prox, g):
+def _update_weight(own, outputs, e, x, rows, step, factors, rule, prox):
     """The local step ``step`` of the weights of some outputs.
 
     Args:
-        weight: what :func:`_weight` returns.
-        first: the first of these outputs.
+        own: what belongs to these outputs, of rows that begin at lines of the caches and have zeros behind the ``K``
+            inputs ``[n, P]``: increments, memory for gradients, the gradients at the start, and the rule's two slots,
+            without rows where the rule does not have it. They end with a whole tile.
         outputs: how many there are.
-        d: their increments ``[n, P]``; zero beyond ``K`` inputs, and beyond the outputs that count.
         e: activation differences ``[r, n]``; not read in the first local step.
         x: memory of the inputs.
         rows: where each row begins in it ``[r]``.
         step: the number of the local step.
+        factors: of each local step, see :func:`~locoprop_kernels.cpu_kernels.updates.factors`.
         rule: the family's code and hyper-parameters.
         prox: proximal coefficient ``λ``.
-        g: memory for gradients ``[n, P]``, zero beyond ``K``.
     """
-    grad, _, _, _, (squares, buffer), factors, scale = weight
+    with_whole_registers()
     code, hyper = rule
-    inputs = grad.shape[1]
+    d, g, start, squares, buffer = own
+    tile = OUTPUTS * d.shape[1]
+    # In memory a tile is one row: loops over all of it need not begin anew with each output.
+    flat_d, flat_g, flat_start = d.reshape(-1), g.reshape(-1), start.reshape(-1)
+    flat_squares, flat_buffer = squares.reshape(-1), buffer.reshape(-1)
     for n in range(0, outputs, OUTPUTS):
-        for i in range(n, min(n + OUTPUTS, outputs)):
-            gradient, own, target = grad[first + i], d[i], g[i]
-            for k in range(inputs):
-                target[k] = scale * gradient[k] + prox * own[k]
+        first = n * d.shape[1]
+        delta, gradient, constant = flat_d[first:][:tile], flat_g[first:][:tile], flat_start[first:][:tile]
+        for k in range(tile):
+            gradient[k] = constant[k] + prox * delta[k]
         if step > 0:
             add_gradient(g[n : n + OUTPUTS], e, n, x, rows)
-        for i in range(n, min(n + OUTPUTS, outputs)):
-            target = g[i, :inputs]
-            s = squares[first + i] if squares.shape[0] else target
-            b = buffer[first + i] if buffer.shape[0] else target
-            update(code, d[i, :inputs], target, s, b, factors[step], hyper)
+        s = flat_squares[first:][:tile] if squares.shape[0] else gradient
+        b = flat_buffer[first:][:tile] if buffer.shape[0] else gradient
+        update(code, delta, gradient, s, b, factors[step], hyper)
 
 
 @jit
@@ -168,7 +170,7 @@ def local_steps(problem, weight, bias, first, last):
     steps, inputs, padded, code = problem.steps, problem.inputs, problem.x_length, problem.function
     weight = _weight(weight, problem.outputs, inputs, steps)
     bias = _bias(bias, problem.outputs, steps)
-    _, parameter, delta, old, new, _, _ = weight
+    gradient, parameter, delta, old, new, weight_factors, weight_scale = weight
     grad_b, parameter_b, delta_b, old_b, new_b, _, _ = bias
     trains_bias = grad_b.shape[0] > 0
     if not trains_bias:
@@ -183,17 +185,25 @@ def local_steps(problem, weight, bias, first, last):
     outputs = last - first if code == SOFTMAX else min(BLOCK, last - first)
     block = -(-outputs // OUTPUTS) * OUTPUTS
     e, a = np.empty((width, block), np.float32), np.zeros((width, block), np.float32)
-    d, g = np.zeros((block, padded), np.float32), np.zeros((block, padded), np.float32)
-    factor = np.zeros((block if rounds else 0, padded), np.float32)
+    d, g, start = aligned(block, padded), aligned(block, padded), aligned(block, padded)
+    slots = aligned(block if old[0].shape[0] else 0, padded), aligned(block if old[1].shape[0] else 0, padded)
+    factor = aligned(block if rounds else 0, padded)
     gb = np.empty(outputs, np.float32)
     total = _ZERO
     for n in range(first, last, outputs):
         m = min(n + outputs, last)
+        # Behind the inputs and the outputs no gradient is anything but zero, and no root of a mean of squares is.
         d[:] = _ZERO
+        start[:] = _ZERO
+        slots[0][:] = _ONE
+        slots[1][:] = _ZERO
+        for i in range(n, m):
+            start[i - n, :inputs] = weight_scale * gradient[i]
+            for slot in range(2):
+                if old[slot].shape[0]:
+                    slots[slot][i - n, :inputs] = old[slot][i]
         delta_b[n:m] = _ZERO
         for slot in range(2):
-            if new[slot].shape[0]:
-                new[slot][n:m] = old[slot][n:m]
             if trains_bias and new_b[slot].shape[0]:
                 new_b[slot][n:m] = old_b[slot][n:m]
         for t in range(steps):
@@ -207,7 +217,8 @@ def local_steps(problem, weight, bias, first, last):
                 for i in range(0, m - n, OUTPUTS):
                     preactivations(left[i : i + OUTPUTS], x, places, e, i)
                 _difference(e, a, delta_b[n:m], n, a0, places_a0[t - 1], counts[t - 1], code, p0, p1, scale, rounds)
-            _update_weight(weight, n, m - n, d, a if rounds else e, x, places, t, rule, prox, g)
+            own = d, g, start, slots[0], slots[1]
+            _update_weight(own, m - n, a if rounds else e, x, places, t, weight_factors, rule, prox)
             if trains_bias:
                 _update_bias(bias, n, m, e, t, rule, prox, gb)
         for i in range(n, m):
@@ -217,6 +228,7 @@ def local_steps(problem, weight, bias, first, last):
                 total += abs(before[k] + found[k])
             for slot in range(2):
                 if new[slot].shape[0]:
+                    new[slot][i] = slots[slot][i - n, :inputs]
                     total += _total(new[slot][i])
             if trains_bias:
                 total += abs(parameter_b[i] + delta_b[i])

@@ -15,7 +15,10 @@ from numba.extending import intrinsic
 
 from locoprop_kernels.cpu_kernels.jit import jit
 
-__all__ = ["CALL", "PARAMETER", "PROBLEM", "TASK", "integers", "matrix", "pointer", "take_number", "vector"]
+__all__ = ["CALL", "PARAMETER", "PROBLEM", "TASK", "aligned", "integers", "matrix", "pointer", "take_number", "vector"]
+
+# Numbers of a line of the caches, which is also the widest vector register there is.
+_LINE, _BYTES = 16, 4
 
 #: A weight ``[N, K]`` or a bias ``[N]``: its gradient, which is 0 where it is not trained; the parameter; memory for
 #: its increment; the rule's two slots before and after, 0 for those that it does not have; the factors of the local
@@ -118,6 +121,17 @@ def vector(address, size):
 def matrix(address, rows, columns):
     """The same as ``[rows, columns]``."""
     return carray(pointer(address), (rows if address else 0, columns), np.float32)
+
+
+@jit
+def aligned(rows, columns):
+    """Memory for float32 numbers ``[rows, columns]`` that begins where a line of the caches does.
+
+    A vector that lies in two lines takes as long as two; where rows are of whole lines, none of them does.
+    """
+    memory = np.empty(rows * columns + _LINE, np.float32)
+    first = -(memory.ctypes.data // _BYTES) % _LINE
+    return memory[first : first + rows * columns].reshape(rows, columns)
 
 
 @jit

@@ -13,7 +13,7 @@ import platform
 import numpy as np
 from llvmlite.binding import get_host_cpu_features
 
-from locoprop_kernels.cpu_kernels.jit import jit
+from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
 
 __all__ = ["OUTPUTS", "ROWS", "add_gradient", "by_fours", "by_twos", "preactivations"]
 
@@ -35,6 +35,7 @@ def by_fours(d, x, rows, out, n):
         out: ``[r, n']``.
         n: the column of the first output in it.
     """
+    with_whole_registers()
     size = d.shape[1]
     d0, d1, d2 = d[0], d[1], d[2]
     for r in range(0, rows.shape[0], ROWS):
@@ -63,6 +64,7 @@ def by_fours(d, x, rows, out, n):
 @jit
 def by_twos(d, x, rows, out, n):
     """:func:`by_fours`, two rows at a time."""
+    with_whole_registers()
     size = d.shape[1]
     d0, d1, d2 = d[0], d[1], d[2]
     for r in range(0, rows.shape[0], 2):
@@ -96,6 +98,7 @@ def add_gradient(g, e, n, x, rows):
         x: memory of the inputs.
         rows: where each row begins in it ``[r]``, a multiple of :data:`ROWS`.
     """
+    with_whole_registers()
     size = g.shape[1]
     g0, g1, g2 = g[0], g[1], g[2]
     for r in range(0, rows.shape[0], ROWS):

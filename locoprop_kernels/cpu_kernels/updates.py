@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from locoprop_kernels import rules
-from locoprop_kernels.cpu_kernels.jit import jit
+from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
 
 __all__ = ["HYPERPARAMETERS", "Family", "factors", "family_of", "update"]
 
@@ -99,6 +99,7 @@ def update(code, delta, grad, squares, buffer, factors, hyper):
         factors: of this local step, see :func:`factors`.
         hyper: the hyper-parameters.
     """
+    with_whole_registers()
     lr, root = factors[0], factors[1]
     if code == _ADAM:
         beta2, rest1, rest2, eps = hyper[0], hyper[1], hyper[2], hyper[3]
