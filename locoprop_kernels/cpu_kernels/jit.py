@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from locoprop_kernels import route_cache
 
-__all__ = ["entry", "folder", "jit", "with_whole_registers"]
+__all__ = ["compiles_for", "entry", "folder", "jit", "with_whole_registers"]
 
 # Sums may be reordered and products added without rounding between, as in any product of matrices; infinities and NaNs
 # count as what they are, and roots and divisions are rounded as IEEE 754 says.
@@ -38,9 +39,15 @@ def folder() -> str | None:
 _FOLDER = folder()
 
 
-def jit(function: Any) -> Any:
-    """Compile a function of numbers and arrays at its first call, and keep the result on disk for later processes."""
-    return _kept(partial(numba.njit, fastmath=_FASTMATH, error_model="numpy", nogil=True), function)
+def jit(function: Any, inline: bool = False) -> Any:
+    """Compile a function of numbers and arrays at its first call, and keep the result on disk for later processes.
+
+    Args:
+        function: the function.
+        inline: whether it becomes part of each function that calls it, however long it is.
+    """
+    options = {"fastmath": _FASTMATH, "error_model": "numpy", "nogil": True, "forceinline": inline}
+    return _kept(partial(numba.njit, **options), function)
 
 
 def entry(function: Any) -> int:
@@ -50,6 +57,16 @@ def entry(function: Any) -> int:
         the address of the C function ``void (*)(void *)``, which does without Python's lock.
     """
     return int(_kept(partial(numba.cfunc, "void(voidptr)"), function).address)
+
+
+@lru_cache(maxsize=16)
+def compiles_for(feature: str) -> bool:
+    """Whether kernels are compiled for processors that have a feature, by LLVM's name for it.
+
+    That is the processor at hand, unless numba has been told otherwise.
+    """
+    *_, features = cpu_target.target_context.codegen().magic_tuple()
+    return f"+{feature}" in features.split(",")
 
 
 @intrinsic

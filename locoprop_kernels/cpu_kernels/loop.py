@@ -7,8 +7,9 @@ import numpy as np
 from locoprop_kernels.cpu_kernels.functions import SOFTMAX, differences
 from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
 from locoprop_kernels.cpu_kernels.table import aligned, integers, matrix, vector
-from locoprop_kernels.cpu_kernels.tiles import OUTPUTS, ROWS, add_gradient, preactivations
-from locoprop_kernels.cpu_kernels.updates import HYPERPARAMETERS, update
+from locoprop_kernels.cpu_kernels.tiles import OUTPUTS, ROWS, descend, preactivations
+from locoprop_kernels.cpu_kernels.updates import HYPERPARAMETERS, update, vectors_of
+from locoprop_kernels.cpu_kernels.vectors import BYTES, LANES, NUMBER, load, spread
 
 __all__ = ["BLOCK", "commit", "local_steps"]
 
@@ -61,71 +62,90 @@ def _difference(e, a, bias, first, a0, places, count, transfer, p0, p1, scale, r
 
 
 @jit
-def _total(values):
-    """The sum of the absolute values of some numbers: more than any of them, and NaN if one is."""
+def _begin(own, gradient, squares, buffer, scale):
+    """Lay out what belongs to some rows of a parameter before the first local step.
+
+    Args:
+        own: memory for their increments, gradients at the start and the rule's two slots, of rows of whole vectors
+            ``[n', P]``; a slot is without rows where the rule does not have it.
+        gradient: of these rows ``[n, K]``.
+        squares: the first slot of these rows, likewise.
+        buffer: the second.
+        scale: of the gradient.
+    """
+    delta, start, own_squares, own_buffer = own
+    delta[:] = _ZERO
+    # Behind the rows and their ends no gradient is anything but zero, and no root of a mean of squares is.
+    start[:] = _ZERO
+    own_squares[:] = _ONE
+    own_buffer[:] = _ZERO
+    inputs = gradient.shape[1]
+    for i in range(gradient.shape[0]):
+        start[i, :inputs] = scale * gradient[i]
+        if own_squares.shape[0]:
+            own_squares[i, :inputs] = squares[i]
+        if own_buffer.shape[0]:
+            own_buffer[i, :inputs] = buffer[i]
+
+
+@jit
+def _end(own, parameter, delta, squares, buffer):
+    """Bring increments and state of some rows to memory after the last local step.
+
+    Args:
+        own: see :func:`_begin`.
+        parameter: the parameter's rows ``[n, K]``.
+        delta: memory for their increments, likewise.
+        squares: memory for the first slot.
+        buffer: memory for the second.
+
+    Returns:
+        the sum of the absolute values of what a commit would write; NaN if one is.
+    """
+    with_whole_registers()
+    own_delta, _, own_squares, own_buffer = own
     total = _ZERO
-    for k in range(values.shape[0]):
-        total += abs(values[k])
+    for i in range(parameter.shape[0]):
+        found, written, before = own_delta[i], delta[i], parameter[i]
+        for k in range(before.shape[0]):
+            written[k] = found[k]
+            total += abs(before[k] + found[k])
+        if own_squares.shape[0]:
+            found, written = own_squares[i], squares[i]
+            for k in range(before.shape[0]):
+                written[k] = found[k]
+                total += abs(found[k])
+        if own_buffer.shape[0]:
+            found, written = own_buffer[i], buffer[i]
+            for k in range(before.shape[0]):
+                written[k] = found[k]
+                total += abs(found[k])
     return total
 
 
 @jit
-def _update_weight(own, outputs, e, x, rows, step, factors, rule, prox):
-    """The local step ``step`` of the weights of some outputs.
+def _update_bias(own, e, prox, rule):
+    """A local step of some biases: what :func:`~locoprop_kernels.cpu_kernels.tiles.descend` is for weights.
 
     Args:
-        own: what belongs to these outputs, of rows that begin at lines of the caches and have zeros behind the ``K``
-            inputs ``[n, P]``: increments, memory for gradients, the gradients at the start, and the rule's two slots,
-            without rows where the rule does not have it. They end with a whole tile.
-        outputs: how many there are.
-        e: activation differences ``[r, n]``; not read in the first local step.
-        x: memory of the inputs.
-        rows: where each row begins in it ``[r]``.
-        step: the number of the local step.
-        factors: of each local step, see :func:`~locoprop_kernels.cpu_kernels.updates.factors`.
-        rule: the family's code and hyper-parameters.
-        prox: proximal coefficient ``λ``.
+        own: see :func:`_begin`, of one row.
+        e: activation differences ``[r, P]``; without rows in the first local step.
+        prox: proximal coefficient ``λ``, a vector.
+        rule: see :func:`~locoprop_kernels.cpu_kernels.updates.vectors_of`.
     """
-    with_whole_registers()
-    code, hyper = rule
-    d, g, start, squares, buffer = own
-    tile = OUTPUTS * d.shape[1]
-    # In memory a tile is one row: loops over all of it need not begin anew with each output.
-    flat_d, flat_g, flat_start = d.reshape(-1), g.reshape(-1), start.reshape(-1)
-    flat_squares, flat_buffer = squares.reshape(-1), buffer.reshape(-1)
-    for n in range(0, outputs, OUTPUTS):
-        first = n * d.shape[1]
-        delta, gradient, constant = flat_d[first:][:tile], flat_g[first:][:tile], flat_start[first:][:tile]
-        for k in range(tile):
-            gradient[k] = constant[k] + prox * delta[k]
-        if step > 0:
-            add_gradient(g[n : n + OUTPUTS], e, n, x, rows)
-        s = flat_squares[first:][:tile] if squares.shape[0] else gradient
-        b = flat_buffer[first:][:tile] if buffer.shape[0] else gradient
-        update(code, delta, gradient, s, b, factors[step], hyper)
-
-
-@jit
-def _update_bias(bias, first, last, e, step, rule, prox, g):
-    """The same of the biases."""
-    grad, _, delta, _, (squares, buffer), factors, scale = bias
-    code, hyper = rule
-    g, gradient, own = g[: last - first], grad[first:last], delta[first:last]
-    for n in range(g.shape[0]):
-        g[n] = scale * gradient[n] + prox * own[n]
-    if step > 0:
+    delta, start, squares, buffer = own
+    d, t, s, m, first = delta.ctypes.data, start.ctypes.data, squares.ctypes.data, buffer.ctypes.data, e.ctypes.data
+    row = NUMBER * e.shape[1]
+    for k in range(0, NUMBER * delta.shape[1], BYTES):
+        g = load(t + k) + prox * load(d + k)
         for r in range(e.shape[0]):
-            row = e[r]
-            for n in range(g.shape[0]):
-                g[n] += row[n]
-    s = squares[first:last] if squares.shape[0] else g
-    b = buffer[first:last] if buffer.shape[0] else g
-    update(code, delta[first:last], g, s, b, factors[step], hyper)
+            g = g + load(first + r * row + k)
+        update(rule, d + k, s + k, m + k, g)
 
 
 @jit
-def _weight(given, outputs, inputs, steps):
-    """The tensors of a weight: gradient, parameter, increment, slots before and after, and factors; and its scale."""
+def _parameter(given, outputs, inputs, steps):
+    """A parameter ``[N, K]``: gradient, parameter, increment, slots before and after, and factors; and its scale."""
     before = matrix(given.old_squares, outputs, inputs), matrix(given.old_buffer, outputs, inputs)
     after = matrix(given.new_squares, outputs, inputs), matrix(given.new_buffer, outputs, inputs)
     gradient, parameter = matrix(given.gradient, outputs, inputs), matrix(given.parameter, outputs, inputs)
@@ -134,13 +154,11 @@ def _weight(given, outputs, inputs, steps):
 
 
 @jit
-def _bias(given, outputs, steps):
-    """The same of a bias."""
-    before = vector(given.old_squares, outputs), vector(given.old_buffer, outputs)
-    after = vector(given.new_squares, outputs), vector(given.new_buffer, outputs)
-    gradient, parameter = vector(given.gradient, outputs), vector(given.parameter, outputs)
-    factors = matrix(given.factors, steps, 2)
-    return gradient, parameter, vector(given.delta, outputs), before, after, factors, given.scale
+def _own(rows, columns, slots):
+    """Memory for :func:`_begin`, with the slots that a parameter's tensors ``slots`` have rows of."""
+    squares = aligned(rows if slots[0].shape[0] else 0, columns)
+    buffer = aligned(rows if slots[1].shape[0] else 0, columns)
+    return aligned(rows, columns), aligned(rows, columns), squares, buffer
 
 
 @jit
@@ -168,73 +186,52 @@ def local_steps(problem, weight, bias, first, last):
         a number that is no less than the absolute value of any that a commit would write; NaN if one of them is.
     """
     steps, inputs, padded, code = problem.steps, problem.inputs, problem.x_length, problem.function
-    weight = _weight(weight, problem.outputs, inputs, steps)
-    bias = _bias(bias, problem.outputs, steps)
-    gradient, parameter, delta, old, new, weight_factors, weight_scale = weight
-    grad_b, parameter_b, delta_b, old_b, new_b, _, _ = bias
-    trains_bias = grad_b.shape[0] > 0
-    if not trains_bias:
-        delta_b = np.empty(problem.outputs, np.float32)
-    rule = problem.family, vector(problem.hyper, HYPERPARAMETERS)
+    gradient, parameter, delta, old, new, factors, weight_scale = _parameter(weight, problem.outputs, inputs, steps)
+    # A bias is a matrix of one row.
+    gradient_b, parameter_b, delta_b, old_b, new_b, factors_b, bias_scale = _parameter(bias, 1, problem.outputs, steps)
+    hyper, prox = vector(problem.hyper, HYPERPARAMETERS), spread(problem.prox)
     counts, width = integers(problem.counts, steps - 1), -(-problem.most // ROWS) * ROWS
     places_x = _places(integers(problem.x_firsts, steps - 1), problem.x_step, counts, problem.x_stride, width)
     places_a0 = _places(integers(problem.a0_firsts, steps - 1), problem.a0_step, counts, problem.a0_stride, width)
     # To the end of the last row that is read.
     x, a0 = vector(problem.x, places_x.max() + padded), vector(problem.a0, places_a0.max() + problem.outputs)
-    rounds, scale, prox, p0, p1 = problem.rounds != 0, problem.scale, problem.prox, problem.p0, problem.p1
+    rounds, scale, p0, p1 = problem.rounds != 0, problem.scale, problem.p0, problem.p1
     outputs = last - first if code == SOFTMAX else min(BLOCK, last - first)
-    block = -(-outputs // OUTPUTS) * OUTPUTS
-    e, a = np.empty((width, block), np.float32), np.zeros((width, block), np.float32)
-    d, g, start = aligned(block, padded), aligned(block, padded), aligned(block, padded)
-    slots = aligned(block if old[0].shape[0] else 0, padded), aligned(block if old[1].shape[0] else 0, padded)
+    block, columns = -(-outputs // OUTPUTS) * OUTPUTS, -(-outputs // LANES) * LANES
+    e, a = aligned(width, columns), aligned(width, columns)
+    e[:] = _ZERO
+    a[:] = _ZERO
+    own, own_b = _own(block, padded, old), _own(1, columns, old_b)
+    d, delta_bias = own[0], own_b[0][0]
+    delta_bias[:] = _ZERO
     factor = aligned(block if rounds else 0, padded)
-    gb = np.empty(outputs, np.float32)
     total = _ZERO
     for n in range(first, last, outputs):
         m = min(n + outputs, last)
-        # Behind the inputs and the outputs no gradient is anything but zero, and no root of a mean of squares is.
-        d[:] = _ZERO
-        start[:] = _ZERO
-        slots[0][:] = _ONE
-        slots[1][:] = _ZERO
-        for i in range(n, m):
-            start[i - n, :inputs] = weight_scale * gradient[i]
-            for slot in range(2):
-                if old[slot].shape[0]:
-                    slots[slot][i - n, :inputs] = old[slot][i]
-        delta_b[n:m] = _ZERO
-        for slot in range(2):
-            if trains_bias and new_b[slot].shape[0]:
-                new_b[slot][n:m] = old_b[slot][n:m]
+        _begin(own, gradient[n:m], old[0][n:m], old[1][n:m], weight_scale)
+        if gradient_b.shape[0]:
+            _begin(own_b, gradient_b[:, n:m], old_b[0][:, n:m], old_b[1][:, n:m], bias_scale)
         for t in range(steps):
-            places = places_x[max(t - 1, 0)]
+            places, taken = places_x[max(t - 1, 0)], width if t > 0 else 0
             if t > 0:
                 for i in range(0, m - n if rounds else 0):
-                    own, other = d[i], factor[i]
+                    one, other = d[i], factor[i]
                     for k in range(padded):
-                        other[k] = _rounded(own[k])
+                        other[k] = _rounded(one[k])
                 left = factor if rounds else d
                 for i in range(0, m - n, OUTPUTS):
                     preactivations(left[i : i + OUTPUTS], x, places, e, i)
-                _difference(e, a, delta_b[n:m], n, a0, places_a0[t - 1], counts[t - 1], code, p0, p1, scale, rounds)
-            own = d, g, start, slots[0], slots[1]
-            _update_weight(own, m - n, a if rounds else e, x, places, t, weight_factors, rule, prox)
-            if trains_bias:
-                _update_bias(bias, n, m, e, t, rule, prox, gb)
-        for i in range(n, m):
-            found, written, before = d[i - n], delta[i], parameter[i]
-            for k in range(inputs):
-                written[k] = found[k]
-                total += abs(before[k] + found[k])
-            for slot in range(2):
-                if new[slot].shape[0]:
-                    new[slot][i] = slots[slot][i - n, :inputs]
-                    total += _total(new[slot][i])
-            if trains_bias:
-                total += abs(parameter_b[i] + delta_b[i])
-        for slot in range(2):
-            if trains_bias and new_b[slot].shape[0]:
-                total += _total(new_b[slot][n:m])
+                places_of_a0 = places_a0[t - 1]
+                _difference(e, a, delta_bias[: m - n], n, a0, places_of_a0, counts[t - 1], code, p0, p1, scale, rounds)
+            rule = vectors_of(problem.family, factors[t], hyper)
+            differences = a[:taken] if rounds else e[:taken]
+            for i in range(0, m - n, OUTPUTS):
+                descend(own, i, differences, x, places, prox, rule)
+            if gradient_b.shape[0]:
+                _update_bias(own_b, e[:taken], prox, vectors_of(problem.family, factors_b[t], hyper))
+        total += _end(own, parameter[n:m], delta[n:m], new[0][n:m], new[1][n:m])
+        if gradient_b.shape[0]:
+            total += _end(own_b, parameter_b[:, n:m], delta_b[:, n:m], new_b[0][:, n:m], new_b[1][:, n:m])
     return total
 
 

@@ -1,4 +1,4 @@
-"""Update rules for the CPU kernels, in float32: on rows of a weight, or on a bias.
+"""Update rules for the CPU kernels, in float32: on vectors of a weight's row, or of a bias.
 
 The rules of :mod:`locoprop_kernels.rules`, but for centered RMSprop and TensorFlow's Adagrad, are of three families.
 Their hyper-parameters are one array, and what changes from local step to local step is another, so that no rule needs
@@ -8,21 +8,23 @@ a kernel of its own.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from locoprop_kernels import rules
-from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
+from locoprop_kernels.cpu_kernels.jit import jit
+from locoprop_kernels.cpu_kernels.vectors import load, root, spread, store
 
-__all__ = ["HYPERPARAMETERS", "Family", "factors", "family_of", "update"]
+__all__ = ["HYPERPARAMETERS", "Family", "factors", "family_of", "update", "vectors_of"]
 
 #: How many hyper-parameters a family has at most.
 HYPERPARAMETERS = 6
 _ONE = np.float32(1.0)
-_MOMENTUM, _SQUARES, _ADAM = range(3)
+# With momentum and without are different codes.
+_SGD, _MOMENTUM, _SQUARES, _SQUARES_MOMENTUM, _ADAM = range(5)
 
 
 class Family(NamedTuple):
@@ -57,14 +59,16 @@ def _family(rule: rules.Rule) -> Family | None:
     if isinstance(rule, rules.SGD):
         of_gradient, of_buffer = (1.0, rule.momentum) if rule.nesterov or not rule.momentum else (0.0, 1.0)
         slots = ("", "momentum_buffer" if rule.momentum else "")
-        return Family.of(_MOMENTUM, slots, rule.momentum, of_gradient, of_buffer)
+        code = _MOMENTUM if rule.momentum else _SGD
+        return Family.of(code, slots, rule.momentum, of_gradient, of_buffer)
     if isinstance(rule, rules.RMSprop) and not rule.centered:
         inside = rule.flavor == "tensorflow"
         eps = (rule.eps, 0.0) if inside else (0.0, rule.eps)
         slots = ("square_avg", "momentum_buffer" if rule.momentum else "")
-        return Family.of(_SQUARES, slots, rule.alpha, 1 - rule.alpha, *eps, rule.momentum, inside)
+        code = _SQUARES_MOMENTUM if rule.momentum else _SQUARES
+        return Family.of(code, slots, rule.alpha, 1 - rule.alpha, *eps, rule.momentum, inside)
     if isinstance(rule, rules.Adagrad) and rule.flavor == "torch":
-        return Family.of(_SQUARES, ("sum", ""), 1.0, 1.0, 0.0, rule.eps, 0.0, 0.0)
+        return Family.of(_SQUARES, ("sum", ""), 1.0, 1.0, 0.0, rule.eps)
     if isinstance(rule, rules.Adam):
         rests = (1 - beta for beta in rule.betas)  # which rounded decays would not give
         return Family.of(_ADAM, ("exp_avg_sq", "exp_avg"), rule.betas[1], *rests, rule.eps)
@@ -87,51 +91,56 @@ def factors(rule: rules.Rule, rates: tuple[float, ...], steps: int) -> tuple[NDA
 
 
 @jit
-def update(code, delta, grad, squares, buffer, factors, hyper):
-    """One local step of some elements, in place.
+def vectors_of(code, factors, hyper):
+    """What :func:`update` takes of a rule: the family's code, and what a local step multiplies with, as vectors.
 
     Args:
         code: of the family.
-        delta: increments ``[k]``.
-        grad: their gradients.
-        squares: the first slot; where the rule has none, anything.
-        buffer: the second slot, likewise.
-        factors: of this local step, see :func:`factors`.
+        factors: of the local step, see :func:`factors`.
         hyper: the hyper-parameters.
     """
-    with_whole_registers()
-    lr, root = factors[0], factors[1]
-    if code == _ADAM:
-        beta2, rest1, rest2, eps = hyper[0], hyper[1], hyper[2], hyper[3]
-        for k in range(delta.shape[0]):
-            mean = buffer[k] + rest1 * (grad[k] - buffer[k])
-            square = beta2 * squares[k] + rest2 * (grad[k] * grad[k])
-            buffer[k] = mean
-            squares[k] = square
-            delta[k] -= lr * mean / (np.sqrt(square) * root + eps)
-    elif code == _SQUARES:
-        old, new, inside, outside, momentum = hyper[0], hyper[1], hyper[2], hyper[3], hyper[4]
+    lr, other = factors[0], factors[1]
+    if code == _SQUARES_MOMENTUM:
         # Where the learning rate is part of the buffer, it is not a factor of the buffer.
-        before, after = (lr, _ONE) if hyper[5] else (_ONE, lr)
-        if momentum:
-            for k in range(delta.shape[0]):
-                square = old * squares[k] + new * (grad[k] * grad[k])
-                squares[k] = square
-                step = momentum * buffer[k] + before * grad[k] / (np.sqrt(square + inside) + outside)
-                buffer[k] = step
-                delta[k] -= after * step
-        else:
-            for k in range(delta.shape[0]):
-                square = old * squares[k] + new * (grad[k] * grad[k])
-                squares[k] = square
-                delta[k] -= lr * grad[k] / (np.sqrt(square + inside) + outside)
+        lr, other = (_ONE, lr) if hyper[5] else (lr, _ONE)
+    four = spread(hyper[0]), spread(hyper[1]), spread(hyper[2]), spread(hyper[3])
+    return code, spread(lr), spread(other), four, spread(hyper[4])
+
+
+@partial(jit, inline=True)  # vectors are handed over in registers
+def update(rule, delta, squares, buffer, grad):
+    """One local step of a vector of elements, in place.
+
+    Args:
+        rule: what :func:`vectors_of` returns.
+        delta: address of their increments.
+        squares: that of the first slot; not used where the rule has none.
+        buffer: that of the second.
+        grad: their gradients, a vector.
+    """
+    code, lr, other, (h0, h1, h2, h3), momentum = rule
+    before = load(delta)
+    if code == _ADAM:
+        mean, beta2, rest1, rest2, eps = load(buffer), h0, h1, h2, h3
+        mean = mean + rest1 * (grad - mean)
+        square = beta2 * load(squares) + rest2 * (grad * grad)
+        store(buffer, mean)
+        store(squares, square)
+        store(delta, before - lr * (mean / (root(square) * other + eps)))
+    elif code == _SQUARES or code == _SQUARES_MOMENTUM:
+        old, new, inside, outside = h0, h1, h2, h3
+        square = old * load(squares) + new * (grad * grad)
+        store(squares, square)
+        step = grad / (root(square + inside) + outside)
+        if code == _SQUARES_MOMENTUM:
+            step = momentum * load(buffer) + other * step
+            store(buffer, step)
+        store(delta, before - lr * step)
     else:
-        momentum, of_gradient, of_buffer = hyper[0], hyper[1], hyper[2]
-        if momentum:
-            for k in range(delta.shape[0]):
-                step = momentum * buffer[k] + grad[k]
-                buffer[k] = step
-                delta[k] -= lr * (of_gradient * grad[k] + of_buffer * step)
-        else:
-            for k in range(delta.shape[0]):
-                delta[k] -= lr * grad[k]
+        step = grad
+        if code == _MOMENTUM:
+            momentum, of_gradient, of_buffer = h0, h1, h2
+            found = momentum * load(buffer) + grad
+            store(buffer, found)
+            step = of_gradient * grad + of_buffer * found
+        store(delta, before - lr * step)
