@@ -197,7 +197,8 @@ def local_steps(problem, weight, bias, first, last):
     x, a0 = vector(problem.x, places_x.max() + padded), vector(problem.a0, places_a0.max() + problem.outputs)
     rounds, scale, p0, p1 = problem.rounds != 0, problem.scale, problem.p0, problem.p1
     outputs = last - first if code == SOFTMAX else min(BLOCK, last - first)
-    block, columns = -(-outputs // OUTPUTS) * OUTPUTS, -(-outputs // LANES) * LANES
+    block = -(-outputs // OUTPUTS) * OUTPUTS
+    columns = -(-block // LANES) * LANES
     e, a = aligned(width, columns), aligned(width, columns)
     e[:] = _ZERO
     a[:] = _ZERO

@@ -127,7 +127,7 @@ def update(rule, delta, squares, buffer, grad):
         store(buffer, mean)
         store(squares, square)
         store(delta, before - lr * (mean / (root(square) * other + eps)))
-    elif code == _SQUARES or code == _SQUARES_MOMENTUM:
+    elif code in (_SQUARES, _SQUARES_MOMENTUM):
         old, new, inside, outside = h0, h1, h2, h3
         square = old * load(squares) + new * (grad * grad)
         store(squares, square)

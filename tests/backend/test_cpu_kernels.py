@@ -70,9 +70,10 @@ def test_every_transfer_function_is_that_of_the_reference(transfer, rows):
     assert max(errors(solved(one, rules.SGD(), rows=rows))) < limit
 
 
+@pytest.mark.parametrize("k", [9, 90])  # less than four vectors, and more
 @pytest.mark.parametrize("rule", COMPILED, ids=str)
-def test_every_rule_is_that_of_the_reference(rule):
-    assert max(errors(solved(problem(), rule, prox=0.3))) < 5e-6
+def test_every_rule_is_that_of_the_reference(rule, k):
+    assert max(errors(solved(problem(k=k), rule, prox=0.3))) < 5e-6
 
 
 @pytest.mark.parametrize("rule", COMPILED, ids=str)
@@ -84,7 +85,8 @@ def test_rules_go_on_with_their_state(rule):
 
 
 @pytest.mark.parametrize(
-    ("b", "k", "n"), [(2, 1, 1), (9, 3, 2), (33, 16, 3), (31, 17, 4), (40, 100, 25), (70, 512, 50), (19, 33, 121)]
+    ("b", "k", "n"),
+    [(2, 1, 1), (9, 3, 2), (33, 16, 3), (31, 17, 4), (24, 48, 16), (40, 100, 25), (70, 512, 50), (19, 33, 121)],
 )
 @pytest.mark.parametrize("transfer", ["sigmoid", "softmax"])
 def test_sizes_that_fill_no_block(transfer, b, k, n):
