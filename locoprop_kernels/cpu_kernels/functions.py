@@ -89,9 +89,15 @@ def _expm1(x):
 
 
 @jit
-def _tanh(x):
+def _tanh_near_zero(x):
+    """``tanh(x)`` for ``|x| <= 0.65``."""
     q = x * x
-    near = x + x * q * ((((_TANH[4] * q + _TANH[3]) * q + _TANH[2]) * q + _TANH[1]) * q + _TANH[0])
+    return x + x * q * ((((_TANH[4] * q + _TANH[3]) * q + _TANH[2]) * q + _TANH[1]) * q + _TANH[0])
+
+
+@jit
+def _tanh(x):
+    near = _tanh_near_zero(x)
     far = _ONE - _TWO / (_exp(_TWO * abs(x)) + _ONE)
     far = far if x >= _ZERO else -far
     value = near if abs(x) <= _SMALL else far
@@ -145,6 +151,8 @@ def differences(code, p, a, outputs, p0, p1):
     In increment form ``p`` is small beside ``a``, and so is the difference beside the two values: where there is a
     formula that takes no difference of rounded values, its error is a hundredth. For tanh it is the addition theorem,
     ``tanh(a + p) - tanh(a) = tanh(p) (1 - tanh(a) tanh(a + p))``; the sigmoid function is ``(1 + tanh(a / 2)) / 2``.
+    Of small changes it is taken without the value at ``a + p``: with ``t = tanh(a)`` and ``u = tanh(p)`` it is
+    ``u (1 - t²) / (1 + t u)``, whose denominator vanishes where ``t`` and ``u`` are almost 1 and -1.
 
     Args:
         code: of the function, see :data:`CODES`; ``p0`` and ``p1`` are its parameters.
@@ -160,16 +168,50 @@ def differences(code, p, a, outputs, p0, p1):
 
 
 @jit
+def _small_change_of_tanh(p, before):
+    """``tanh(a + p) - tanh(a)`` with ``before = tanh(a)``, for ``|p| <= 0.65``."""
+    u = _tanh_near_zero(p)
+    return u * (_ONE - before * before) / (_ONE + before * u)
+
+
+@jit
+def _small_change_of_sigmoid(p, before):
+    """The same of the sigmoid function: ``σ(a) = (1 + tanh(a / 2)) / 2``."""
+    u = _tanh_near_zero(_HALF * p)
+    return _TWO * u * before * (_ONE - before) / (_ONE + (_TWO * before - _ONE) * u)
+
+
+@jit
+def _are_small(p):
+    """Whether all of some changes are so near to zero that these two are for them."""
+    with_whole_registers()
+    others = np.int32(0)
+    for n in range(p.shape[0]):
+        others += np.int32(0) if abs(p[n]) <= _SMALL else np.int32(1)
+    return others == 0
+
+
+@jit
 def _elementwise_differences(code, p, a, p0, p1):
     """The same of numbers ``[n]``, none of which depends on another."""
     with_whole_registers()
-    if code == TANH:
+    # With all changes small, what is taken for these only is left out: no change depends on the others.
+    if code == TANH and _are_small(p):
         for n in range(p.shape[0]):
-            p[n] = _tanh(p[n]) * (_ONE - _tanh(a[n]) * _tanh(a[n] + p[n]))
+            p[n] = _small_change_of_tanh(p[n], _tanh(a[n]))
+    elif code == TANH:
+        for n in range(p.shape[0]):
+            before = _tanh(a[n])
+            large = _tanh(p[n]) * (_ONE - before * _tanh(a[n] + p[n]))
+            p[n] = _small_change_of_tanh(p[n], before) if abs(p[n]) <= _SMALL else large
+    elif code == SIGMOID and _are_small(p):
+        for n in range(p.shape[0]):
+            p[n] = _small_change_of_sigmoid(p[n], _sigmoid(a[n]))
     elif code == SIGMOID:
         for n in range(p.shape[0]):
             before, after = _sigmoid(a[n]), _sigmoid(a[n] + p[n])
-            p[n] = _tanh(_HALF * p[n]) * (before * (_ONE - after) + after * (_ONE - before))
+            large = _tanh(_HALF * p[n]) * (before * (_ONE - after) + after * (_ONE - before))
+            p[n] = _small_change_of_sigmoid(p[n], before) if abs(p[n]) <= _SMALL else large
     elif code in (RELU, LEAKY_RELU):
         slope = p0 if code == LEAKY_RELU else _ZERO
         for n in range(p.shape[0]):

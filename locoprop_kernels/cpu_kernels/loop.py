@@ -226,8 +226,7 @@ def local_steps(problem, weight, bias, first, last):
                 _difference(e, a, delta_bias[: m - n], n, a0, places_of_a0, counts[t - 1], code, p0, p1, scale, rounds)
             rule = vectors_of(problem.family, factors[t], hyper)
             differences = a[:taken] if rounds else e[:taken]
-            for i in range(0, m - n, OUTPUTS):
-                descend(own, i, differences, x, places, prox, rule)
+            descend(own, m - n, differences, x, places, prox, rule)
             if gradient_b.shape[0]:
                 _update_bias(own_b, e[:taken], prox, vectors_of(problem.family, factors_b[t], hyper))
         total += _end(own, parameter[n:m], delta[n:m], new[0][n:m], new[1][n:m])

@@ -89,7 +89,7 @@ preactivations = by_twos if _FEW_REGISTERS else by_fours
 
 
 @jit
-def descend(own, n, e, x, rows, prox, rule):
+def descend(own, outputs, e, x, rows, prox, rule):
     """A local step of the weights of the three outputs of a tile: ``g = e[:, n : n + 3]ᵀ X + λ d + start``, and update.
 
     A gradient is summed up in registers, and is never written to memory. While the roots and quotients of some are
@@ -107,57 +107,63 @@ def descend(own, n, e, x, rows, prox, rule):
     """
     d, start, squares, buffer = own
     count, row = e.shape[0], NUMBER * d.shape[1]
-    d0, t0, s0, m0, x0 = d.ctypes.data, start.ctypes.data, squares.ctypes.data, buffer.ctypes.data, x.ctypes.data
-    d0, t0, s0, m0 = d0 + n * row, t0 + n * row, s0 + n * row, m0 + n * row
-    d1, t1, s1, m1 = d0 + row, t0 + row, s0 + row, m0 + row
-    d2, t2, s2, m2 = d1 + row, t1 + row, s1 + row, m1 + row
+    d_all, t_all, s_all, m_all = d.ctypes.data, start.ctypes.data, squares.ctypes.data, buffer.ctypes.data
+    x0 = x.ctypes.data
     whole = row - row % (4 * BYTES)
     for k in range(0, whole, 4 * BYTES):
         k1, k2, k3 = k + BYTES, k + 2 * BYTES, k + 3 * BYTES
-        a0, a1 = load(t0 + k) + prox * load(d0 + k), load(t0 + k1) + prox * load(d0 + k1)
-        a2, a3 = load(t0 + k2) + prox * load(d0 + k2), load(t0 + k3) + prox * load(d0 + k3)
-        b0, b1 = load(t1 + k) + prox * load(d1 + k), load(t1 + k1) + prox * load(d1 + k1)
-        b2, b3 = load(t1 + k2) + prox * load(d1 + k2), load(t1 + k3) + prox * load(d1 + k3)
-        c0, c1 = load(t2 + k) + prox * load(d2 + k), load(t2 + k1) + prox * load(d2 + k1)
-        c2, c3 = load(t2 + k2) + prox * load(d2 + k2), load(t2 + k3) + prox * load(d2 + k3)
-        for r in range(count):
-            place = x0 + NUMBER * rows[r] + k
-            u, v, w = spread(e[r, n]), spread(e[r, n + 1]), spread(e[r, n + 2])
-            y = load(place)
-            a0, b0, c0 = a0 + u * y, b0 + v * y, c0 + w * y
-            y = load(place + BYTES)
-            a1, b1, c1 = a1 + u * y, b1 + v * y, c1 + w * y
-            y = load(place + 2 * BYTES)
-            a2, b2, c2 = a2 + u * y, b2 + v * y, c2 + w * y
-            y = load(place + 3 * BYTES)
-            a3, b3, c3 = a3 + u * y, b3 + v * y, c3 + w * y
-        update(rule, d0 + k, s0 + k, m0 + k, a0)
-        update(rule, d0 + k1, s0 + k1, m0 + k1, a1)
-        update(rule, d0 + k2, s0 + k2, m0 + k2, a2)
-        update(rule, d0 + k3, s0 + k3, m0 + k3, a3)
-        update(rule, d1 + k, s1 + k, m1 + k, b0)
-        update(rule, d1 + k1, s1 + k1, m1 + k1, b1)
-        update(rule, d1 + k2, s1 + k2, m1 + k2, b2)
-        update(rule, d1 + k3, s1 + k3, m1 + k3, b3)
-        update(rule, d2 + k, s2 + k, m2 + k, c0)
-        update(rule, d2 + k1, s2 + k1, m2 + k1, c1)
-        update(rule, d2 + k2, s2 + k2, m2 + k2, c2)
-        update(rule, d2 + k3, s2 + k3, m2 + k3, c3)
+        for n in range(0, outputs, OUTPUTS):
+            d0, t0, s0, m0 = d_all + n * row, t_all + n * row, s_all + n * row, m_all + n * row
+            d1, t1, s1, m1 = d0 + row, t0 + row, s0 + row, m0 + row
+            d2, t2, s2, m2 = d1 + row, t1 + row, s1 + row, m1 + row
+            a0, a1 = load(t0 + k) + prox * load(d0 + k), load(t0 + k1) + prox * load(d0 + k1)
+            a2, a3 = load(t0 + k2) + prox * load(d0 + k2), load(t0 + k3) + prox * load(d0 + k3)
+            b0, b1 = load(t1 + k) + prox * load(d1 + k), load(t1 + k1) + prox * load(d1 + k1)
+            b2, b3 = load(t1 + k2) + prox * load(d1 + k2), load(t1 + k3) + prox * load(d1 + k3)
+            c0, c1 = load(t2 + k) + prox * load(d2 + k), load(t2 + k1) + prox * load(d2 + k1)
+            c2, c3 = load(t2 + k2) + prox * load(d2 + k2), load(t2 + k3) + prox * load(d2 + k3)
+            for r in range(count):
+                place = x0 + NUMBER * rows[r] + k
+                u, v, w = spread(e[r, n]), spread(e[r, n + 1]), spread(e[r, n + 2])
+                y = load(place)
+                a0, b0, c0 = a0 + u * y, b0 + v * y, c0 + w * y
+                y = load(place + BYTES)
+                a1, b1, c1 = a1 + u * y, b1 + v * y, c1 + w * y
+                y = load(place + 2 * BYTES)
+                a2, b2, c2 = a2 + u * y, b2 + v * y, c2 + w * y
+                y = load(place + 3 * BYTES)
+                a3, b3, c3 = a3 + u * y, b3 + v * y, c3 + w * y
+            update(rule, d0 + k, s0 + k, m0 + k, a0)
+            update(rule, d0 + k1, s0 + k1, m0 + k1, a1)
+            update(rule, d0 + k2, s0 + k2, m0 + k2, a2)
+            update(rule, d0 + k3, s0 + k3, m0 + k3, a3)
+            update(rule, d1 + k, s1 + k, m1 + k, b0)
+            update(rule, d1 + k1, s1 + k1, m1 + k1, b1)
+            update(rule, d1 + k2, s1 + k2, m1 + k2, b2)
+            update(rule, d1 + k3, s1 + k3, m1 + k3, b3)
+            update(rule, d2 + k, s2 + k, m2 + k, c0)
+            update(rule, d2 + k1, s2 + k1, m2 + k1, c1)
+            update(rule, d2 + k2, s2 + k2, m2 + k2, c2)
+            update(rule, d2 + k3, s2 + k3, m2 + k3, c3)
     zero = spread(_ZERO)
     for k in range(whole, row, BYTES):
-        # The sums of one vector would wait for each other: four of them, over a fourth of the rows each.
-        a0, b0 = load(t0 + k) + prox * load(d0 + k), load(t1 + k) + prox * load(d1 + k)
-        c0 = load(t2 + k) + prox * load(d2 + k)
-        a1 = a2 = a3 = b1 = b2 = b3 = c1 = c2 = c3 = zero
-        for r in range(0, count, ROWS):
-            y, q = load(x0 + NUMBER * rows[r] + k), r
-            a0, b0, c0 = a0 + spread(e[q, n]) * y, b0 + spread(e[q, n + 1]) * y, c0 + spread(e[q, n + 2]) * y
-            y, q = load(x0 + NUMBER * rows[r + 1] + k), r + 1
-            a1, b1, c1 = a1 + spread(e[q, n]) * y, b1 + spread(e[q, n + 1]) * y, c1 + spread(e[q, n + 2]) * y
-            y, q = load(x0 + NUMBER * rows[r + 2] + k), r + 2
-            a2, b2, c2 = a2 + spread(e[q, n]) * y, b2 + spread(e[q, n + 1]) * y, c2 + spread(e[q, n + 2]) * y
-            y, q = load(x0 + NUMBER * rows[r + 3] + k), r + 3
-            a3, b3, c3 = a3 + spread(e[q, n]) * y, b3 + spread(e[q, n + 1]) * y, c3 + spread(e[q, n + 2]) * y
-        update(rule, d0 + k, s0 + k, m0 + k, (a0 + a1) + (a2 + a3))
-        update(rule, d1 + k, s1 + k, m1 + k, (b0 + b1) + (b2 + b3))
-        update(rule, d2 + k, s2 + k, m2 + k, (c0 + c1) + (c2 + c3))
+        for n in range(0, outputs, OUTPUTS):
+            d0, t0, s0, m0 = d_all + n * row, t_all + n * row, s_all + n * row, m_all + n * row
+            d1, t1, s1, m1 = d0 + row, t0 + row, s0 + row, m0 + row
+            d2, t2, s2, m2 = d1 + row, t1 + row, s1 + row, m1 + row
+            # The sums of one vector would wait for each other: four of them, over a fourth of the rows each.
+            a0, b0 = load(t0 + k) + prox * load(d0 + k), load(t1 + k) + prox * load(d1 + k)
+            c0 = load(t2 + k) + prox * load(d2 + k)
+            a1 = a2 = a3 = b1 = b2 = b3 = c1 = c2 = c3 = zero
+            for r in range(0, count, ROWS):
+                y, q = load(x0 + NUMBER * rows[r] + k), r
+                a0, b0, c0 = a0 + spread(e[q, n]) * y, b0 + spread(e[q, n + 1]) * y, c0 + spread(e[q, n + 2]) * y
+                y, q = load(x0 + NUMBER * rows[r + 1] + k), r + 1
+                a1, b1, c1 = a1 + spread(e[q, n]) * y, b1 + spread(e[q, n + 1]) * y, c1 + spread(e[q, n + 2]) * y
+                y, q = load(x0 + NUMBER * rows[r + 2] + k), r + 2
+                a2, b2, c2 = a2 + spread(e[q, n]) * y, b2 + spread(e[q, n + 1]) * y, c2 + spread(e[q, n + 2]) * y
+                y, q = load(x0 + NUMBER * rows[r + 3] + k), r + 3
+                a3, b3, c3 = a3 + spread(e[q, n]) * y, b3 + spread(e[q, n + 1]) * y, c3 + spread(e[q, n + 2]) * y
+            update(rule, d0 + k, s0 + k, m0 + k, (a0 + a1) + (a2 + a3))
+            update(rule, d1 + k, s1 + k, m1 + k, (b0 + b1) + (b2 + b3))
+            update(rule, d2 + k, s2 + k, m2 + k, (c0 + c1) + (c2 + c3))

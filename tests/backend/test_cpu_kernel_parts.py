@@ -54,12 +54,15 @@ def test_either_product_of_a_tile(product):
     assert not out[:, [0, 4]].any()
 
 
+@pytest.mark.parametrize("largest", [0.65, 1e4])  # changes that are all small have formulas of their own
 @pytest.mark.parametrize("transfer", KNOWN, ids=str)
-def test_differences_at_the_ends_of_the_range(transfer):
-    """Saturated, huge, infinite and not a number."""
+def test_differences_at_the_ends_of_the_range(transfer, largest):
+    """Saturated and huge."""
     special = np.array([0, 1e-30, 1e-4, 0.3, 0.64, 0.66, 5, 20, 88, 90, 1e4], np.float32)
     values = np.concatenate([-special[::-1], special])
-    a, p = (grid.astype(np.float32).ravel() for grid in np.meshgrid(values, values))
+    changes = values[abs(values) <= largest]
+    changes = np.resize(changes, -(-len(changes) // 11) * 11)
+    a, p = (grid.astype(np.float32).ravel() for grid in np.meshgrid(values, changes))
     if transfer.name == "squared_relu":  # in which huge numbers overflow
         a, p = a.clip(-1e3, 1e3), p.clip(-1e3, 1e3)
     before, after = torch.from_numpy(a.astype(np.float64)), torch.from_numpy((a + p).astype(np.float64))
