@@ -44,5 +44,5 @@ def _run(address):
 @lru_cache(maxsize=1)
 def entry() -> int:
     """The address of the compiled function ``void (*)(void *)``, to be called with that of a call."""
-    _log.info("loading the local loops for CPUs; the first process compiles them, for about ten seconds")
+    _log.info("loading the local loops for CPUs; the first process compiles them, for ten to thirty seconds")
     return jit.entry(_run)

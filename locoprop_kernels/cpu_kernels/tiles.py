@@ -1,8 +1,9 @@
 """The two products of a local step for some outputs, with rows of the batch where they lie.
 
 Rows are given by where they begin in memory, so nothing is gathered. A tile is of three outputs and four rows: as many
-as vector registers hold sums or factors of, and the widest that ran at the speed of a library's products. There is no
-other: outputs that are not a multiple of three are filled up, so no output's sums depend on which others there are.
+as vector registers hold sums of, and the widest that ran at the speed of a library's products. In the second product it
+is of three outputs and four vectors, and goes through all rows. There is no other: outputs that are not a multiple of
+three are filled up, so no output's sums depend on which others there are.
 With sixteen vector registers, as x86 has without AVX-512, the sums of two rows are all that fits in the first product.
 """
 
@@ -90,15 +91,16 @@ preactivations = by_twos if _FEW_REGISTERS else by_fours
 
 @jit
 def descend(own, outputs, e, x, rows, prox, rule):
-    """A local step of the weights of the three outputs of a tile: ``g = e[:, n : n + 3]ᵀ X + λ d + start``, and update.
+    """A local step of the weights of some outputs: ``G = Eᵀ X + λ Δ + start``, and the update.
 
     A gradient is summed up in registers, and is never written to memory. While the roots and quotients of some are
-    taken, which is what processors are slow at, the products of the next ones go on.
+    taken, which is what processors are slow at, the products of the next ones go on. What four vectors of each row
+    need of ``X`` stays in the first cache for all outputs.
 
     Args:
         own: what belongs to a block of outputs, of rows of whole vectors ``[n', P]``: increments, gradients at the
             start, and the rule's two slots, without rows where the rule does not have it.
-        n: the first of the three outputs in it.
+        outputs: how many there are; the block ends with a whole tile.
         e: activation differences ``[r, n']``; without rows in the first local step.
         x: memory of the inputs.
         rows: where each row begins in it ``[r']``, a multiple of :data:`ROWS`.

@@ -1,13 +1,17 @@
 """Vectors of the CPU kernels: how exact their operations are, and what a local step of a tile is."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from locoprop_kernels import rules
 
 pytest.importorskip("numba", exc_type=ImportError)
-from locoprop_kernels.cpu_kernels import jit, table, tiles, updates, vectors
+from locoprop_kernels.cpu_kernels import jit, table, tiles, updates
+from locoprop_kernels.cpu_kernels import vectors as typed
 
+vectors: Any = typed  # numba's functions for its compiler have more parameters than those that kernels give them
 LANES, BYTES = vectors.LANES, vectors.BYTES
 # The least number above zero, one that is not normal, the least normal one, and the largest.
 SPECIAL = np.array([1.4e-45, 1e-39, 1.1754944e-38, 3.4e38], np.float32)
@@ -27,9 +31,7 @@ def _quotients(a, b, out):
 
 @jit.jit
 def _descend(code, hyper, factors, own, e, x, rows, prox):
-    rule = updates.vectors_of(code, factors, hyper)
-    for n in range(0, own[0].shape[0], tiles.OUTPUTS):
-        tiles.descend(own, n, e, x, rows, vectors.spread(prox), rule)
+    tiles.descend(own, own[0].shape[0], e, x, rows, vectors.spread(prox), updates.vectors_of(code, factors, hyper))
 
 
 def _positive(seed: int, size: int = 1600) -> np.ndarray:
@@ -92,6 +94,7 @@ def test_a_local_step_of_a_tile(columns, rule):
     generator = np.random.default_rng(0)
     size, n, batch = columns * LANES, 6, 8
     family = updates.family_of(rule)
+    assert family is not None
     own = [table.aligned(n if kept else 0, size) for kept in (True, True, *family.slots)]
     for tensor in own:
         tensor[:] = generator.random(tensor.shape)

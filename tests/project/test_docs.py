@@ -248,7 +248,7 @@ def test_speed_table_is_the_measured_one():
 
 
 def test_speed_of_few_rows_is_the_measured_one():
-    """The paragraph in the README, from bench/results/cpu_few_rows."""
+    """The paragraph in the README, from bench/results/cpu_few_rows and cpu_few_rows_intel."""
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     cases = json.loads((ROOT / "bench/results/cpu_few_rows/bench.json").read_text())["cases"]
 
@@ -268,6 +268,13 @@ def test_speed_of_few_rows_is_the_measured_one():
     assert f"{ours:.1f} ms where Adam takes {adam:.1f} ({ours / adam:.1f} times)" in readme
     pytorch = [milliseconds(case, "ours-reference-fp32")[0] for case in ("paper-rows", "classifier-rows")]
     assert "through PyTorch {:.0f} and {:.1f} ms".format(*pytorch) in readme
+    cases = json.loads((ROOT / "bench/results/cpu_few_rows_intel/bench.json").read_text())["cases"]
+    ours, adam = milliseconds("paper-rows", "ours-fp32", "adam")
+    assert f"{ours:.0f} ms where Adam takes {adam:.0f} ({ours / adam:.1f} times)" in readme
+    ours, adam = milliseconds("classifier-rows", "ours-fp32", "adam")
+    assert f"{ours:.1f} where Adam takes {adam:.1f} ({ours / adam:.1f} times)" in readme
+    matching, squared = (speedups(case, "ours-fp32", "ours-bf16") for case in ("paper", "paper-s"))
+    assert words.format(*matching, *squared) in readme
 
 
 def test_tuning_table_is_the_measured_one():
