@@ -75,7 +75,7 @@ def _begin(own, gradient, squares, buffer, scale):
     """
     delta, start, own_squares, own_buffer = own
     delta[:] = _ZERO
-    # Behind the rows and their ends no gradient is anything but zero, and no root of a mean of squares is.
+    # Behind the rows and their ends gradients are zero, and mean squares are not, lest zero be divided by zero.
     start[:] = _ZERO
     own_squares[:] = _ONE
     own_buffer[:] = _ZERO
@@ -111,15 +111,20 @@ def _end(own, parameter, delta, squares, buffer):
             written[k] = found[k]
             total += abs(before[k] + found[k])
         if own_squares.shape[0]:
-            found, written = own_squares[i], squares[i]
-            for k in range(before.shape[0]):
-                written[k] = found[k]
-                total += abs(found[k])
+            total += _copy(own_squares[i], squares[i])
         if own_buffer.shape[0]:
-            found, written = own_buffer[i], buffer[i]
-            for k in range(before.shape[0]):
-                written[k] = found[k]
-                total += abs(found[k])
+            total += _copy(own_buffer[i], buffer[i])
+    return total
+
+
+@jit
+def _copy(source, target):
+    """Fill ``target`` from ``source``; returns the sum of the absolute values."""
+    with_whole_registers()
+    total = _ZERO
+    for k in range(target.shape[0]):
+        target[k] = source[k]
+        total += abs(source[k])
     return total
 
 
@@ -215,7 +220,7 @@ def local_steps(problem, weight, bias, first, last):
         for t in range(steps):
             places, taken = places_x[max(t - 1, 0)], width if t > 0 else 0
             if t > 0:
-                for i in range(0, m - n if rounds else 0):
+                for i in range(factor.shape[0]):
                     one, other = d[i], factor[i]
                     for k in range(padded):
                         other[k] = _rounded(one[k])
