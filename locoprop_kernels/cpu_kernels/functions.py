@@ -168,22 +168,8 @@ def differences(code, p, a, outputs, p0, p1):
 
 
 @jit
-def _small_change_of_tanh(p, before):
-    """``tanh(a + p) - tanh(a)`` with ``before = tanh(a)``, for ``|p| <= 0.65``."""
-    u = _tanh_near_zero(p)
-    return u * (_ONE - before * before) / (_ONE + before * u)
-
-
-@jit
-def _small_change_of_sigmoid(p, before):
-    """The same of the sigmoid function: ``σ(a) = (1 + tanh(a / 2)) / 2``."""
-    u = _tanh_near_zero(_HALF * p)
-    return _TWO * u * before * (_ONE - before) / (_ONE + (_TWO * before - _ONE) * u)
-
-
-@jit
 def _are_small(p):
-    """Whether all of some changes are so near to zero that these two are for them."""
+    """Whether all of some numbers are so near to zero that :func:`_tanh_near_zero` is for them."""
     with_whole_registers()
     others = np.int32(0)
     for n in range(p.shape[0]):
@@ -195,23 +181,26 @@ def _are_small(p):
 def _elementwise_differences(code, p, a, p0, p1):
     """The same of numbers ``[n]``, none of which depends on another."""
     with_whole_registers()
-    # With all changes small, what is taken for these only is left out: no change depends on the others.
-    if code == TANH and _are_small(p):
+    # Small changes are found by the same instructions whether all are small or not: none depends on the others.
+    if code == TANH:
+        small = _are_small(p)
+        changes = p if small else p.copy()
         for n in range(p.shape[0]):
-            p[n] = _small_change_of_tanh(p[n], _tanh(a[n]))
-    elif code == TANH:
-        for n in range(p.shape[0]):
-            before = _tanh(a[n])
-            large = _tanh(p[n]) * (_ONE - before * _tanh(a[n] + p[n]))
-            p[n] = _small_change_of_tanh(p[n], before) if abs(p[n]) <= _SMALL else large
-    elif code == SIGMOID and _are_small(p):
-        for n in range(p.shape[0]):
-            p[n] = _small_change_of_sigmoid(p[n], _sigmoid(a[n]))
+            t, u = _tanh(a[n]), _tanh_near_zero(p[n])
+            p[n] = u * (_ONE - t * t) / (_ONE + t * u)
+        for n in range(0 if small else p.shape[0]):
+            large = _tanh(changes[n]) * (_ONE - _tanh(a[n]) * _tanh(a[n] + changes[n]))
+            p[n] = p[n] if abs(changes[n]) <= _SMALL else large
     elif code == SIGMOID:
+        small = _are_small(p)
+        changes = p if small else p.copy()
         for n in range(p.shape[0]):
-            before, after = _sigmoid(a[n]), _sigmoid(a[n] + p[n])
-            large = _tanh(_HALF * p[n]) * (before * (_ONE - after) + after * (_ONE - before))
-            p[n] = _small_change_of_sigmoid(p[n], before) if abs(p[n]) <= _SMALL else large
+            before, u = _sigmoid(a[n]), _tanh_near_zero(_HALF * p[n])
+            p[n] = _TWO * u * before * (_ONE - before) / (_ONE + (_TWO * before - _ONE) * u)
+        for n in range(0 if small else p.shape[0]):
+            before, after = _sigmoid(a[n]), _sigmoid(a[n] + changes[n])
+            large = _tanh(_HALF * changes[n]) * (before * (_ONE - after) + after * (_ONE - before))
+            p[n] = p[n] if abs(changes[n]) <= _SMALL else large
     elif code in (RELU, LEAKY_RELU):
         slope = p0 if code == LEAKY_RELU else _ZERO
         for n in range(p.shape[0]):

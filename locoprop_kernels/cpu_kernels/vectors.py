@@ -24,7 +24,8 @@ _AVX512 = _X86 and compiles_for("avx512f")
 LANES = 16 if _AVX512 else 8 if _X86 and compiles_for("avx") else 4
 #: Bytes of a number, and of a vector.
 NUMBER, BYTES = 4, 4 * LANES
-_FLAGS = ("contract", "reassoc", "nsz")
+# Sums stay in their order: reordered, one output of a tile would have other ones than the next.
+_FLAGS = ("contract",)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 # The least float32 number that is not zero.
 _LEAST = 2.0**-149

@@ -122,6 +122,27 @@ def test_a_local_step_of_a_tile(columns, rule):
     np.testing.assert_allclose(own[3], buffer[: len(own[3])], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", [rules.SGD(momentum=0.9), rules.Adam(), rules.RMSprop()], ids=str)
+@pytest.mark.parametrize("columns", [3, 9])
+def test_all_outputs_of_a_tile_are_computed_alike(columns, rule):
+    """To the bit: sums in another order would make an output depend on its place in the layer."""
+    generator = np.random.default_rng(0)
+    size, batch = columns * LANES, 12
+    family = updates.family_of(rule)
+    assert family is not None
+    own = [table.aligned(tiles.OUTPUTS if kept else 0, size) for kept in (True, True, *family.slots)]
+    for tensor in own:
+        tensor[:] = generator.random(size)
+    e = np.repeat(generator.standard_normal((batch, 1)), tiles.OUTPUTS, axis=1).astype(np.float32)
+    x = generator.standard_normal(batch * size).astype(np.float32)
+    rows, out = np.arange(batch) * size, np.empty_like(e)
+    factors, _ = updates.factors(rule, (0.1,), 2)
+    _descend(family.code, family.hyper, factors[0], tuple(own), e, x, rows, np.float32(0.3))
+    tiles.preactivations(own[0], x, rows, out, 0)
+    for tensor in (*(tensor for tensor in own if len(tensor)), out.T):
+        np.testing.assert_array_equal(tensor[1:], tensor[:2])
+
+
 def test_memory_begins_where_a_line_of_the_caches_does():
     for rows, columns in ((1, 16), (3, 48), (24, 784), (0, 32)):
         memory = table.aligned(rows, columns)
