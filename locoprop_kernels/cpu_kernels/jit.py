@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from locoprop_kernels import route_cache
 __all__ = ["compiles_for", "entry", "folder", "jit", "with_whole_registers"]
 
 # Sums may be reordered and products added without rounding between, as in any product of matrices; infinities and NaNs
-# count as what they are, and roots and divisions are rounded as IEEE 754 says.
+# count as what they are, and roots and divisions, but for those of vectors.py, are rounded as IEEE 754 says.
 _FASTMATH = {"contract", "nsz", "reassoc"}
 
 
@@ -59,7 +59,6 @@ def entry(function: Any) -> int:
     return int(_kept(partial(numba.cfunc, "void(voidptr)"), function).address)
 
 
-@lru_cache(maxsize=16)
 def compiles_for(feature: str) -> bool:
     """Whether kernels are compiled for processors that have a feature, by LLVM's name for it.
 

@@ -15,7 +15,8 @@ from locoprop_kernels.sampling import set_size
 
 __all__ = ["VECTOR", "Located", "located"]
 
-#: Numbers of a vector register: where rows are no multiple of it, what is left over takes as long as many whole ones.
+#: Numbers of the widest vector register, and of a line of the caches: where rows are no multiple of it, what is left
+#: over takes as long as many whole ones.
 VECTOR = 16
 # Rows of this length, or a multiple of it, share few places of a cache.
 _CONFLICT = 512

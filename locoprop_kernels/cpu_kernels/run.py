@@ -18,6 +18,7 @@ from locoprop_kernels.cpu_kernels.table import CALL, PARAMETER, PROBLEM, TASK
 from locoprop_kernels.cpu_kernels.tasks import entry
 from locoprop_kernels.cpu_kernels.threads import run_all
 from locoprop_kernels.cpu_kernels.updates import Family, factors, family_of
+from locoprop_kernels.cpu_kernels.vectors import NUMBER
 from locoprop_kernels.problem import LocalProblem, State
 from locoprop_kernels.scratch import give_back, take
 from locoprop_kernels.settings import Settings
@@ -28,7 +29,6 @@ __all__ = ["Compiled"]
 
 # Outputs that a thread takes at a time: few enough that all threads have work to the end.
 _TASK = 2 * BLOCK
-_BYTES = 4
 # What a task returns that has not been run to its end.
 _UNDONE = -1.0
 _LARGEST = float(np.finfo(np.float32).max)
@@ -197,7 +197,7 @@ class _Own(NamedTuple):
                 parts.append(None)
                 continue
             parameter, slots, starts = getattr(problem, kind), old[kind], layout.starts[kind]
-            places = tuple(_BYTES * starts[slot] if slot in starts else 0 for slot in ("", *family.slots))
+            places = tuple(NUMBER * starts[slot] if slot in starts else 0 for slot in ("", *family.slots))
             two = tuple(slots[slot] if slot else None for slot in family.slots)
             parts.append(_Part(kind, parameter, two, slots.get("step"), places))
             contiguous = contiguous and all(tensor.is_contiguous() for tensor in (parameter, *slots.values()))

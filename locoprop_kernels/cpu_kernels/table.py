@@ -14,11 +14,10 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from locoprop_kernels.cpu_kernels.jit import jit
+from locoprop_kernels.cpu_kernels.rows import VECTOR
+from locoprop_kernels.cpu_kernels.vectors import NUMBER
 
 __all__ = ["CALL", "PARAMETER", "PROBLEM", "TASK", "aligned", "integers", "matrix", "pointer", "take_number", "vector"]
-
-# Numbers of a line of the caches, which is also the widest vector register there is.
-_LINE, _BYTES = 16, 4
 
 #: A weight ``[N, K]`` or a bias ``[N]``: its gradient, which is 0 where it is not trained; the parameter; memory for
 #: its increment; the rule's two slots before and after, 0 for those that it does not have; the factors of the local
@@ -129,8 +128,8 @@ def aligned(rows, columns):
 
     A vector that lies in two lines takes as long as two; where rows are of whole lines, none of them does.
     """
-    memory = np.empty(rows * columns + _LINE, np.float32)
-    first = -(memory.ctypes.data // _BYTES) % _LINE
+    memory = np.empty(rows * columns + VECTOR, np.float32)
+    first = -(memory.ctypes.data // NUMBER) % VECTOR
     return memory[first : first + rows * columns].reshape(rows, columns)
 
 

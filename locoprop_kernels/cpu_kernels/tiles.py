@@ -9,13 +9,11 @@ With sixteen vector registers, as x86 has without AVX-512, the sums of two rows 
 
 from __future__ import annotations
 
-import platform
-
 import numpy as np
 
-from locoprop_kernels.cpu_kernels.jit import compiles_for, jit, with_whole_registers
+from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
 from locoprop_kernels.cpu_kernels.updates import update
-from locoprop_kernels.cpu_kernels.vectors import BYTES, NUMBER, load, spread
+from locoprop_kernels.cpu_kernels.vectors import BYTES, FEW_REGISTERS, NUMBER, load, spread
 
 __all__ = ["OUTPUTS", "ROWS", "by_fours", "by_twos", "descend", "preactivations"]
 
@@ -84,9 +82,8 @@ def by_twos(d, x, rows, out, n):
         out[r + 1, n], out[r + 1, n + 1], out[r + 1, n + 2] = a1, b1, c1
 
 
-_FEW_REGISTERS = platform.machine().lower() in ("x86_64", "amd64") and not compiles_for("avx512f")
 #: The one of the two for this processor.
-preactivations = by_twos if _FEW_REGISTERS else by_fours
+preactivations = by_twos if FEW_REGISTERS else by_fours
 
 
 @jit

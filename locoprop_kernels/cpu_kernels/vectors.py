@@ -16,10 +16,12 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from locoprop_kernels.cpu_kernels.jit import compiles_for
 
-__all__ = ["BYTES", "LANES", "NUMBER", "load", "root", "spread", "store"]
+__all__ = ["BYTES", "FEW_REGISTERS", "LANES", "NUMBER", "load", "root", "spread", "store"]
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _AVX512 = _X86 and compiles_for("avx512f")
+#: Whether there are sixteen vector registers, not thirty-two.
+FEW_REGISTERS = _X86 and not _AVX512
 #: Numbers of a vector.
 LANES = 16 if _AVX512 else 8 if _X86 and compiles_for("avx") else 4
 #: Bytes of a number, and of a vector.

@@ -8,6 +8,8 @@ import pytest
 from locoprop_kernels import rules
 
 pytest.importorskip("numba", exc_type=ImportError)
+import numba
+
 from locoprop_kernels.cpu_kernels import jit, table, tiles, updates
 from locoprop_kernels.cpu_kernels import vectors as typed
 
@@ -168,6 +170,4 @@ def test_vectors_are_as_wide_as_registers():
 
 def numba_of(function):
     """The same function, compiled anew: what comes from the disk cannot be looked at."""
-    import numba
-
     return numba.njit(fastmath=jit._FASTMATH, error_model="numpy")(function.py_func)
