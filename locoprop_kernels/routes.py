@@ -101,12 +101,12 @@ def available(operands: torch.dtype) -> tuple[str, ...]:
     if operands in (torch.float16, torch.float8_e4m3fn):
         # The others round the result to float16 too, which has no room for sums over a batch; float8 has no others.
         return ("upcast",)
-    routes = ("onednn", "mm") if _onednn_linear is not None else ("mm",)
+    routes = ("mm", "onednn") if _onednn_linear is not None else ("mm",)
     if operands == torch.float32:
-        return routes
+        # MKL is Intel's, and takes slower paths on the processors of others.
+        return routes if "Intel" in route_cache.processor() else tuple(reversed(routes))
     if operands == torch.bfloat16:
-        native = tuple(reversed(routes))
-        return (*native, "upcast") if _multiplies_bfloat16() else ("upcast", *native)
+        return (*routes, "upcast") if _multiplies_bfloat16() else ("upcast", *routes)
     return ("mm",)
 
 

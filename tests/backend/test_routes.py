@@ -49,19 +49,32 @@ def files():
     return [*where.glob("*")] if where is not None and where.exists() else []
 
 
+def made_by(monkeypatch, maker):
+    """As on a processor of a maker, which decides the default route in float32."""
+    monkeypatch.setattr(route_cache, "processor", lambda: f"{maker} Processor (family 6, model 1)")
+
+
+MAKERS = {"onednn": "AMD EPYC", "mm": "Intel(R) Xeon(R)"}
+
+
 @needs_onednn
+@pytest.mark.parametrize("default", MAKERS)
 @pytest.mark.parametrize(
-    ("mm", "settled", "route"),
-    [(0.5, True, "mm"), (0.9, True, "onednn"), (0.5, False, "mm"), (0.8, False, "onednn"), (2.0, True, "onednn")],
+    ("seconds", "settled", "displaces"),
+    [(0.5, True, True), (0.9, True, False), (0.5, False, True), (0.8, False, False), (2.0, True, False)],
 )
-def test_only_what_is_clearly_faster_displaces_the_default(monkeypatch, mm, settled, route):
-    measured(monkeypatch, {"onednn": 1.0, "mm": mm}, settled)
-    assert routes.route(torch.float32) == route
+def test_only_what_is_clearly_faster_displaces_the_default(monkeypatch, default, seconds, settled, displaces):
+    made_by(monkeypatch, MAKERS[default])
+    (other,) = {"onednn", "mm"} - {default}
+    measured(monkeypatch, {default: 1.0, other: seconds}, settled)
+    assert routes.available(torch.float32) == (default, other)
+    assert routes.route(torch.float32) == (other if displaces else default)
     assert len(files()) == settled
 
 
 @needs_onednn
 def test_a_few_lucky_samples_displace_nothing(monkeypatch):
+    made_by(monkeypatch, "AMD EPYC")
     measured(monkeypatch, {"onednn": 1.0, "mm": 0.5}, medians={"onednn": 1.0, "mm": 0.95})
     assert routes.route(torch.float32) == "onednn"
 
