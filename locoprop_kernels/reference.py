@@ -14,7 +14,7 @@ With ``reduction="mean"`` everything but the proximal term is divided by ``B``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,11 +25,11 @@ from locoprop_kernels.checked import Checked
 from locoprop_kernels.few_rows_loop import few_rows_loops, together
 from locoprop_kernels.form import ChangeForm, Form
 from locoprop_kernels.gram import GramForm, gram_is_cheaper
+from locoprop_kernels.input_chunks import InputChunks, transposed
 from locoprop_kernels.loop import Loop, beginning, count_steps, run
-from locoprop_kernels.patches import CHUNK_BYTES, KEPT_BYTES, Rows, Stacked, row_chunks
 from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
-from locoprop_kernels.products import Operand, held, product, rounded
-from locoprop_kernels.scratch import give_back
+from locoprop_kernels.products import Operand, product, rounded
+from locoprop_kernels.scratch import give_back, take
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision, Increment
 from locoprop_kernels.transfers import Transfer
@@ -42,47 +42,24 @@ __all__ = ["Solved", "decide", "local_loop", "solve"]
 _LARGE_GROUP = 2**22  # multiply-accumulates of a group's product, from which on groups are solved one by one on CPUs
 _COMPILED_ROWS = 512  # up to which kernels for CPUs are faster than torch's products: 1.0 to 2.3 times, fewer rows more
 _YES = torch.tensor(True, device="cpu")
-_CACHED_BYTES = 4 * 2**20  # of E at a time on CPUs: among 1 to 16 MiB the best, or close to it, at all measured shapes
 
 
 class _ProductForm(ChangeForm):
     """Any transfer function: two products per evaluation, over a chunk of the batch at a time.
 
-    ``A0``, ``f(A0)`` and ``E`` are stored transposed, ``[N, B]``: then no product needs a transposed copy. Inputs that
-    are not held as one tensor are formed once if they fit in ``KEPT_BYTES``, else in every local step.
+    ``A0``, ``f(A0)`` and ``E`` are stored transposed, ``[N, B]``: then no product needs a transposed copy.
     """
 
     def __init__(self, problem: LocalProblem, operands: torch.dtype) -> None:
         assert isinstance(problem.transfer, Transfer)
         self.operands = operands
         self.transfer = problem.transfer
-        self.preactivation = _transposed(problem.preactivation, accumulation_dtype(problem.weight.dtype))
+        batch, _, outputs = problem.shape
+        groups = problem.weight.shape[:-2]
+        dtype, device = accumulation_dtype(problem.weight.dtype), problem.weight.device
+        self.preactivation = transposed(problem.preactivation, take((*groups, outputs, batch), dtype, device))
         self.activation = self._f_(self.preactivation.clone())
-        self.x = problem.x
-        self.rows, (batch, inputs, _) = _cached_rows(problem), problem.shape
-        groups = problem.groups or 1
-        self.chunk_bytes = min(CHUNK_BYTES, self.rows * groups * inputs * problem.x.dtype.itemsize)
-        self.held = isinstance(problem.x, Tensor) or (
-            isinstance(problem.x, Stacked) and all(isinstance(part, Tensor) for part in problem.x.parts)
-        )
-        itemsize = held(operands, problem.weight.device).itemsize
-        kept = self.held or groups * batch * inputs * itemsize <= KEPT_BYTES
-        self.parts: list[Operand] = list(self._formed()) if kept else []
-
-    def _formed(self) -> Iterator[Operand]:
-        for chunk in row_chunks(self.x, self.chunk_bytes):
-            # What is formed here is laid out as its copy was fastest, and products take either layout.
-            x = rounded(chunk.contiguous() if self.held else chunk, self.operands)
-            for part in x.tensor.split(self.rows, dim=-2):
-                yield Operand(part, x.exponent)
-
-    def _chunks(self) -> Iterator[tuple[Operand, slice]]:
-        """Chunks of ``X`` in the products' dtype, and which rows they are."""
-        start = 0
-        for x in self.parts or self._formed():
-            stop = start + x.tensor.shape[-2]
-            yield x, slice(start, stop)
-            start = stop
+        self.chunks = InputChunks(problem, operands)
 
     def _f_(self, a: Tensor) -> Tensor:
         """``f`` of transposed pre-activations ``[N, b]``, which it may overwrite."""
@@ -97,7 +74,7 @@ class _ProductForm(ChangeForm):
 
     def change(self, delta: dict[str, Tensor], t: int) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
-        for x, rows in self._chunks():
+        for x, rows in self.chunks:
             difference = self._f_(self._preactivation(delta, x, rows)).sub_(self.activation[..., rows])
             part = {}
             if "weight" in delta:
@@ -109,31 +86,10 @@ class _ProductForm(ChangeForm):
 
     def divergence(self, delta: dict[str, Tensor], t: int) -> Tensor:
         losses = []
-        for x, rows in self._chunks():
+        for x, rows in self.chunks:
             a, a0 = self._preactivation(delta, x, rows), self.preactivation[..., rows]
             losses.append(self.transfer.matching_loss(a.mT.double(), a0.mT.double()).sum())
         return torch.stack(losses).sum()
-
-
-def _cached_rows(problem: LocalProblem) -> int:
-    """How many rows of the batch to work on at a time: on a CPU what its caches hold, else all."""
-    batch, _, outputs = problem.shape
-    if problem.weight.device.type != "cpu":
-        return max(1, batch)
-    return max(1024 // (problem.groups or 1), _CACHED_BYTES // (4 * outputs * (problem.groups or 1)), 1)
-
-
-def _transposed(preactivation: Tensor | Rows, dtype: torch.dtype) -> Tensor:
-    """``A0`` as ``[.., N, B]``, which is contiguous."""
-    if isinstance(preactivation, Tensor):
-        return preactivation.mT.to(dtype).contiguous()
-    *groups, batch, outputs = preactivation.shape
-    whole = torch.empty(*groups, outputs, batch, dtype=dtype, device=preactivation.device)
-    start = 0
-    for chunk in row_chunks(preactivation):
-        whole[..., start : start + chunk.shape[-2]] = chunk.mT
-        start += chunk.shape[-2]
-    return whole
 
 
 def decide(problem: LocalProblem, settings: Settings, compiled: bool = False) -> Decision:

@@ -86,17 +86,17 @@ def test_patches_are_those_of_torch():
 
 def test_patches_are_multiplied_in_the_layout_they_were_written_in(monkeypatch):
     """Another copy of every chunk would take longer than its product where a layer is small."""
-    from locoprop_kernels import reference
+    from locoprop_kernels import input_chunks, products, reference
 
     contiguous = []
-    rounded = reference.rounded
 
     def seen(matrix, dtype):
         if matrix.shape[-1] == 9 * 32:
             contiguous.append((matrix.is_contiguous(), matrix.mT.is_contiguous()))
-        return rounded(matrix, dtype)
+        return products.rounded(matrix, dtype)
 
-    monkeypatch.setattr(reference, "rounded", seen)
+    for module in (input_chunks, reference):
+        monkeypatch.setattr(module, "rounded", seen)
     model = nn.Sequential(nn.Conv2d(32, 4, 3, bias=False), nn.Tanh())
     opt = LocoProp(model, lr=1e-6, local_iterations=2, rows=None, backend="reference")
     model(torch.randn(4, 32, 10, 10)).square().sum().backward()
@@ -138,7 +138,7 @@ def test_rows_are_formed_once_if_they_fit(monkeypatch, compute_dtype):
     formed.rows = kept.rows
     results = []
     for rows, bound, times in ((kept, 50 * 6 * size, 1), (formed, 50 * 6 * size - 1, 4)):
-        monkeypatch.setattr("locoprop_kernels.reference.KEPT_BYTES", bound)
+        monkeypatch.setattr("locoprop_kernels.input_chunks.KEPT_BYTES", bound)
         results.append(counted_loop(rows, compute_dtype=compute_dtype))
         assert len(rows.limits) == times  # the first local step needs none
     assert torch.equal(*results)
@@ -147,8 +147,8 @@ def test_rows_are_formed_once_if_they_fit(monkeypatch, compute_dtype):
 @pytest.mark.parametrize(("inputs", "outputs"), [(2, 64), (4, 4)])
 def test_chunks_of_rows_are_bounded_by_what_the_loop_makes_of_them(monkeypatch, inputs, outputs):
     """A layer may have more outputs than inputs: chunks of 16 MiB of ``X`` would make far larger ones of ``E``."""
-    monkeypatch.setattr("locoprop_kernels.reference._CACHED_BYTES", 2000 * 4 * 64)
-    monkeypatch.setattr("locoprop_kernels.reference.CHUNK_BYTES", 3000 * 4 * 4)
+    monkeypatch.setattr("locoprop_kernels.input_chunks._CACHED_BYTES", 2000 * 4 * 64)
+    monkeypatch.setattr("locoprop_kernels.input_chunks.CHUNK_BYTES", 3000 * 4 * 4)
     rows = Counted(torch.randn(6000, inputs))
     counted_loop(rows, outputs)
     assert max(rows.sizes) == (2000 if outputs == 64 else 3000)

@@ -103,7 +103,7 @@ def test_gram_form_is_the_product_form(monkeypatch, bias, prox):
 def test_chunks_of_the_batch_change_nothing(monkeypatch, transfer, compute_dtype):
     results = []
     for rows in (7, 10**6):
-        monkeypatch.setattr("locoprop_kernels.reference._cached_rows", lambda _, rows=rows: rows)
+        monkeypatch.setattr("locoprop_kernels.input_chunks.cached_rows", lambda _, rows=rows: rows)
         problem = problem_for(*random_layer(15, 40, 6, 5, dtype=torch.float32), transfer)
         report = lk.local_steps_([problem], lr=[0.01] * 7, compute_dtype=compute_dtype, trace=True)
         results.append((problem.weight, problem.bias, report.problems[0].trace))
