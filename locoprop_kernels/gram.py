@@ -12,6 +12,7 @@ from locoprop_kernels.form import ChangeForm
 from locoprop_kernels.patches import row_chunks
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype
 from locoprop_kernels.products import gram, product, rounded
+from locoprop_kernels.scratch import take
 
 __all__ = ["GramForm", "gram_is_cheaper"]
 
@@ -23,13 +24,16 @@ class GramForm(ChangeForm):
         self.operands = operands
         *groups, self.rows, k = problem.x.shape
         accumulate = accumulation_dtype(problem.weight.dtype)
-        total = problem.weight.new_zeros(*groups, k, k, dtype=accumulate)
+        total = take((*groups, k, k), accumulate, problem.weight.device)
         self.sum_x = problem.weight.new_zeros(*groups, k, dtype=accumulate)
-        for chunk in row_chunks(problem.x):
-            x = rounded(chunk, operands)
-            total += gram(x, accumulate)
+        for number, chunk in enumerate(row_chunks(problem.x)):
+            found = gram(rounded(chunk, operands), accumulate, None if number else total)
+            if number:
+                total += found
             self.sum_x += chunk.sum(-2, dtype=accumulate)
         self.gram = rounded(total, operands)
+        #: What there is to give back once the form is used no more.
+        self.memory = [total]
 
     def change(self, delta: dict[str, Tensor], t: int = 0) -> dict[str, Tensor]:
         weight = product(rounded(delta["weight"], self.operands), self.gram, self.sum_x.dtype)

@@ -14,7 +14,7 @@ from locoprop_kernels import routes
 
 __all__ = ["Operand", "added_product", "gram", "held", "product", "rounded"]
 
-_PANEL = 384  # columns of XᵀX at a time on CPUs
+_PANEL = 256  # columns of XᵀX at a time on CPUs
 # Of dtypes of a narrow range: operands are scaled so that the largest number lies below this power of two. Numbers of
 # float8_e4m3fn end at 448, and what is large there leaves most room for what is small.
 _TOP = {torch.float16: 0, torch.float8_e4m3fn: 8}
@@ -64,12 +64,13 @@ def rounded(matrix: Tensor, dtype: torch.dtype) -> Operand:
     return Operand(scaled.to(dtype).to(held(dtype, matrix.device)), exponent)
 
 
-def product(left: Operand, right: Operand, result: torch.dtype) -> Tensor:
-    """``left @ right`` in a new tensor of dtype ``result``, which is also what torch accumulates in where it can.
+def product(left: Operand, right: Operand, result: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``left @ right`` of dtype ``result``, which is also what torch accumulates in where it can.
 
-    Both are matrices, or batches of as many matrices each.
+    Both are matrices, or batches of as many matrices each. The result is in ``out`` where there is such memory and the
+    routine that multiplies can write to it, and else in a new tensor.
     """
-    value = _mm(left.tensor, right.tensor, result)
+    value = _mm(left.tensor, right.tensor, result, out)
     if left.exponent is not None and right.exponent is not None:
         value = torch.ldexp(value, left.exponent + right.exponent)
     return value
@@ -86,25 +87,40 @@ def added_product(to: Tensor, left: Operand, right: Operand, alpha: float = 1.0,
     return torch.add(to, product(left, right, to.dtype), alpha=alpha, out=out)
 
 
-def gram(x: Operand, result: torch.dtype) -> Tensor:
-    """``Xᵀ X`` ``[.., K, K]`` in a new tensor of dtype ``result``. CPUs skip blocks below a large one's diagonal."""
-    if x.tensor.device.type != "cpu" or x.tensor.dim() > 2 or x.tensor.shape[1] <= _PANEL:
-        return product(x.t(), x, result)
-    xt = x.t().tensor.contiguous()
-    whole = xt.new_empty(len(xt), len(xt), dtype=result)
-    for start in range(0, len(xt), _PANEL):
-        stop = min(start + _PANEL, len(xt))
-        panel = product(Operand(xt[start:stop], x.exponent), Operand(xt[start:].t(), x.exponent), result)
-        whole[start:stop, start:] = panel
-        whole[stop:, start:stop] = panel[:, stop - start :].t()
-    return whole
+def gram(x: Operand, result: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``Xᵀ X`` ``[.., K, K]`` of dtype ``result``: in ``out``, or in a new tensor.
+
+    CPUs skip blocks below a large one's diagonal.
+    """
+    columns = x.tensor.shape[-1]
+    if out is None:
+        out = x.tensor.new_empty(*x.tensor.shape[:-2], columns, columns, dtype=result)
+    if x.tensor.device.type != "cpu" or x.tensor.dim() > 2 or columns <= _PANEL:
+        return _in(out, product(x.t(), x, result, out))
+    left, right = x.tensor.t(), x.tensor
+    if routes.route(x.tensor.dtype) == "onednn":  # which would copy both for each panel
+        left = left.contiguous()
+        right = left.t()
+    for start in range(0, columns, _PANEL):
+        stop = min(start + _PANEL, columns)
+        panel = Operand(left[start:stop], x.exponent), Operand(right[:, start:], x.exponent)
+        here = out[start:stop, start:]
+        _in(here, product(*panel, result, here))
+        out[stop:, start:stop] = out[start:stop, stop:].t()
+    return out
 
 
-def _mm(left: Tensor, right: Tensor, result: torch.dtype) -> Tensor:
+def _in(out: Tensor, value: Tensor) -> Tensor:
+    """``value`` in ``out``, where it may be already."""
+    return out if value is out else out.copy_(value)
+
+
+def _mm(left: Tensor, right: Tensor, result: torch.dtype, out: Tensor | None) -> Tensor:
     if left.is_cuda and left.itemsize == 2:
         multiply = torch.mm if left.dim() == 2 else torch.bmm
         return multiply(left, right, out_dtype=result)
+    out = out if left.dtype is result else None
     if left.dim() > 2:
-        return torch.bmm(left, right).to(result)
+        return torch.bmm(left, right, out=out).to(result)
     by = routes.route(left.dtype) if left.device.type == "cpu" else "mm"
-    return routes.multiply(left, right, by).to(result)
+    return routes.multiply(left, right, by, out).to(result)

@@ -104,10 +104,14 @@ def decide(problem: LocalProblem, settings: Settings, compiled: bool = False) ->
     identity = problem.transfer.name == "identity" and problem.grad_weight is not None
     few = settings.sets(problem) > 1
     # Few rows are cheaper than XᵀX of all.
-    if not few and identity and gram_is_cheaper(problem.shape, settings.iterations):
-        return Decision("gram", "gram")
-    by_kernels = compiled and (few or problem.shape[0] <= _COMPILED_ROWS) and cpu_kernels.can_run(problem, settings)
-    return Decision("product", "numba" if by_kernels else "product", rows=settings.rows if few else None)
+    form = "gram" if not few and identity and gram_is_cheaper(problem.shape, settings.iterations) else "product"
+    driver = form
+    if compiled:
+        if form == "product" and (few or problem.shape[0] <= _COMPILED_ROWS) and cpu_kernels.can_run(problem, settings):
+            driver = "numba"
+        elif not few and cpu_kernels.can_update(problem, settings, form):
+            driver = "passes"
+    return Decision(form, driver, rows=settings.rows if few else None)
 
 
 def local_loop(
@@ -267,12 +271,12 @@ def solve(
     """
     problems, states = checked.problems, checked.states
     solved = Solved(problems, states, _decisions(checked, settings, compiled))
-    by_kernels = [i for i, decision in enumerate(solved.decisions) if decision.driver == "numba"]
+    by_kernels = [i for i, decision in enumerate(solved.decisions) if decision.driver in ("numba", "passes")]
     if by_kernels:
         from locoprop_kernels.cpu_kernels.run import Compiled
 
         some = [problems[i] for i in by_kernels], [states[i] for i in by_kernels]
-        solved.compiled = Compiled(*some, settings, checked.found)
+        solved.compiled = Compiled(*some, settings, [solved.decisions[i] for i in by_kernels], checked.found)
         solved.places = {index: place for place, index in enumerate(by_kernels)}
         _tell(done, by_kernels)
     others = [i for i in range(len(problems)) if i not in solved.places]

@@ -110,11 +110,14 @@ def available(operands: torch.dtype) -> tuple[str, ...]:
     return ("mm",)
 
 
-def multiply(left: Tensor, right: Tensor, by: str) -> Tensor:
-    """``left @ right`` of two matrices of one dtype, ``by`` route ``"mm"`` or ``"onednn"``."""
+def multiply(left: Tensor, right: Tensor, by: str, out: Tensor | None = None) -> Tensor:
+    """``left @ right`` of two matrices of one dtype, ``by`` route ``"mm"`` or ``"onednn"``.
+
+    The result is in ``out`` where there is such memory and the routine can write to it, and else in a new tensor.
+    """
     # oneDNN takes no empty matrix.
     if by == "mm" or not left.numel() or not right.numel():
-        return torch.mm(left, right)
+        return torch.mm(left, right, out=out)
     assert _onednn_linear is not None
     if not (right.is_contiguous() or right.t().is_contiguous()):
         right = right.contiguous()  # oneDNN would take a routine a thousand times slower

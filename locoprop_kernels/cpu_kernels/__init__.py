@@ -18,7 +18,7 @@ from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["can_run", "version"]
+__all__ = ["can_run", "can_update", "version"]
 
 # Weights of a softmax layer, of which one thread takes all outputs: more of them are better shared out, by PyTorch.
 _ONE_THREAD = 2**17
@@ -40,18 +40,41 @@ def version() -> str | None:
 
 
 def can_run(problem: LocalProblem, settings: Settings) -> bool:
-    """Whether the kernels have what a problem needs.
+    """Whether the kernels have what a local loop needs that is compiled as a whole.
 
     That is everything in float32, with operands in bfloat16 too on few rows, but masks, groups, traces, regularisers,
     transfer functions and rules of the user's own, and some rare ones. The rest goes through PyTorch.
     """
+    assert isinstance(problem.transfer, Transfer)
+    operands = settings.operands(problem)  # bfloat16 is multiplied in float32: not where products are the cost
+    return (
+        (operands is torch.float32 or (operands is torch.bfloat16 and settings.sets(problem) > 1))
+        and (problem.transfer.elementwise or problem.weight.numel() <= _ONE_THREAD)
+        and _know(problem, settings)
+    )
+
+
+def can_update(problem: LocalProblem, settings: Settings, form: str) -> bool:
+    """Whether the kernels have what a local loop on all rows needs whose products are PyTorch's, in a form.
+
+    That is the same, and operands in bfloat16, but no softmax.
+    """
+    assert isinstance(problem.transfer, Transfer)
+    return (
+        settings.operands(problem, form) in (torch.float32, torch.bfloat16)
+        and problem.transfer.elementwise
+        and _know(problem, settings)
+    )
+
+
+def _know(problem: LocalProblem, settings: Settings) -> bool:
+    """Whether there are kernels for a problem, whatever multiplies."""
     if version() is None:
         return False
     from locoprop_kernels.cpu_kernels.functions import CODES
     from locoprop_kernels.cpu_kernels.updates import family_of
 
     assert isinstance(problem.transfer, Transfer)
-    operands = settings.operands(problem)  # bfloat16 is multiplied in float32: not where products are the cost
     return (
         settings.iterations > 1
         and problem.weight.dtype is torch.float32
@@ -60,10 +83,8 @@ def can_run(problem: LocalProblem, settings: Settings) -> bool:
         and problem.grad_weight is not None
         and problem.mask_weight is None
         and problem.mask_bias is None
-        and (operands is torch.float32 or (operands is torch.bfloat16 and settings.sets(problem) > 1))
         and settings.regulariser is None
         and not settings.trace
         and problem.transfer.name in CODES
-        and (problem.transfer.elementwise or problem.weight.numel() <= _ONE_THREAD)
         and family_of(settings.rule) is not None
     )

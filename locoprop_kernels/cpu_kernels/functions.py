@@ -15,7 +15,7 @@ from locoprop_kernels.constants import SELU_ALPHA, SELU_SCALE
 from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["CODES", "SOFTMAX", "arguments_of", "differences"]
+__all__ = ["CODES", "SOFTMAX", "arguments_of", "differences", "elementwise_differences"]
 
 (IDENTITY, TANH, SIGMOID, RELU, LEAKY_RELU, SQUARED_RELU, ELU) = range(7)
 (SELU, SOFTPLUS, HARDTANH, GELU, GELU_TANH, SILU, SOFTMAX) = range(7, 14)
@@ -163,8 +163,8 @@ def differences(code, p, a, outputs, p0, p1):
     if code == SOFTMAX:
         for r in range(p.shape[0]):
             _softmax_difference(p[r, :outputs], a[r, :outputs])
-    elif code != IDENTITY:
-        _elementwise_differences(code, p.reshape(-1), a.reshape(-1), p0, p1)
+    else:
+        elementwise_differences(code, p.reshape(-1), a.reshape(-1), p0, p1)
 
 
 @jit
@@ -178,9 +178,11 @@ def _are_small(p):
 
 
 @jit
-def _elementwise_differences(code, p, a, p0, p1):
+def elementwise_differences(code, p, a, p0, p1):
     """The same of numbers ``[n]``, none of which depends on another."""
     with_whole_registers()
+    if code == IDENTITY:
+        return
     # Small changes are found by the same instructions whether all are small or not: none depends on the others.
     if code == TANH:
         small = _are_small(p)

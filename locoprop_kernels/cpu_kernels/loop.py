@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from locoprop_kernels.cpu_kernels.bfloat16 import rounded
 from locoprop_kernels.cpu_kernels.functions import SOFTMAX, differences
 from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
 from locoprop_kernels.cpu_kernels.table import aligned, integers, matrix, vector
@@ -16,15 +17,6 @@ __all__ = ["BLOCK", "commit", "local_steps"]
 #: Outputs that go through a local step together: their increments, state and rows fit into a core's own cache.
 BLOCK = 8 * OUTPUTS
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
-
-
-@jit
-def _rounded(value):
-    """``value`` rounded to bfloat16, the nearest or else the even one: it has the upper half of the bits."""
-    bits = np.float32(value).view(np.int32)
-    odd = (bits >> np.int32(16)) & np.int32(1)
-    found = np.int32((bits + np.int32(0x7FFF) + odd) & np.int32(-0x10000)).view(np.float32)
-    return found if value == value else value
 
 
 @jit
@@ -55,7 +47,7 @@ def _difference(e, a, bias, first, a0, places, count, transfer, p0, p1, scale, r
         for r in range(count):
             own, other = e[r], a[r]
             for n in range(own.shape[0]):
-                other[n] = scale * _rounded(own[n])
+                other[n] = scale * rounded(own[n])
         a[count:] = _ZERO
     e[:count] *= scale
     e[count:] = _ZERO
@@ -223,7 +215,7 @@ def local_steps(problem, weight, bias, first, last):
                 for i in range(factor.shape[0]):
                     one, other = d[i], factor[i]
                     for k in range(padded):
-                        other[k] = _rounded(one[k])
+                        other[k] = rounded(one[k])
                 left = factor if rounds else d
                 for i in range(0, m - n, OUTPUTS):
                     preactivations(left[i : i + OUTPUTS], x, places, e, i)

@@ -17,7 +17,24 @@ from locoprop_kernels.cpu_kernels.jit import jit
 from locoprop_kernels.cpu_kernels.rows import VECTOR
 from locoprop_kernels.cpu_kernels.vectors import NUMBER
 
-__all__ = ["CALL", "PARAMETER", "PROBLEM", "TASK", "aligned", "integers", "matrix", "pointer", "take_number", "vector"]
+__all__ = [
+    "CALL",
+    "COMMIT",
+    "DIFFERENCE",
+    "LOCAL_STEPS",
+    "PARAMETER",
+    "PASS",
+    "PROBLEM",
+    "TASK",
+    "UPDATE",
+    "aligned",
+    "halves",
+    "integers",
+    "matrix",
+    "pointer",
+    "take_number",
+    "vector",
+]
 
 #: A weight ``[N, K]`` or a bias ``[N]``: its gradient, which is 0 where it is not trained; the parameter; memory for
 #: its increment; the rule's two slots before and after, 0 for those that it does not have; the factors of the local
@@ -71,8 +88,33 @@ PROBLEM = np.dtype(
 )
 #: Some outputs of a problem: its number, the first of them, and the one behind the last.
 TASK = np.dtype([("problem", np.int64), ("first", np.int64), ("last", np.int64)], align=True)
+#: A pass over the outputs of a problem, between two products of a local step: the number of the local step; what the
+#: product before it has found, ``Δ Xᵀ`` ``[N, b]`` or the change of the weight's gradient ``[N, K]``, and whether that
+#: is in bfloat16; how many rows of the batch there are, which is ``b`` but in the Gram form; the pre-activations of
+#: these rows, transposed ``[N, b]``, and how far apart two outputs are; the change of the bias's gradient ``[N]``, and
+#: whether these rows add to it; memory for the weight's increment as the operand of the next product, 0 where it is
+#: taken as it is, and whether that is in bfloat16; in the Gram form the sum of all rows of ``X`` ``[K]``, else 0.
+PASS = np.dtype(
+    [
+        ("step", np.int64),
+        ("product", np.int64),
+        ("narrow_product", np.int64),
+        ("rows", np.int64),
+        ("a0", np.int64),
+        ("a0_stride", np.int64),
+        ("sums", np.int64),
+        ("adds", np.int64),
+        ("operand", np.int64),
+        ("narrow_operand", np.int64),
+        ("sum_x", np.int64),
+    ],
+    align=True,
+)
+#: What a call does: all local steps of some outputs, the commit of what they have found, or a pass of a local step.
+LOCAL_STEPS, COMMIT, DIFFERENCE, UPDATE = range(4)
 #: A call: where the number of the next task is, an int64 that threads count up; how many tasks and how many problems
-#: there are; where these, their parameters (two of each) and the tasks are; and memory for what each task returns.
+#: there are; where these, their parameters (two of each) and the tasks are; memory for what each task returns; what the
+#: tasks do, and where the pass is, if it is one.
 CALL = np.dtype(
     [
         ("next", np.int64),
@@ -82,7 +124,8 @@ CALL = np.dtype(
         ("parameters", np.int64),
         ("tasks", np.int64),
         ("results", np.int64),
-        ("commits", np.int64),
+        ("work", np.int64),
+        ("one_pass", np.int64),
     ],
     align=True,
 )
@@ -120,6 +163,12 @@ def vector(address, size):
 def matrix(address, rows, columns):
     """The same as ``[rows, columns]``."""
     return carray(pointer(address), (rows if address else 0, columns), np.float32)
+
+
+@jit
+def halves(address, size):
+    """Numbers in bfloat16 ``[size]`` at an address, as their bits; none where it is 0."""
+    return carray(pointer(address), (size if address else 0,), np.uint16)
 
 
 @jit

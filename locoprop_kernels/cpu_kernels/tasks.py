@@ -10,7 +10,19 @@ from numba import carray
 
 from locoprop_kernels.cpu_kernels import jit
 from locoprop_kernels.cpu_kernels.loop import commit, local_steps
-from locoprop_kernels.cpu_kernels.table import CALL, PARAMETER, PROBLEM, TASK, pointer, take_number
+from locoprop_kernels.cpu_kernels.passes import difference, update_outputs
+from locoprop_kernels.cpu_kernels.table import (
+    CALL,
+    COMMIT,
+    DIFFERENCE,
+    LOCAL_STEPS,
+    PARAMETER,
+    PASS,
+    PROBLEM,
+    TASK,
+    pointer,
+    take_number,
+)
 
 __all__ = ["entry"]
 
@@ -28,16 +40,22 @@ def _run(address):
     tasks = carray(pointer(call.tasks), (call.count,), TASK)
     problems = carray(pointer(call.problems), (call.problem_count,), PROBLEM)
     parameters = carray(pointer(call.parameters), (call.problem_count, 2), PARAMETER)
+    passes = carray(pointer(call.one_pass), (1,), PASS)
     number = take_number(call.next)
     while number < call.count:
         task = tasks[number]
         weight, bias = parameters[task.problem, 0], parameters[task.problem, 1]
         problem = problems[task.problem]
-        if call.commits:
+        result = np.float32(0.0)
+        if call.work == LOCAL_STEPS:
+            result = local_steps(problem, weight, bias, task.first, task.last)
+        elif call.work == COMMIT:
             commit(problem, weight, bias, task.first, task.last)
-            results[number] = 0.0
+        elif call.work == DIFFERENCE:
+            difference(problem, bias, passes[0], task.first, task.last)
         else:
-            results[number] = local_steps(problem, weight, bias, task.first, task.last)
+            result = update_outputs(problem, weight, bias, passes[0], task.first, task.last)
+        results[number] = result
         number = take_number(call.next)
 
 
