@@ -12,19 +12,24 @@ from locoprop_kernels.form import ChangeForm
 from locoprop_kernels.patches import row_chunks
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype
 from locoprop_kernels.products import gram, product, rounded
-from locoprop_kernels.scratch import take
 
 __all__ = ["GramForm", "gram_is_cheaper"]
 
 
 class GramForm(ChangeForm):
-    """Identity transfer: one product with ``XᵀX``, whatever the batch."""
+    """Identity transfer: one product with ``XᵀX``, whatever the batch.
 
-    def __init__(self, problem: LocalProblem, operands: torch.dtype) -> None:
+    Args:
+        problem: a validated problem.
+        operands: dtype of the products' operands.
+        out: memory for ``XᵀX`` ``[.., K, K]`` in the dtype of sums; ``None`` for new memory.
+    """
+
+    def __init__(self, problem: LocalProblem, operands: torch.dtype, out: Tensor | None = None) -> None:
         self.operands = operands
         *groups, self.rows, k = problem.x.shape
         accumulate = accumulation_dtype(problem.weight.dtype)
-        total = take((*groups, k, k), accumulate, problem.weight.device)
+        total = problem.weight.new_empty(*groups, k, k, dtype=accumulate) if out is None else out
         self.sum_x = problem.weight.new_zeros(*groups, k, dtype=accumulate)
         for number, chunk in enumerate(row_chunks(problem.x)):
             found = gram(rounded(chunk, operands), accumulate, None if number else total)
@@ -32,8 +37,6 @@ class GramForm(ChangeForm):
                 total += found
             self.sum_x += chunk.sum(-2, dtype=accumulate)
         self.gram = rounded(total, operands)
-        #: What there is to give back once the form is used no more.
-        self.memory = [total]
 
     def change(self, delta: dict[str, Tensor], t: int = 0) -> dict[str, Tensor]:
         weight = product(rounded(delta["weight"], self.operands), self.gram, self.sum_x.dtype)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from locoprop_kernels import routes
+from locoprop_kernels.cpu_kernels.functions import KNOWN
 from locoprop_kernels.cpu_kernels.host import Table, Tasks
-from locoprop_kernels.cpu_kernels.table import DIFFERENCE, PASS, UPDATE
+from locoprop_kernels.cpu_kernels.table import DIFFERENCE, PASS, PREPARE, UPDATE
 from locoprop_kernels.gram import GramForm
 from locoprop_kernels.input_chunks import InputChunks, transposed
 from locoprop_kernels.problem import LocalProblem
@@ -19,10 +21,32 @@ from locoprop_kernels.products import held
 from locoprop_kernels.scratch import give_back, take
 from locoprop_kernels.settings import Settings
 
-__all__ = ["solve_on_all_rows"]
+__all__ = ["Workspace", "solve_on_all_rows"]
 
 # Elements that a thread takes at a time.
 _ELEMENTS = 2**15
+
+
+class Workspace:
+    """Memory that the problems of a call use one after the other."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of any content; the same memory as the last one of this name."""
+        count = math.prod(shape)
+        words = -(-count * dtype.itemsize // torch.float32.itemsize)
+        memory = self._memory.get(name)
+        if memory is None or len(memory) < words:
+            if memory is not None:
+                give_back(memory)
+            memory = self._memory[name] = take((words,), torch.float32, torch.device("cpu"))
+        return memory.view(dtype)[:count].view(tuple(shape))
+
+    def release(self) -> None:
+        """Let go of it."""
+        give_back(*self._memory.values())
 
 
 class _Batch(ABC):
@@ -33,22 +57,25 @@ class _Batch(ABC):
         place: the number of the problem in it.
         problem: the problem.
         operands: dtype of the products' operands.
+        workspace: memory.
     """
 
-    def __init__(self, table: Table, place: int, problem: LocalProblem, operands: torch.dtype) -> None:
+    def __init__(
+        self, table: Table, place: int, problem: LocalProblem, operands: torch.dtype, workspace: Workspace
+    ) -> None:
         self._table, self._place = table, place
         batch, self._inputs, self._outputs = problem.shape
         self._held = held(operands, problem.weight.device)
         self._route = routes.route(self._held)
-        self._memory: list[Tensor] = []
-        views = table.views(place, "weight")
-        #: The increment as the operand of a product.
-        self.operand = views[""] if operands is torch.float32 else self._take(views[""].shape, self._held)
-        self._sums = self._take((self._outputs,), torch.float32)
+        delta = table.views(place, "weight")[""]
+        # The increment as the operand of a product.
+        self._operand = delta if operands is torch.float32 else workspace.get("operand", delta.shape, self._held)
+        self._change = workspace.get("change", delta.shape, self._held)
+        self._sums = workspace.get("sums", (self._outputs,), torch.float32)
         self._pass = np.zeros(1, PASS)
         given = self._pass[0]
         given["rows"], given["sums"] = batch, self._sums.data_ptr()
-        given["operand"] = 0 if operands is torch.float32 else self.operand.data_ptr()
+        given["operand"] = 0 if operands is torch.float32 else self._operand.data_ptr()
         given["narrow_operand"] = self._held is torch.bfloat16
 
     @abstractmethod
@@ -63,14 +90,6 @@ class _Batch(ABC):
             given["product"], given["narrow_product"] = change.data_ptr(), change.dtype is torch.bfloat16
         return self._run(UPDATE, self._inputs)
 
-    def release(self) -> None:
-        """Let go of the memory."""
-        give_back(*self._memory)
-
-    def _take(self, shape: Any, dtype: torch.dtype) -> Tensor:
-        self._memory.append(take(shape, dtype, self._table.blocks[self._place].device))
-        return self._memory[-1]
-
     def _run(self, work: int, elements: int) -> float:
         """A pass over all outputs, of which each has so many elements."""
         size = max(1, _ELEMENTS // elements)
@@ -81,46 +100,73 @@ class _Batch(ABC):
 class _Examples(_Batch):
     """Any transfer function: two products over a chunk of the batch at a time."""
 
-    def __init__(self, table: Table, place: int, problem: LocalProblem, operands: torch.dtype) -> None:
-        super().__init__(table, place, problem, operands)
-        self._a0 = self._take((self._outputs, problem.shape[0]), torch.float32)
-        transposed(problem.preactivation, self._a0)
+    def __init__(
+        self, table: Table, place: int, problem: LocalProblem, operands: torch.dtype, workspace: Workspace
+    ) -> None:
+        super().__init__(table, place, problem, operands, workspace)
+        shape = self._outputs, problem.shape[0]
+        self._a0 = workspace.get("a0", shape, torch.float32)
+        self._f0 = workspace.get("f0", shape, torch.float32) if table.function(place) in KNOWN else None
+        given, source = self._pass[0], problem.preactivation
+        if isinstance(source, Tensor) and source.dtype is torch.float32 and source.stride(1) == 1:
+            given["source"], given["source_stride"] = source.data_ptr(), source.stride(0)
+        else:
+            transposed(source, self._a0)
+        self._locate(slice(0, problem.shape[0]))
+        if given["source"] or given["f0"]:
+            self._run(PREPARE, problem.shape[0])
         self._chunks = InputChunks(problem, operands)
-        self._difference = self._take((self._outputs * self._chunks.size,), self._held)
-        self._change = self._take((self._outputs, self._inputs), self._held)
+        self._difference = workspace.get("difference", (self._outputs * self._chunks.size,), self._held)
+        # The sum over chunks, where there are several.
+        several = self._chunks.size < problem.shape[0]
+        self._total = workspace.get("total", self._change.shape, torch.float32) if several else None
 
     def change(self) -> Tensor:
-        total: Tensor | None = None
         for x, rows in self._chunks:
             out = self._difference[: self._outputs * (rows.stop - rows.start)].view(self._outputs, -1)
-            product = routes.multiply(self.operand, x.tensor.mT, self._route, out)
+            product = routes.multiply(self._operand, x.tensor.mT, self._route, out)
             given = self._pass[0]
             given["product"], given["narrow_product"] = product.data_ptr(), self._held is torch.bfloat16
-            given["rows"], given["adds"] = rows.stop - rows.start, rows.start > 0
-            given["a0"], given["a0_stride"] = self._a0[:, rows].data_ptr(), self._a0.stride(0)
+            given["adds"] = rows.start > 0
+            self._locate(rows)
             self._run(DIFFERENCE, rows.stop - rows.start)
-            change = routes.multiply(product, x.tensor, self._route, self._change if total is None else None)
-            total = change if total is None else total.float().add_(change)
-        assert total is not None
-        return total
+            change = routes.multiply(product, x.tensor, self._route, self._change)
+            if self._total is None:
+                return change
+            if rows.start:
+                self._total.add_(change)
+            else:
+                self._total.copy_(change)
+        assert self._total is not None
+        return self._total
+
+    def _locate(self, rows: slice) -> None:
+        """Say where some rows of the batch are."""
+        given = self._pass[0]
+        given["rows"], given["a0_stride"] = rows.stop - rows.start, self._a0.stride(0)
+        given["a0"] = self._a0[:, rows].data_ptr()
+        given["f0"] = 0 if self._f0 is None else self._f0[:, rows].data_ptr()
 
 
 class _Gram(_Batch):
     """Identity transfer: one product with ``XᵀX``, whatever the batch."""
 
-    def __init__(self, table: Table, place: int, problem: LocalProblem, operands: torch.dtype) -> None:
-        super().__init__(table, place, problem, operands)
-        self._form = GramForm(problem, operands)
-        self._memory += self._form.memory
-        self._change = self._take((self._outputs, self._inputs), self._held)
+    def __init__(
+        self, table: Table, place: int, problem: LocalProblem, operands: torch.dtype, workspace: Workspace
+    ) -> None:
+        super().__init__(table, place, problem, operands, workspace)
+        square = self._inputs, self._inputs
+        self._form = GramForm(problem, operands, workspace.get("gram", square, torch.float32))
         self._pass[0]["sum_x"] = self._form.sum_x.data_ptr()
 
     def change(self) -> Tensor:
         # The kernel adds what the bias changes.
-        return routes.multiply(self.operand, self._form.gram.tensor, self._route, self._change).float()
+        return routes.multiply(self._operand, self._form.gram.tensor, self._route, self._change).float()
 
 
-def solve_on_all_rows(table: Table, place: int, problem: LocalProblem, settings: Settings, form: str) -> float:
+def solve_on_all_rows(
+    table: Table, place: int, problem: LocalProblem, settings: Settings, form: str, workspace: Workspace
+) -> float:
     """Run all local steps of a problem.
 
     Args:
@@ -129,6 +175,7 @@ def solve_on_all_rows(table: Table, place: int, problem: LocalProblem, settings:
         problem: the problem.
         settings: the settings of the call.
         form: ``"product"`` or ``"gram"``.
+        workspace: memory that problems may share.
 
     Returns:
         a number that is no less than the absolute value of any that a commit would write; NaN if one of them is.
@@ -136,9 +183,9 @@ def solve_on_all_rows(table: Table, place: int, problem: LocalProblem, settings:
     Raises:
         MemoryError: a thread had none for its work.
     """
-    batch = (_Gram if form == "gram" else _Examples)(table, place, problem, settings.operands(problem, form))
+    kind = _Gram if form == "gram" else _Examples
+    batch = kind(table, place, problem, settings.operands(problem, form), workspace)
     total = batch.update(0, None)
     for t in range(1, settings.iterations):
         total = batch.update(t, batch.change())
-    batch.release()
     return total

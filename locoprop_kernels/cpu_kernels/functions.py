@@ -7,7 +7,7 @@ with it tanh and the sigmoid function. Errors are of 1 to 3 units in the last pl
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from locoprop_kernels.constants import SELU_ALPHA, SELU_SCALE
 from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["CODES", "SOFTMAX", "arguments_of", "differences", "elementwise_differences"]
+__all__ = ["CODES", "KNOWN", "SOFTMAX", "arguments_of", "differences", "elementwise", "elementwise_differences"]
 
 (IDENTITY, TANH, SIGMOID, RELU, LEAKY_RELU, SQUARED_RELU, ELU) = range(7)
 (SELU, SOFTPLUS, HARDTANH, GELU, GELU_TANH, SILU, SOFTMAX) = range(7, 14)
@@ -37,15 +37,30 @@ CODES = {
     "softmax": SOFTMAX,
 }
 
+#: The functions whose small differences follow from ``f(a)``, so that it pays to keep that.
+KNOWN = (TANH, SIGMOID)
+
 _ZERO, _HALF, _ONE, _TWO = (np.float32(value) for value in (0.0, 0.5, 1.0, 2.0))
 _LOG2_E = np.float32(1 / math.log(2))
 # log 2 in two parts, of which the first has so few bits that its multiples are exact.
 _LOG_2 = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
+_TINY = np.float32(1e-30)
 _LEAST, _MOST = np.float32(-87.3), np.float32(88.7)
 # exp(x) = 1 + x + x² p(x) for |x| <= log(2) / 2, and tanh(x) = x + x³ p(x²) for |x| <= 0.65: minimax polynomials, with
 # relative errors of 3e-9 and 7e-9.
 _EXP = tuple(np.float32(c) for c in (0.499999934, 0.166665201, 0.0416683942, 0.00836878057, 0.00138144671))
 _TANH = tuple(np.float32(c) for c in (-0.333332598, 0.133308302, -0.053688010, 0.0204693812, -0.00551512210))
+# erf(x) = x p(x²) for |x| <= 0.9, else 1 - exp(-p(|x|)) up to 4; log(1 + y) = 2 s + s³ p(s²) with s = y / (2 + y) for y
+# from 0 to 1: likewise, with errors of 1e-8, 2e-9 and 4e-9.
+_ERF = tuple(
+    np.float32(c) for c in (1.12837911, -0.376125246, 0.112821408, -0.0267789084, 0.00501196226, -0.000609035778)
+)
+_ERFC = tuple(
+    np.float32(c)
+    for c in (0.000177487251, 1.12774956, 0.637059689, 0.104037419, -0.0222771168, 0.00305561558, -0.000197182628)
+)
+_LOG1P = tuple(np.float32(c) for c in (0.666663170, 0.400249094, 0.279606044, 0.281783253))
+_ERF_NEAR, _ERF_FAR = np.float32(0.9), np.float32(4.0)
 _NEAR, _SMALL = np.float32(0.34), np.float32(0.65)
 _ROOT_HALF = np.float32(math.sqrt(0.5))
 _GELU = np.float32(math.sqrt(2 / math.pi)), np.float32(0.044715)
@@ -60,13 +75,24 @@ def arguments_of(transfer: Transfer) -> tuple[int, np.float32, np.float32]:
     return CODES[transfer.name], first, second
 
 
-@jit
+# In loops, calls that are left keep them from becoming loops of vectors.
+_inlined = partial(jit, inline=True)
+
+
+@_inlined
+def _chosen(condition, one, other):
+    """``one if condition else other``, both of which are there: LLVM makes no branch of it, and so a vector."""
+    mask, first, second = -np.int32(condition), np.float32(one).view(np.int32), np.float32(other).view(np.int32)
+    return np.int32((first & mask) | (second & ~mask)).view(np.float32)
+
+
+@_inlined
 def _near_one(x):
     """``exp(x) - 1`` for ``|x| <= log(2) / 2``."""
     return x + x * x * ((((_EXP[4] * x + _EXP[3]) * x + _EXP[2]) * x + _EXP[1]) * x + _EXP[0])
 
 
-@jit
+@_inlined
 def _exp(x):
     """``exp(x)``; 0 where it is below float32's normal numbers."""
     clamped = min(max(x, _LEAST), _MOST)
@@ -83,30 +109,48 @@ def _exp(x):
     return value if x == x else x
 
 
-@jit
+@_inlined
 def _expm1(x):
-    return _near_one(x) if abs(x) <= _NEAR else _exp(x) - _ONE
+    return _chosen(abs(x) <= _NEAR, _near_one(x), _exp(x) - _ONE)
 
 
-@jit
+@_inlined
 def _tanh_near_zero(x):
     """``tanh(x)`` for ``|x| <= 0.65``."""
     q = x * x
     return x + x * q * ((((_TANH[4] * q + _TANH[3]) * q + _TANH[2]) * q + _TANH[1]) * q + _TANH[0])
 
 
-@jit
+@_inlined
 def _tanh(x):
     near = _tanh_near_zero(x)
     far = _ONE - _TWO / (_exp(_TWO * abs(x)) + _ONE)
     far = far if x >= _ZERO else -far
-    value = near if abs(x) <= _SMALL else far
+    value = _chosen(abs(x) <= _SMALL, near, far)
     return value if x == x else x
 
 
-@jit
+@_inlined
 def _sigmoid(x):
     return _ONE / (_ONE + _exp(-x))
+
+
+@_inlined
+def _erf(x):
+    q, size = x * x, abs(x)
+    near = x * (((((_ERF[5] * q + _ERF[4]) * q + _ERF[3]) * q + _ERF[2]) * q + _ERF[1]) * q + _ERF[0])
+    t = size if not size > _ERF_FAR else _ERF_FAR
+    power = (((((_ERFC[6] * t + _ERFC[5]) * t + _ERFC[4]) * t + _ERFC[3]) * t + _ERFC[2]) * t + _ERFC[1]) * t + _ERFC[0]
+    far = _ONE - _exp(-power)
+    return _chosen(size <= _ERF_NEAR, near, far if x >= _ZERO else -far)
+
+
+@_inlined
+def _log1p(y):
+    """``log(1 + y)`` for ``y`` from 0 to 1."""
+    s = y / (_TWO + y)
+    q = s * s + _TINY  # squares below float32's normal numbers take a hundred times as long
+    return s * (_TWO + q * (((_LOG1P[3] * q + _LOG1P[2]) * q + _LOG1P[1]) * q + _LOG1P[0]))
 
 
 @jit
@@ -164,7 +208,7 @@ def differences(code, p, a, outputs, p0, p1):
         for r in range(p.shape[0]):
             _softmax_difference(p[r, :outputs], a[r, :outputs])
     else:
-        elementwise_differences(code, p.reshape(-1), a.reshape(-1), p0, p1)
+        elementwise_differences(code, p.reshape(-1), a.reshape(-1), a.reshape(-1)[:0], p0, p1)
 
 
 @jit
@@ -177,32 +221,50 @@ def _are_small(p):
     return others == 0
 
 
+@_inlined
+def _tanh_difference(t, u):
+    """``tanh(a + p) - tanh(a)`` where ``t = tanh(a)`` and ``u = tanh(p)``."""
+    return u * (_ONE - t * t) / (_ONE + t * u)
+
+
+@_inlined
+def _sigmoid_difference(s, u):
+    """``σ(a + p) - σ(a)`` where ``s = σ(a)`` and ``u = tanh(p / 2)``."""
+    return _TWO * u * s * (_ONE - s) / (_ONE + (_TWO * s - _ONE) * u)
+
+
 @jit
-def elementwise_differences(code, p, a, p0, p1):
-    """The same of numbers ``[n]``, none of which depends on another."""
+def elementwise_differences(code, p, a, known, p0, p1):
+    """The same of numbers ``[n]``, none of which depends on another.
+
+    Args:
+        code: as there, like ``p``, ``p0`` and ``p1``.
+        a: as there; it is kept for the functions in :data:`KNOWN`.
+        known: for these ``f(a)``, if it is there.
+    """
     with_whole_registers()
-    if code == IDENTITY:
-        return
     # Small changes are found by the same instructions whether all are small or not: none depends on the others.
     if code == TANH:
         small = _are_small(p)
         changes = p if small else p.copy()
-        for n in range(p.shape[0]):
-            t, u = _tanh(a[n]), _tanh_near_zero(p[n])
-            p[n] = u * (_ONE - t * t) / (_ONE + t * u)
+        for n in range(known.shape[0]):
+            p[n] = _tanh_difference(known[n], _tanh_near_zero(p[n]))
+        for n in range(0 if known.shape[0] else p.shape[0]):
+            p[n] = _tanh_difference(_tanh(a[n]), _tanh_near_zero(p[n]))
         for n in range(0 if small else p.shape[0]):
             large = _tanh(changes[n]) * (_ONE - _tanh(a[n]) * _tanh(a[n] + changes[n]))
-            p[n] = p[n] if abs(changes[n]) <= _SMALL else large
+            p[n] = _chosen(abs(changes[n]) <= _SMALL, p[n], large)
     elif code == SIGMOID:
         small = _are_small(p)
         changes = p if small else p.copy()
-        for n in range(p.shape[0]):
-            before, u = _sigmoid(a[n]), _tanh_near_zero(_HALF * p[n])
-            p[n] = _TWO * u * before * (_ONE - before) / (_ONE + (_TWO * before - _ONE) * u)
+        for n in range(known.shape[0]):
+            p[n] = _sigmoid_difference(known[n], _tanh_near_zero(_HALF * p[n]))
+        for n in range(0 if known.shape[0] else p.shape[0]):
+            p[n] = _sigmoid_difference(_sigmoid(a[n]), _tanh_near_zero(_HALF * p[n]))
         for n in range(0 if small else p.shape[0]):
             before, after = _sigmoid(a[n]), _sigmoid(a[n] + changes[n])
             large = _tanh(_HALF * changes[n]) * (before * (_ONE - after) + after * (_ONE - before))
-            p[n] = p[n] if abs(changes[n]) <= _SMALL else large
+            p[n] = _chosen(abs(changes[n]) <= _SMALL, p[n], large)
     elif code in (RELU, LEAKY_RELU):
         slope = p0 if code == LEAKY_RELU else _ZERO
         for n in range(p.shape[0]):
@@ -211,20 +273,26 @@ def elementwise_differences(code, p, a, p0, p1):
             inside = p[n] if before > _ZERO else slope * p[n]
             value = inside if (before > _ZERO) == (after > _ZERO) else across
             p[n] = value if after == after else after
-    else:
+    elif code != IDENTITY:
         for n in range(p.shape[0]):
             p[n] += a[n]
-        _elementwise(code, p, p0, p1)
-        _elementwise(code, a, p0, p1)
+        elementwise(code, p, p0, p1)
+        elementwise(code, a, p0, p1)
         for n in range(p.shape[0]):
             p[n] -= a[n]
 
 
 @jit
-def _elementwise(code, a, p0, p1):
-    """``f(a)`` in place of ``a`` ``[n]``, of a function that has no formula of its own for differences."""
+def elementwise(code, a, p0, p1):
+    """``f(a)`` in place of ``a`` ``[n]``, of a function in :data:`KNOWN` or one without a formula for differences."""
     with_whole_registers()
-    if code == SQUARED_RELU:
+    if code == TANH:
+        for n in range(a.shape[0]):
+            a[n] = _tanh(a[n])
+    elif code == SIGMOID:
+        for n in range(a.shape[0]):
+            a[n] = _sigmoid(a[n])
+    elif code == SQUARED_RELU:
         for n in range(a.shape[0]):
             a[n] = a[n] * a[n] if not a[n] < _ZERO else _ZERO
     elif code == ELU:
@@ -237,14 +305,14 @@ def _elementwise(code, a, p0, p1):
     elif code == SOFTPLUS:
         for n in range(a.shape[0]):
             scaled = p0 * a[n]
-            a[n] = (max(scaled, _ZERO) + np.float32(math.log1p(_exp(-abs(scaled))))) / p0
+            a[n] = (max(scaled, _ZERO) + _log1p(_exp(-abs(scaled)))) / p0
     elif code == HARDTANH:
         for n in range(a.shape[0]):
             least = a[n] if not a[n] < p0 else p0
             a[n] = least if not least > p1 else p1
     elif code == GELU:
         for n in range(a.shape[0]):
-            a[n] = a[n] * _HALF * (_ONE + np.float32(math.erf(a[n] * _ROOT_HALF)))
+            a[n] = a[n] * _HALF * (_ONE + _erf(a[n] * _ROOT_HALF))
     elif code == GELU_TANH:
         for n in range(a.shape[0]):
             inner = _GELU[0] * (a[n] + _GELU[1] * a[n] * a[n] * a[n])

@@ -228,6 +228,10 @@ class Table:
             raise MemoryError("there was no memory for the local loops on the CPU")
         return float(results.sum())
 
+    def function(self, place: int) -> int:
+        """The code of a problem's transfer function."""
+        return self._owns[place].function[0]
+
     def views(self, place: int, kind: str) -> dict[str, Tensor]:
         """The new state of a parameter by slot, and by ``""`` its increment."""
         own, block = self._owns[place], self.blocks[place]

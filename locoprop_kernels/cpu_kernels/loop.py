@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from locoprop_kernels.cpu_kernels import arrays
 from locoprop_kernels.cpu_kernels.bfloat16 import rounded
 from locoprop_kernels.cpu_kernels.functions import SOFTMAX, differences
 from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
@@ -48,9 +49,11 @@ def _difference(e, a, bias, first, a0, places, count, transfer, p0, p1, scale, r
             own, other = e[r], a[r]
             for n in range(own.shape[0]):
                 other[n] = scale * rounded(own[n])
-        a[count:] = _ZERO
-    e[:count] *= scale
-    e[count:] = _ZERO
+    for r in range(count):
+        arrays.multiply(e[r], scale)
+    for r in range(count, e.shape[0]):
+        arrays.fill(e[r], _ZERO)
+        arrays.fill(a[r], _ZERO)
 
 
 @jit
@@ -71,13 +74,12 @@ def _begin(own, gradient, squares, buffer, scale):
     start[:] = _ZERO
     own_squares[:] = _ONE
     own_buffer[:] = _ZERO
-    inputs = gradient.shape[1]
     for i in range(gradient.shape[0]):
-        start[i, :inputs] = scale * gradient[i]
+        arrays.scale(scale, gradient[i], start[i])
         if own_squares.shape[0]:
-            own_squares[i, :inputs] = squares[i]
+            arrays.copy(squares[i], own_squares[i])
         if own_buffer.shape[0]:
-            own_buffer[i, :inputs] = buffer[i]
+            arrays.copy(buffer[i], own_buffer[i])
 
 
 @jit
@@ -251,9 +253,6 @@ def commit(problem, weight, bias, first, last):
 def _commit(given, first, last):
     """The same of the elements of a parameter from ``first`` to ``last``."""
     parameter, delta = vector(given.parameter, last)[first:], vector(given.delta, last)[first:]
-    for k in range(parameter.shape[0]):
-        parameter[k] += delta[k]
-    if given.old_squares:
-        vector(given.old_squares, last)[first:] = vector(given.new_squares, last)[first:]
-    if given.old_buffer:
-        vector(given.old_buffer, last)[first:] = vector(given.new_buffer, last)[first:]
+    arrays.add_multiple(parameter, _ONE, delta)
+    arrays.copy(vector(given.new_squares, last)[first:], vector(given.old_squares, last)[first:])
+    arrays.copy(vector(given.new_buffer, last)[first:], vector(given.old_buffer, last)[first:])

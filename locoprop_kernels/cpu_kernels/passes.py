@@ -8,97 +8,67 @@ from __future__ import annotations
 
 import numpy as np
 
-from locoprop_kernels.cpu_kernels.bfloat16 import narrowed, rounded, widened
-from locoprop_kernels.cpu_kernels.functions import elementwise_differences
+from locoprop_kernels.cpu_kernels import arrays
+from locoprop_kernels.cpu_kernels.functions import elementwise, elementwise_differences
 from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
 from locoprop_kernels.cpu_kernels.table import aligned, halves, matrix, vector
 from locoprop_kernels.cpu_kernels.updates import HYPERPARAMETERS, update, vectors_of
 from locoprop_kernels.cpu_kernels.vectors import LANES, NUMBER, load
 
-__all__ = ["difference", "update_outputs"]
+__all__ = ["difference", "prepare", "update_outputs"]
 
 # Numbers at a time: a few rows of so many stay in the first cache.
 _PIECE = 1024
+# Rows and columns that are transposed at a time, in the first cache: of 16, 32 and 64 the best.
+_SQUARE = 64
 _ZERO = np.float32(0.0)
 
 
 @jit
-def _widen(bits, numbers):
-    """Numbers in bfloat16 as float32."""
-    with_whole_registers()
-    for k in range(numbers.shape[0]):
-        numbers[k] = widened(bits[k])
+def _transpose(source, source_stride, a0, stride, rows, first, last):
+    """``a0[n, r] = source[r, n]`` for some outputs: in squares, as either is read or written at its own stride.
+
+    Args:
+        source: ``[rows, N]``.
+        source_stride: how far apart two rows of it are.
+        a0: ``[N, rows]``.
+        stride: likewise.
+        rows: how many there are.
+        first: the first output.
+        last: the one behind the last.
+    """
+    square = aligned(_SQUARE, _SQUARE)
+    for n in range(first, last, _SQUARE):
+        m = min(n + _SQUARE, last)
+        for begin in range(0, rows, _SQUARE):
+            end = min(begin + _SQUARE, rows)
+            for r in range(begin, end):
+                arrays.copy(source[r * source_stride + n : r * source_stride + m], square[r - begin])
+            for i in range(n, m):
+                column, line = square[:, i - n], a0[i * stride + begin : i * stride + end]
+                for r in range(line.shape[0]):
+                    line[r] = column[r]
 
 
 @jit
-def _narrow(numbers, bits):
-    """The opposite."""
-    with_whole_registers()
-    for k in range(numbers.shape[0]):
-        bits[k] = narrowed(numbers[k])
+def prepare(problem, given, first, last):
+    """Transpose the pre-activations of some outputs, if that has not been done, and find ``f(A0)`` of them.
 
-
-@jit
-def _round(numbers, out):
-    with_whole_registers()
-    for k in range(numbers.shape[0]):
-        out[k] = rounded(numbers[k])
-
-
-@jit
-def _copy(numbers, out):
-    with_whole_registers()
-    for k in range(numbers.shape[0]):
-        out[k] = numbers[k]
-
-
-@jit
-def _scale(factor, numbers, out):
-    with_whole_registers()
-    for k in range(numbers.shape[0]):
-        out[k] = factor * numbers[k]
-
-
-@jit
-def _add(numbers, number):
-    with_whole_registers()
-    for k in range(numbers.shape[0]):
-        numbers[k] += number
-
-
-@jit
-def _sum(numbers):
-    with_whole_registers()
-    total = _ZERO
-    for k in range(numbers.shape[0]):
-        total += numbers[k]
-    return total
-
-
-@jit
-def _dot(one, other):
-    with_whole_registers()
-    total = _ZERO
-    for k in range(one.shape[0]):
-        total += one[k] * other[k]
-    return total
-
-
-@jit
-def _add_multiple(to, factor, numbers):
-    with_whole_registers()
-    for k in range(to.shape[0]):
-        to[k] += factor * numbers[k]
-
-
-@jit
-def _sum_of_absolutes(one, other):
-    """The sum of ``|one + other|``."""
-    with_whole_registers()
-    total = _ZERO
-    for k in range(one.shape[0]):
-        total += abs(one[k] + other[k])
-    return total
+    Args:
+        problem: a row of the table, see :data:`~locoprop_kernels.cpu_kernels.table.PROBLEM`.
+        given: see :data:`~locoprop_kernels.cpu_kernels.table.PASS`.
+        first: the first output.
+        last: the one behind the last.
+    """
+    rows, stride = given.rows, given.a0_stride
+    a0, f0 = vector(given.a0, last * stride), vector(given.f0, last * stride)
+    if given.source:
+        source = vector(given.source, (rows - 1) * given.source_stride + last)
+        _transpose(source, given.source_stride, a0, stride, rows, first, last)
+    for n in range(first, last if given.f0 else first):
+        known = f0[n * stride : n * stride + rows]
+        arrays.copy(a0[n * stride : n * stride + rows], known)
+        elementwise(problem.function, known, problem.p0, problem.p1)
 
 
 @jit
@@ -117,6 +87,7 @@ def difference(problem, bias, given, first, last):
     memory = aligned(2, min(rows, _PIECE))
     for n in range(first, last):
         a0 = vector(given.a0 + NUMBER * n * given.a0_stride, rows)
+        f0 = vector(given.f0 + NUMBER * n * given.a0_stride if given.f0 else 0, rows)
         wide, narrow = vector(given.product, last * rows), halves(given.product, last * rows)
         total = sums[n] if given.adds else _ZERO
         for begin in range(0, rows, _PIECE):
@@ -124,20 +95,23 @@ def difference(problem, bias, given, first, last):
             p, a = memory[0][: end - begin], memory[1][: end - begin]
             here = slice(n * rows + begin, n * rows + end)
             if given.narrow_product:
-                _widen(narrow[here], p)
+                arrays.widen(narrow[here], p)
             else:
-                _copy(wide[here], p)
+                arrays.copy(wide[here], p)
             if delta.shape[0]:
-                _add(p, delta[n])
-            _copy(a0[begin:end], a)
-            elementwise_differences(problem.function, p, a, problem.p0, problem.p1)
-            total += _sum(p)
+                arrays.add(p, delta[n])
+            before = a0[begin:end]
+            if not given.f0:  # of functions that do not leave it as it is
+                arrays.copy(before, a)
+                before = a
+            elementwise_differences(problem.function, p, before, f0[begin:end], problem.p0, problem.p1)
+            total += arrays.total(p)
             if given.narrow_product:
-                _narrow(p, narrow[here])
+                arrays.narrow(p, narrow[here])
             elif problem.rounds:
-                _round(p, wide[here])
+                arrays.round_to_bfloat16(p, wide[here])
             else:
-                _copy(p, wide[here])
+                arrays.copy(p, wide[here])
         sums[n] = total
 
 
@@ -164,14 +138,14 @@ def update_outputs(problem, weight, bias, given, first, last):
     if joined and given.step > 0:
         product = matrix(given.product, last, inputs)
         for n in range(first, last):
-            _add_multiple(product[n], delta_bias[n], sum_x)
+            arrays.add_multiple(product[n], delta_bias[n], sum_x)
     found = given.product, given.narrow_product, given.operand
     total = _update(problem, weight, given, found, first * inputs, last * inputs)
     if bias.gradient:
         total += _update(problem, bias, given, (given.sums, np.int64(0), np.int64(0)), first, last)
     if joined:
         for n in range(first, last):
-            sums[n] = _dot(delta[n], sum_x) + np.float32(given.rows) * delta_bias[n]
+            sums[n] = arrays.dot(delta[n], sum_x) + np.float32(given.rows) * delta_bias[n]
     return total
 
 
@@ -203,24 +177,25 @@ def _update(problem, parameter, given, found, first, last):
         end = min(begin + _PIECE, count)
         here, g = slice(begin, end), gradient[: end - begin]
         if t == 0:
-            _scale(parameter.scale, start[here], g)
-            delta[here] = _ZERO
-            _copy(old_squares[here], squares[here])
-            _copy(old_buffer[here], buffer[here])
+            arrays.scale(parameter.scale, start[here], g)
+            arrays.fill(delta[here], _ZERO)
+            arrays.copy(old_squares[here], squares[here])
+            arrays.copy(old_buffer[here], buffer[here])
         elif narrow:
-            _widen(bits[here], g)
+            arrays.widen(bits[here], g)
             _gradient(g, parameter.scale, start[here], problem.scale, problem.prox, delta[here])
         else:
-            _copy(wide[here], g)
+            arrays.copy(wide[here], g)
             _gradient(g, parameter.scale, start[here], problem.scale, problem.prox, delta[here])
         _step(rule, delta[here], squares[here], buffer[here], g, rest)
         if operand and given.narrow_operand:
-            _narrow(delta[here], operand_bits[here])
+            arrays.narrow(delta[here], operand_bits[here])
         elif operand:
-            _round(delta[here], operand_wide[here])
+            arrays.round_to_bfloat16(delta[here], operand_wide[here])
         if t == problem.steps - 1:
-            total += _sum_of_absolutes(weight[here], delta[here])
-            total += _sum_of_absolutes(squares[here], squares[here]) + _sum_of_absolutes(buffer[here], buffer[here])
+            total += arrays.total_of_absolutes(weight[here], delta[here])
+            for slot in (squares[here], buffer[here]):
+                total += arrays.total_of_absolutes(slot, slot)
     return total
 
 
@@ -242,12 +217,12 @@ def _step(rule, delta, squares, buffer, gradient, rest):
     for k in range(0, NUMBER * whole, NUMBER * LANES):
         update(rule, d + k, s + k, b + k, load(g + k))
     if whole < count:
-        left = count - whole
-        rest[:] = np.float32(1.0)
-        rest[0, :left], rest[1, : squares.shape[0] and left] = delta[whole:], squares[whole:]
-        rest[2, : buffer.shape[0] and left], rest[3, :left] = buffer[whole:], gradient[whole:]
+        # Mean squares of nothing are not zero, lest zero be divided by zero.
+        arrays.fill(rest.reshape(-1), np.float32(1.0))
         r0, r1, r2, r3 = rest[0], rest[1], rest[2], rest[3]
+        for one, own in ((delta, r0), (squares, r1), (buffer, r2), (gradient, r3)):
+            arrays.copy(one[whole:], own)
         update(rule, r0.ctypes.data, r1.ctypes.data, r2.ctypes.data, load(r3.ctypes.data))
-        delta[whole:] = r0[:left]
-        squares[whole:] = r1[: squares.shape[0] and left]
-        buffer[whole:] = r2[: buffer.shape[0] and left]
+        for one, own in ((delta, r0), (squares, r1), (buffer, r2)):
+            left = one[whole:]
+            arrays.copy(own[: left.shape[0]], left)

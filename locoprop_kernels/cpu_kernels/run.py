@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from locoprop_kernels.cpu_kernels.all_rows import solve_on_all_rows
+from locoprop_kernels.cpu_kernels.all_rows import Workspace, solve_on_all_rows
 from locoprop_kernels.cpu_kernels.host import Own, Table
 from locoprop_kernels.cpu_kernels.updates import Family, family_of
 from locoprop_kernels.problem import LocalProblem, State
@@ -53,9 +53,11 @@ class Compiled:
         self._lent: set[int] = set()
         # The sum of all absolute values, or more; NaN where one is not a number.
         total = self._table.local_steps() if any(whole) else 0.0
+        workspace = Workspace()
         for place, decision in enumerate(decisions):
             if not whole[place]:
-                total += solve_on_all_rows(self._table, place, problems[place], settings, decision.form)
+                total += solve_on_all_rows(self._table, place, problems[place], settings, decision.form, workspace)
+        workspace.release()
         self.finite = total < _LARGEST
 
     def increment(self, place: int) -> Increment:

@@ -24,6 +24,7 @@ __all__ = [
     "LOCAL_STEPS",
     "PARAMETER",
     "PASS",
+    "PREPARE",
     "PROBLEM",
     "TASK",
     "UPDATE",
@@ -91,7 +92,9 @@ TASK = np.dtype([("problem", np.int64), ("first", np.int64), ("last", np.int64)]
 #: A pass over the outputs of a problem, between two products of a local step: the number of the local step; what the
 #: product before it has found, ``Δ Xᵀ`` ``[N, b]`` or the change of the weight's gradient ``[N, K]``, and whether that
 #: is in bfloat16; how many rows of the batch there are, which is ``b`` but in the Gram form; the pre-activations of
-#: these rows, transposed ``[N, b]``, and how far apart two outputs are; the change of the bias's gradient ``[N]``, and
+#: these rows, transposed ``[N, b]``, and ``f`` of them, 0 where it is not kept, and how far apart two outputs are; what
+#: the pre-activations are transposed from ``[b, N]``, 0 where they have been, and how far apart two rows of that are;
+#: the change of the bias's gradient ``[N]``, and
 #: whether these rows add to it; memory for the weight's increment as the operand of the next product, 0 where it is
 #: taken as it is, and whether that is in bfloat16; in the Gram form the sum of all rows of ``X`` ``[K]``, else 0.
 PASS = np.dtype(
@@ -101,7 +104,10 @@ PASS = np.dtype(
         ("narrow_product", np.int64),
         ("rows", np.int64),
         ("a0", np.int64),
+        ("f0", np.int64),
         ("a0_stride", np.int64),
+        ("source", np.int64),
+        ("source_stride", np.int64),
         ("sums", np.int64),
         ("adds", np.int64),
         ("operand", np.int64),
@@ -111,7 +117,7 @@ PASS = np.dtype(
     align=True,
 )
 #: What a call does: all local steps of some outputs, the commit of what they have found, or a pass of a local step.
-LOCAL_STEPS, COMMIT, DIFFERENCE, UPDATE = range(4)
+LOCAL_STEPS, COMMIT, PREPARE, DIFFERENCE, UPDATE = range(5)
 #: A call: where the number of the next task is, an int64 that threads count up; how many tasks and how many problems
 #: there are; where these, their parameters (two of each) and the tasks are; memory for what each task returns; what the
 #: tasks do, and where the pass is, if it is one.

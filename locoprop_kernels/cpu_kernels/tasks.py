@@ -10,7 +10,7 @@ from numba import carray
 
 from locoprop_kernels.cpu_kernels import jit
 from locoprop_kernels.cpu_kernels.loop import commit, local_steps
-from locoprop_kernels.cpu_kernels.passes import difference, update_outputs
+from locoprop_kernels.cpu_kernels.passes import difference, prepare, update_outputs
 from locoprop_kernels.cpu_kernels.table import (
     CALL,
     COMMIT,
@@ -18,6 +18,7 @@ from locoprop_kernels.cpu_kernels.table import (
     LOCAL_STEPS,
     PARAMETER,
     PASS,
+    PREPARE,
     PROBLEM,
     TASK,
     pointer,
@@ -51,6 +52,8 @@ def _run(address):
             result = local_steps(problem, weight, bias, task.first, task.last)
         elif call.work == COMMIT:
             commit(problem, weight, bias, task.first, task.last)
+        elif call.work == PREPARE:
+            prepare(problem, passes[0], task.first, task.last)
         elif call.work == DIFFERENCE:
             difference(problem, bias, passes[0], task.first, task.last)
         else:
