@@ -19,8 +19,9 @@ class Decision:
         form: which formula: ``"product"`` (any transfer function), ``"gram"`` (the identity, through ``XᵀX``),
             ``"softmax"``; ``"rule"`` where there is a gradient alone, and ``"none"`` where there is nothing to do.
         driver: how it is launched: ``"single"`` (one launch for all local steps), ``"grouped"`` (one for each phase of
-            a local step), ``"rows"`` (one launch, whose programs have an n-block each); ``"numba"`` (one compiled
-            function for all local steps on a CPU); the form's name where PyTorch does it, call by call.
+            a local step), ``"rows"`` (one launch, whose programs have an n-block each); on a CPU ``"numba"`` (one
+            compiled function for all local steps) or ``"passes"`` (PyTorch's products, and a compiled pass after each);
+            the form's name where PyTorch does it, call by call.
         config: tile sizes and launch options, for kernels.
         programs: programs of the single launch; 0 for other drivers.
         splits: into how many splits the batch is cut in the products of update tiles.
@@ -46,6 +47,8 @@ class Decision:
             parts.append("one launch, a program for each n-block")
         elif self.driver == "numba":
             parts.append("compiled by numba")
+        elif self.driver == "passes":
+            parts.append("passes compiled by numba")
         elif self.config is not None:
             parts.append("a launch for each phase")
         if self.config is not None:

@@ -63,8 +63,8 @@ class _Batch(ABC):
     def __init__(
         self, table: Table, place: int, problem: LocalProblem, operands: torch.dtype, workspace: Workspace
     ) -> None:
-        self._table, self._place = table, place
-        batch, self._inputs, self._outputs = problem.shape
+        self._table, self._place, self._workspace = table, place, workspace
+        self._batch, self._inputs, self._outputs = problem.shape
         self._held = held(operands, problem.weight.device)
         self._route = routes.route(self._held)
         delta = table.views(place, "weight")[""]
@@ -74,7 +74,7 @@ class _Batch(ABC):
         self._sums = workspace.get("sums", (self._outputs,), torch.float32)
         self._pass = np.zeros(1, PASS)
         given = self._pass[0]
-        given["rows"], given["sums"] = batch, self._sums.data_ptr()
+        given["rows"], given["sums"] = self._batch, self._sums.data_ptr()
         given["operand"] = 0 if operands is torch.float32 else self._operand.data_ptr()
         given["narrow_operand"] = self._held is torch.bfloat16
 
@@ -104,7 +104,7 @@ class _Examples(_Batch):
         self, table: Table, place: int, problem: LocalProblem, operands: torch.dtype, workspace: Workspace
     ) -> None:
         super().__init__(table, place, problem, operands, workspace)
-        shape = self._outputs, problem.shape[0]
+        shape = self._outputs, self._batch
         self._a0 = workspace.get("a0", shape, torch.float32)
         self._f0 = workspace.get("f0", shape, torch.float32) if table.function(place) in KNOWN else None
         given, source = self._pass[0], problem.preactivation
@@ -112,14 +112,11 @@ class _Examples(_Batch):
             given["source"], given["source_stride"] = source.data_ptr(), source.stride(0)
         else:
             transposed(source, self._a0)
-        self._locate(slice(0, problem.shape[0]))
+        self._locate(slice(0, self._batch))
         if given["source"] or given["f0"]:
-            self._run(PREPARE, problem.shape[0])
+            self._run(PREPARE, self._batch)
         self._chunks = InputChunks(problem, operands)
         self._difference = workspace.get("difference", (self._outputs * self._chunks.size,), self._held)
-        # The sum over chunks, where there are several.
-        several = self._chunks.size < problem.shape[0]
-        self._total = workspace.get("total", self._change.shape, torch.float32) if several else None
 
     def change(self) -> Tensor:
         for x, rows in self._chunks:
@@ -131,14 +128,15 @@ class _Examples(_Batch):
             self._locate(rows)
             self._run(DIFFERENCE, rows.stop - rows.start)
             change = routes.multiply(product, x.tensor, self._route, self._change)
-            if self._total is None:
+            if rows.start == 0 and rows.stop == self._batch:
                 return change
+            # The sum over chunks, where there are several.
+            total = self._workspace.get("total", change.shape, torch.float32)
             if rows.start:
-                self._total.add_(change)
+                total.add_(change)
             else:
-                self._total.copy_(change)
-        assert self._total is not None
-        return self._total
+                total.copy_(change)
+        return total
 
     def _locate(self, rows: slice) -> None:
         """Say where some rows of the batch are."""
