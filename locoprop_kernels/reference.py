@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Solved", "decide", "local_loop", "solve"]
 
 _LARGE_GROUP = 2**22  # multiply-accumulates of a group's product, from which on groups are solved one by one on CPUs
-_COMPILED_ROWS = 512  # up to which kernels for CPUs are faster than torch's products: 1.0 to 2.3 times, fewer rows more
+_COMPILED_ROWS = 256  # up to which loops that are compiled as a whole are faster than passes: 1.0 to 2 times
 _YES = torch.tensor(True, device="cpu")
 
 

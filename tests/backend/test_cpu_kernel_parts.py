@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import locoprop_kernels as lk
-from locoprop_kernels import cpu_kernels, rules, transfers
+from locoprop_kernels import cpu_kernels, reference, rules, transfers
 from locoprop_kernels.settings import Settings
 from tests.problems import RULES, TRANSFERS, problem_for, random_layer
 
 pytest.importorskip("numba", exc_type=ImportError)
 import numba
 
-from locoprop_kernels.cpu_kernels import functions, jit, loop, run, table, threads, tiles, updates
+from locoprop_kernels.cpu_kernels import arrays, functions, host, jit, table, threads, tiles, updates
 
 COMPILED = [rule for rule in RULES if updates.family_of(rule) is not None]
 KNOWN = [transfer for transfer in TRANSFERS if transfer.name in functions.CODES]
@@ -36,8 +36,12 @@ def test_rounding_is_that_of_torch():
     bits = np.random.default_rng(0).integers(-(2**31), 2**31, 100_000).astype(np.int32)
     special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1.00390625, 1.01171875, 3.4e38], np.float32)
     values = np.concatenate([bits.view(np.float32), special])
-    found = np.array([loop._rounded(value) for value in values], np.float32)
+    found, bits = np.empty_like(values), np.empty(len(values), np.uint16)
+    arrays.round_to_bfloat16(values, found)
+    arrays.narrow(values, bits)
     expected = torch.from_numpy(values).bfloat16().float().numpy()
+    np.testing.assert_array_equal(found, expected)
+    arrays.widen(bits, found)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -138,13 +142,15 @@ def test_numbers_are_given_to_one_thread_each():
     assert sum(totals) == 400_000 * 399_999 // 2
 
 
-def test_a_task_that_is_not_ended_is_an_error(monkeypatch):
+@pytest.mark.parametrize("rows", [8, None])
+def test_a_task_that_is_not_ended_is_an_error(monkeypatch, rows):
     """As where a thread has no memory: compiled code has no exceptions for its caller."""
+    monkeypatch.setattr(reference, "_COMPILED_ROWS", 0)
     one = problem_for(*random_layer(0, 23, 9, 7, dtype=torch.float32), "tanh")
     before = one.weight.clone()
-    monkeypatch.setattr(run, "run_all", lambda *arguments: None)
+    monkeypatch.setattr(host, "run_all", lambda *arguments: None)
     with pytest.raises(MemoryError, match="local loops on the CPU"):
-        lk.local_steps_([one], "adam", [0.1] * 3, rows=8)
+        lk.local_steps_([one], "adam", [0.1] * 3, rows=rows)
     assert torch.equal(one.weight, before)
     assert not one.state
 
