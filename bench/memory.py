@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from bench import device
+from locoprop_kernels import scratch
 from locoprop_torch import LocoProp, presets
 
 __all__ = ["LOOPS", "LiveBytes", "main", "peak", "peak_of"]
@@ -105,6 +106,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 def peak_of(work: Callable[[], object], where: torch.device) -> float:
     """Peak memory in MiB of what ``work`` allocates on the device ``where``; what was there before does not count."""
     counter = LiveBytes()
+    scratch.release()  # what earlier work has left would not be seen
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
         before = torch.cuda.memory_allocated(where)

@@ -275,10 +275,15 @@ def solve(
     if by_kernels:
         from locoprop_kernels.cpu_kernels.run import Compiled
 
-        some = [problems[i] for i in by_kernels], [states[i] for i in by_kernels]
-        solved.compiled = Compiled(*some, settings, [solved.decisions[i] for i in by_kernels], checked.found)
+        solved.compiled = Compiled(
+            [problems[i] for i in by_kernels],
+            [states[i] for i in by_kernels],
+            settings,
+            [solved.decisions[i] for i in by_kernels],
+            checked.found,
+            lambda place: _tell(done, [by_kernels[place]]),
+        )
         solved.places = {index: place for place, index in enumerate(by_kernels)}
-        _tell(done, by_kernels)
     others = [i for i in range(len(problems)) if i not in solved.places]
     for numbers in together([problems[i] for i in others], [states[i] for i in others], settings):
         part = [others[i] for i in numbers]

@@ -2,7 +2,8 @@
 
 A step writes increments and new state beside the old ones, and drops them when they are committed. Memory that the
 process hands back to the system and takes again is filled with zeros by the system each time, page by page. With few
-rows in a local step that takes longer than all updates of the weights do, so up to ``LIMIT`` bytes of it are kept.
+rows in a local step that takes longer than all updates of the weights do, so up to ``LIMIT`` bytes of it are kept, which
+is enough for 22 million weights.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["LIMIT", "copy_of", "give_back", "take"]
+__all__ = ["LIMIT", "copy_of", "give_back", "release", "take"]
 
-LIMIT = 64 * 2**20
+LIMIT = 256 * 2**20
 _lock = threading.Lock()
 # By number of elements and dtype; the ones that were used last are at the end.
 _kept: dict[tuple[int, torch.dtype], list[Tensor]] = {}
@@ -47,6 +48,14 @@ def give_back(*tensors: Tensor) -> None:
         if ours and tensor.is_contiguous() and size <= LIMIT:
             with _lock:
                 _keep(tensor, size)
+
+
+def release() -> None:
+    """Hand all memory that is kept back to the system."""
+    global _kept_bytes
+    with _lock:
+        _kept.clear()
+        _kept_bytes = 0
 
 
 def _keep(tensor: Tensor, size: int) -> None:

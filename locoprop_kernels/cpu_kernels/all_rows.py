@@ -18,7 +18,6 @@ from locoprop_kernels.gram import GramForm
 from locoprop_kernels.input_chunks import InputChunks, transposed
 from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.products import held
-from locoprop_kernels.scratch import give_back, take
 from locoprop_kernels.settings import Settings
 
 __all__ = ["Workspace", "solve_on_all_rows"]
@@ -28,25 +27,25 @@ _ELEMENTS = 2**15
 
 
 class Workspace:
-    """Memory that the problems of a call use one after the other."""
+    """Memory that the problems of a call use one after the other.
 
-    def __init__(self) -> None:
+    New memory of its own for each would be filled with zeros by the system, page by page.
+
+    Args:
+        device: of the problems.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._memory: dict[str, Tensor] = {}
 
     def get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of any content; the same memory as the last one of this name."""
+        """A tensor of any content, in the same memory as the last one of this name, if it fits there."""
         count = math.prod(shape)
         words = -(-count * dtype.itemsize // torch.float32.itemsize)
-        memory = self._memory.get(name)
-        if memory is None or len(memory) < words:
-            if memory is not None:
-                give_back(memory)
-            memory = self._memory[name] = take((words,), torch.float32, torch.device("cpu"))
-        return memory.view(dtype)[:count].view(tuple(shape))
-
-    def release(self) -> None:
-        """Let go of it."""
-        give_back(*self._memory.values())
+        if name not in self._memory or len(self._memory[name]) < words:
+            self._memory[name] = torch.empty(words, dtype=torch.float32, device=self._device)
+        return self._memory[name].view(dtype)[:count].view(tuple(shape))
 
 
 class _Batch(ABC):

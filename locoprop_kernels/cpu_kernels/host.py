@@ -30,9 +30,9 @@ __all__ = ["Own", "Table", "Tasks"]
 _TASK = 2 * BLOCK
 # What a task returns that has not been run to its end.
 _UNDONE = -1.0
-# A parameter that is not trained, and rows that are not taken.
-_NONE = (0,) * len(PARAMETER.fields or ())
+# Rows that are not taken, and memory that there is not yet.
 _NO_ROWS = (0,) * 11
+_NO_BLOCK = torch.empty(0, device="cpu")
 
 
 def _address(array: NDArray[Any]) -> int:
@@ -165,7 +165,7 @@ class Table:
     Attributes:
         problems: a row for each, see :data:`~locoprop_kernels.cpu_kernels.table.PROBLEM`.
         parameters: two for each, see :data:`~locoprop_kernels.cpu_kernels.table.PARAMETER`.
-        blocks: memory for the increment and the new state of each.
+        blocks: memory for the increment and the new state of each, once it is laid out.
         scattered: the numbers of those whose parameters or state are not contiguous: what kernels read is a copy.
     """
 
@@ -177,22 +177,32 @@ class Table:
         settings: Settings,
         whole: Sequence[bool],
     ) -> None:
-        self._settings, self._family, self._owns = settings, family, owns
-        device = problems[0].weight.device
-        self.blocks = [take((own.layout.size,), torch.float32, device) for own in owns]
+        self._given, self._settings, self._family, self._owns, self._whole = problems, settings, family, owns, whole
+        self.blocks: list[Tensor] = [_NO_BLOCK] * len(owns)
         self.scattered = [place for place, own in enumerate(owns) if not own.contiguous]
         # What has an address in the table must live as long.
         self._held: list[Tensor | NDArray[Any]] = []
-        rows, parameters = [], []
-        for problem, own, block, loops in zip(problems, owns, self.blocks, whole, strict=True):
-            rows.append(self._problem(problem, own, loops))
-            address, scale = block.data_ptr(), problem.scale(settings.reduction) * problem.grad_scale
-            parameters += [self._parameter(part, problem, address, scale) if part else _NONE for part in own.parts]
-        self.problems, self.parameters = np.array(rows, PROBLEM), np.array(parameters, PARAMETER)
+        self.problems, self.parameters = np.zeros(len(owns), PROBLEM), np.zeros((len(owns), 2), PARAMETER)
+        for place, loops in enumerate(whole):
+            if loops:
+                self.lay_out(place)
         softmax = [own.function[0] == SOFTMAX for own in owns]
         self._loops, self._commits = _tasks_of(tuple(zip([own.shape for own in owns], softmax, whole, strict=True)))
         self._number = np.zeros(1, np.int64)
         self._addresses = [_address(array) for array in (self.problems, self.parameters)]
+
+    def lay_out(self, place: int) -> None:
+        """Write a problem's rows of the table, and take memory for it.
+
+        Others that need more beside it, and let go of it, have this done when it is their turn.
+        """
+        problem, own = self._given[place], self._owns[place]
+        block = self.blocks[place] = take((own.layout.size,), torch.float32, problem.weight.device)
+        address, scale = block.data_ptr(), problem.scale(self._settings.reduction) * problem.grad_scale
+        self.problems[place] = self._problem(problem, own, self._whole[place])
+        for number, part in enumerate(own.parts):
+            if part is not None:
+                self.parameters[place, number] = self._parameter(part, problem, address, scale)
 
     def local_steps(self) -> float:
         """Run all local loops that are compiled as a whole; see :meth:`run`."""

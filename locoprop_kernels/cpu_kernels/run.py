@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Compiled:
         settings: the settings of the call.
         decisions: those of the problems; their drivers are ``"numba"`` or ``"passes"``.
         found: what has been found out about these problems, see :class:`locoprop_kernels.checked.Checked`.
+        done: called with the number of each problem that is solved.
 
     Attributes:
         finite: whether it is certain that a commit would write finite numbers only.
@@ -45,19 +46,21 @@ class Compiled:
         settings: Settings,
         decisions: Sequence[Decision],
         found: dict[Any, Any],
+        done: Callable[[int], None],
     ) -> None:
-        whole = [decision.driver == "numba" for decision in decisions]
+        self._whole = whole = [decision.driver == "numba" for decision in decisions]
         self._table = Table(problems, *_owns(problems, olds, settings, found), settings, whole)
         self._problems, self._olds, self._iterations = problems, olds, settings.iterations
         # The problems whose increments somebody else may hold.
         self._lent: set[int] = set()
         # The sum of all absolute values, or more; NaN where one is not a number.
         total = self._table.local_steps() if any(whole) else 0.0
-        workspace = Workspace()
+        workspace = Workspace(problems[0].weight.device)
         for place, decision in enumerate(decisions):
             if not whole[place]:
+                self._table.lay_out(place)
                 total += solve_on_all_rows(self._table, place, problems[place], settings, decision.form, workspace)
-        workspace.release()
+            done(place)
         self.finite = total < _LARGEST
 
     def increment(self, place: int) -> Increment:
@@ -84,7 +87,7 @@ class Compiled:
         table = self._table
         left = {place: self.increment(place) for place in table.scattered}
         if left:
-            table.parameters.reshape(-1, 2)[table.scattered] = 0
+            table.parameters[table.scattered] = 0
         written, steps = [], []
         for place, (problem, olds) in enumerate(zip(self._problems, self._olds, strict=True)):
             for kind, old in olds.items() if place not in left else ():
@@ -99,7 +102,9 @@ class Compiled:
         torch.autograd.graph.increment_version(written)
         if steps:
             torch._foreach_add_(steps, self._iterations)
-        give_back(*(block for place, block in enumerate(table.blocks) if place not in self._lent))
+        # Beside products on all rows it is not worth to hold on to it.
+        kept = [place for place, whole in enumerate(self._whole) if whole and place not in self._lent]
+        give_back(*[table.blocks[place] for place in kept])
         return left
 
 

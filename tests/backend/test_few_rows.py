@@ -215,6 +215,17 @@ def test_memory_is_given_out_once():
     assert other.data_ptr() != place
 
 
+def test_memory_that_is_kept_can_be_released(monkeypatch):
+    monkeypatch.setattr(scratch, "_kept", {})
+    monkeypatch.setattr(scratch, "_kept_bytes", 0)
+    scratch.give_back(torch.empty(7), torch.empty(5))
+    scratch.release()
+    assert not scratch._kept
+    assert scratch._kept_bytes == 0
+    scratch.give_back(torch.empty(7))
+    assert scratch._kept_bytes == 28
+
+
 def test_no_more_than_the_limit_is_kept(monkeypatch):
     monkeypatch.setattr(scratch, "_kept", {})
     monkeypatch.setattr(scratch, "_kept_bytes", 0)
