@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Solved", "decide", "local_loop", "solve"]
 
 _LARGE_GROUP = 2**22  # multiply-accumulates of a group's product, from which on groups are solved one by one on CPUs
-_COMPILED_ROWS = 256  # up to which loops that are compiled as a whole are faster than passes: 1.0 to 2 times
+_COMPILED_ROWS = 256  # up to which loops that are compiled as a whole are faster than phases: 1.0 to 2 times
 _YES = torch.tensor(True, device="cpu")
 
 
@@ -109,8 +109,8 @@ def decide(problem: LocalProblem, settings: Settings, compiled: bool = False) ->
     if compiled:
         if form == "product" and (few or problem.shape[0] <= _COMPILED_ROWS) and cpu_kernels.can_run(problem, settings):
             driver = "numba"
-        elif not few and cpu_kernels.can_update(problem, settings, form):
-            driver = "passes"
+        elif not few and cpu_kernels.can_run_phases(problem, settings, form):
+            driver = "phases"
     return Decision(form, driver, rows=settings.rows if few else None)
 
 
@@ -271,7 +271,7 @@ def solve(
     """
     problems, states = checked.problems, checked.states
     solved = Solved(problems, states, _decisions(checked, settings, compiled))
-    by_kernels = [i for i, decision in enumerate(solved.decisions) if decision.driver in ("numba", "passes")]
+    by_kernels = [i for i, decision in enumerate(solved.decisions) if decision.driver in ("numba", "phases")]
     if by_kernels:
         from locoprop_kernels.cpu_kernels.run import Compiled
 

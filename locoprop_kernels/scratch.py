@@ -2,8 +2,8 @@
 
 A step writes increments and new state beside the old ones, and drops them when they are committed. Memory that the
 process hands back to the system and takes again is filled with zeros by the system each time, page by page. With few
-rows in a local step that takes longer than all updates of the weights do, so up to ``LIMIT`` bytes of it are kept, which
-is enough for 22 million weights.
+rows in a local step that takes longer than all updates of the weights do, so up to ``LIMIT`` bytes of it are kept:
+enough for 22 million weights.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Decision:
             ``"softmax"``; ``"rule"`` where there is a gradient alone, and ``"none"`` where there is nothing to do.
         driver: how it is launched: ``"single"`` (one launch for all local steps), ``"grouped"`` (one for each phase of
             a local step), ``"rows"`` (one launch, whose programs have an n-block each); on a CPU ``"numba"`` (one
-            compiled function for all local steps) or ``"passes"`` (PyTorch's products, and a compiled pass after each);
+            compiled function for all local steps) or ``"phases"`` (PyTorch's products, a compiled phase after each);
             the form's name where PyTorch does it, call by call.
         config: tile sizes and launch options, for kernels.
         programs: programs of the single launch; 0 for other drivers.
@@ -47,8 +47,8 @@ class Decision:
             parts.append("one launch, a program for each n-block")
         elif self.driver == "numba":
             parts.append("compiled by numba")
-        elif self.driver == "passes":
-            parts.append("passes compiled by numba")
+        elif self.driver == "phases":
+            parts.append("phases compiled by numba")
         elif self.config is not None:
             parts.append("a launch for each phase")
         if self.config is not None:

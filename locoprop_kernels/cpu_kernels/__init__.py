@@ -1,9 +1,10 @@
-"""Kernels for CPUs: all local steps on few rows in one function that numba compiles; taken where numba is installed.
+"""Kernels for CPUs that numba compiles, taken where it is installed: whole local loops, or what lies between products.
 
 A local step on few rows costs little more than going through the weights, and for small layers than torch's calls.
 Compiled, some outputs of a layer go through all their local steps at once: increments and state stay in a core's own
 cache, gradients are never written to memory, and there is one call for all of it. A thread takes some outputs of some
-layer after the other.
+layer after the other. With all rows of a large batch PyTorch's products take most of the time; what is between two of
+them, five to ten calls of torch that go through memory, is one compiled phase.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["can_run", "can_update", "version"]
+__all__ = ["can_run", "can_run_phases", "version"]
 
 # Weights of a softmax layer, of which one thread takes all outputs: more of them are better shared out, by PyTorch.
 _ONE_THREAD = 2**17
@@ -54,7 +55,7 @@ def can_run(problem: LocalProblem, settings: Settings) -> bool:
     )
 
 
-def can_update(problem: LocalProblem, settings: Settings, form: str) -> bool:
+def can_run_phases(problem: LocalProblem, settings: Settings, form: str) -> bool:
     """Whether the kernels have what a local loop on all rows needs whose products are PyTorch's, in a form.
 
     That is the same, and operands in bfloat16, but no softmax.

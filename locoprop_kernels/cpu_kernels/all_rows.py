@@ -1,4 +1,4 @@
-"""Local loops on all rows of a batch: PyTorch multiplies, and everything between two products is one compiled pass."""
+"""Local loops on all rows of a batch: PyTorch multiplies, and everything between two products is one compiled phase."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from locoprop_kernels import routes
 from locoprop_kernels.cpu_kernels.functions import KNOWN
 from locoprop_kernels.cpu_kernels.host import Table, Tasks
-from locoprop_kernels.cpu_kernels.table import DIFFERENCE, PASS, PREPARE, UPDATE
+from locoprop_kernels.cpu_kernels.table import DIFFERENCE, PHASE, PREPARE, UPDATE
 from locoprop_kernels.gram import GramForm
 from locoprop_kernels.input_chunks import InputChunks, transposed
 from locoprop_kernels.problem import LocalProblem
@@ -71,8 +71,8 @@ class _Batch(ABC):
         self._operand = delta if operands is torch.float32 else workspace.get("operand", delta.shape, self._held)
         self._change = workspace.get("change", delta.shape, self._held)
         self._sums = workspace.get("sums", (self._outputs,), torch.float32)
-        self._pass = np.zeros(1, PASS)
-        given = self._pass[0]
+        self._phase = np.zeros(1, PHASE)
+        given = self._phase[0]
         given["rows"], given["sums"] = self._batch, self._sums.data_ptr()
         given["operand"] = 0 if operands is torch.float32 else self._operand.data_ptr()
         given["narrow_operand"] = self._held is torch.bfloat16
@@ -82,18 +82,18 @@ class _Batch(ABC):
         """The change of the weight's gradient since the start, at the increment: ``[N, K]``; and that of the bias."""
 
     def update(self, t: int, change: Tensor | None) -> float:
-        """Local step ``t``; see :func:`locoprop_kernels.cpu_kernels.passes.update_outputs`."""
-        given = self._pass[0]
+        """Local step ``t``; see :func:`locoprop_kernels.cpu_kernels.phases.update_outputs`."""
+        given = self._phase[0]
         given["step"] = t
         if change is not None:
             given["product"], given["narrow_product"] = change.data_ptr(), change.dtype is torch.bfloat16
         return self._run(UPDATE, self._inputs)
 
     def _run(self, work: int, elements: int) -> float:
-        """A pass over all outputs, of which each has so many elements."""
+        """A phase of all outputs, of which each has so many elements."""
         size = max(1, _ELEMENTS // elements)
         tasks = Tasks.of([(self._place, self._outputs, elements, size)])
-        return self._table.run(work, tasks, self._pass.ctypes.data)
+        return self._table.run(work, tasks, self._phase.ctypes.data)
 
 
 class _Examples(_Batch):
@@ -106,7 +106,7 @@ class _Examples(_Batch):
         shape = self._outputs, self._batch
         self._a0 = workspace.get("a0", shape, torch.float32)
         self._f0 = workspace.get("f0", shape, torch.float32) if table.function(place) in KNOWN else None
-        given, source = self._pass[0], problem.preactivation
+        given, source = self._phase[0], problem.preactivation
         if isinstance(source, Tensor) and source.dtype is torch.float32 and source.stride(1) == 1:
             given["source"], given["source_stride"] = source.data_ptr(), source.stride(0)
         else:
@@ -121,7 +121,7 @@ class _Examples(_Batch):
         for x, rows in self._chunks:
             out = self._difference[: self._outputs * (rows.stop - rows.start)].view(self._outputs, -1)
             product = routes.multiply(self._operand, x.tensor.mT, self._route, out)
-            given = self._pass[0]
+            given = self._phase[0]
             given["product"], given["narrow_product"] = product.data_ptr(), self._held is torch.bfloat16
             given["adds"] = rows.start > 0
             self._locate(rows)
@@ -139,7 +139,7 @@ class _Examples(_Batch):
 
     def _locate(self, rows: slice) -> None:
         """Say where some rows of the batch are."""
-        given = self._pass[0]
+        given = self._phase[0]
         given["rows"], given["a0_stride"] = rows.stop - rows.start, self._a0.stride(0)
         given["a0"] = self._a0[:, rows].data_ptr()
         given["f0"] = 0 if self._f0 is None else self._f0[:, rows].data_ptr()
@@ -154,7 +154,7 @@ class _Gram(_Batch):
         super().__init__(table, place, problem, operands, workspace)
         square = self._inputs, self._inputs
         self._form = GramForm(problem, operands, workspace.get("gram", square, torch.float32))
-        self._pass[0]["sum_x"] = self._form.sum_x.data_ptr()
+        self._phase[0]["sum_x"] = self._form.sum_x.data_ptr()
 
     def change(self) -> Tensor:
         # The kernel adds what the bias changes.

@@ -212,13 +212,13 @@ class Table:
         """Apply increments and new state of all problems."""
         self.run(COMMIT, self._commits)
 
-    def run(self, work: int, tasks: Tasks, one_pass: int = 0) -> float:
+    def run(self, work: int, tasks: Tasks, phase: int = 0) -> float:
         """Run tasks, and return the sum of what each has returned.
 
         Args:
             work: what they do.
             tasks: the tasks.
-            one_pass: address of the pass that they are part of.
+            phase: address of the phase that they are part of.
 
         Raises:
             MemoryError: a thread had none for its work.
@@ -229,7 +229,7 @@ class Table:
         call = np.array(
             (
                 *(_address(self._number), count, len(self.problems), *self._addresses),
-                *(tasks.address, _address(results), work, one_pass),
+                *(tasks.address, _address(results), work, phase),
             ),
             CALL,
         )

@@ -28,7 +28,7 @@ class Compiled:
         problems: validated problems, of which ``decisions`` say how they are solved.
         olds: the rule's state in each before the loop.
         settings: the settings of the call.
-        decisions: those of the problems; their drivers are ``"numba"`` or ``"passes"``.
+        decisions: those of the problems; their drivers are ``"numba"`` or ``"phases"``.
         found: what has been found out about these problems, see :class:`locoprop_kernels.checked.Checked`.
         done: called with the number of each problem that is solved.
 

@@ -23,7 +23,7 @@ __all__ = [
     "DIFFERENCE",
     "LOCAL_STEPS",
     "PARAMETER",
-    "PASS",
+    "PHASE",
     "PREPARE",
     "PROBLEM",
     "TASK",
@@ -89,15 +89,15 @@ PROBLEM = np.dtype(
 )
 #: Some outputs of a problem: its number, the first of them, and the one behind the last.
 TASK = np.dtype([("problem", np.int64), ("first", np.int64), ("last", np.int64)], align=True)
-#: A pass over the outputs of a problem, between two products of a local step: the number of the local step; what the
-#: product before it has found, ``Δ Xᵀ`` ``[N, b]`` or the change of the weight's gradient ``[N, K]``, and whether that
-#: is in bfloat16; how many rows of the batch there are, which is ``b`` but in the Gram form; the pre-activations of
-#: these rows, transposed ``[N, b]``, and ``f`` of them, 0 where it is not kept, and how far apart two outputs are; what
-#: the pre-activations are transposed from ``[b, N]``, 0 where they have been, and how far apart two rows of that are;
-#: the change of the bias's gradient ``[N]``, and
-#: whether these rows add to it; memory for the weight's increment as the operand of the next product, 0 where it is
-#: taken as it is, and whether that is in bfloat16; in the Gram form the sum of all rows of ``X`` ``[K]``, else 0.
-PASS = np.dtype(
+#: A phase of a local step of a problem, between two products: the number of the local step; what the product before it
+#: has found, ``Δ Xᵀ`` ``[N, b]`` or the change of the weight's gradient ``[N, K]``, and whether that is in bfloat16;
+#: how many rows of the batch there are, which is ``b`` but in the Gram form; the pre-activations of these rows,
+#: transposed ``[N, b]``, and ``f`` of them, 0 where it is not kept, and how far apart two outputs are; what the
+#: pre-activations are transposed from ``[b, N]``, 0 where they have been, and how far apart two rows of that are; the
+#: change of the bias's gradient ``[N]``, and whether these rows add to it; memory for the weight's increment as the
+#: operand of the next product, 0 where it is taken as it is, and whether that is in bfloat16; in the Gram form the sum
+#: of all rows of ``X`` ``[K]``, else 0.
+PHASE = np.dtype(
     [
         ("step", np.int64),
         ("product", np.int64),
@@ -116,11 +116,11 @@ PASS = np.dtype(
     ],
     align=True,
 )
-#: What a call does: all local steps of some outputs, the commit of what they have found, or a pass of a local step.
+#: What a call does: all local steps of some outputs, the commit of what they have found, or a phase of a local step.
 LOCAL_STEPS, COMMIT, PREPARE, DIFFERENCE, UPDATE = range(5)
 #: A call: where the number of the next task is, an int64 that threads count up; how many tasks and how many problems
 #: there are; where these, their parameters (two of each) and the tasks are; memory for what each task returns; what the
-#: tasks do, and where the pass is, if it is one.
+#: tasks do, and where the phase is, if it is one.
 CALL = np.dtype(
     [
         ("next", np.int64),
@@ -131,7 +131,7 @@ CALL = np.dtype(
         ("tasks", np.int64),
         ("results", np.int64),
         ("work", np.int64),
-        ("one_pass", np.int64),
+        ("phase", np.int64),
     ],
     align=True,
 )

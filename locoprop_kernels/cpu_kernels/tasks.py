@@ -10,14 +10,14 @@ from numba import carray
 
 from locoprop_kernels.cpu_kernels import jit
 from locoprop_kernels.cpu_kernels.loop import commit, local_steps
-from locoprop_kernels.cpu_kernels.passes import difference, prepare, update_outputs
+from locoprop_kernels.cpu_kernels.phases import difference, prepare, update_outputs
 from locoprop_kernels.cpu_kernels.table import (
     CALL,
     COMMIT,
     DIFFERENCE,
     LOCAL_STEPS,
     PARAMETER,
-    PASS,
+    PHASE,
     PREPARE,
     PROBLEM,
     TASK,
@@ -41,7 +41,7 @@ def _run(address):
     tasks = carray(pointer(call.tasks), (call.count,), TASK)
     problems = carray(pointer(call.problems), (call.problem_count,), PROBLEM)
     parameters = carray(pointer(call.parameters), (call.problem_count, 2), PARAMETER)
-    passes = carray(pointer(call.one_pass), (1,), PASS)
+    phases = carray(pointer(call.phase), (1,), PHASE)
     number = take_number(call.next)
     while number < call.count:
         task = tasks[number]
@@ -53,11 +53,11 @@ def _run(address):
         elif call.work == COMMIT:
             commit(problem, weight, bias, task.first, task.last)
         elif call.work == PREPARE:
-            prepare(problem, passes[0], task.first, task.last)
+            prepare(problem, phases[0], task.first, task.last)
         elif call.work == DIFFERENCE:
-            difference(problem, bias, passes[0], task.first, task.last)
+            difference(problem, bias, phases[0], task.first, task.last)
         else:
-            result = update_outputs(problem, weight, bias, passes[0], task.first, task.last)
+            result = update_outputs(problem, weight, bias, phases[0], task.first, task.last)
         results[number] = result
         number = take_number(call.next)
 
@@ -65,5 +65,5 @@ def _run(address):
 @lru_cache(maxsize=1)
 def entry() -> int:
     """The address of the compiled function ``void (*)(void *)``, to be called with that of a call."""
-    _log.info("loading the local loops for CPUs; the first process compiles them, for ten to thirty seconds")
+    _log.info("loading the local loops for CPUs; the first process compiles them, for fifteen to forty seconds")
     return jit.entry(_run)

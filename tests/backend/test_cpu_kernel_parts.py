@@ -171,7 +171,7 @@ def test_a_task_that_is_not_ended_is_an_error(monkeypatch, rows):
     ],
 )
 def test_the_kernels_know_every_option(kind, known):
-    """One that is new must be read by the kernels, or refused in ``can_run`` or ``family_of``, and then named here."""
+    """One that is new must be read by the kernels, or refused in ``_know`` or ``family_of``, and then named here."""
     assert {field.name for field in dataclasses.fields(kind)} == set(known.split())
 
 

@@ -217,9 +217,9 @@ def test_without_numba_everything_goes_through_pytorch(monkeypatch):
 def test_many_rows_of_one_batch_are_multiplied_by_pytorch():
     """Whose products are faster there, and take all of the processor; in bfloat16 they always are."""
     assert lk.local_steps_([problem(b=256)], "adam", **{**OPTIONS, "rows": None}).driver == "numba"
-    assert lk.local_steps_([problem(b=257)], "adam", **{**OPTIONS, "rows": None}).driver == "passes"
+    assert lk.local_steps_([problem(b=257)], "adam", **{**OPTIONS, "rows": None}).driver == "phases"
     narrow = {**OPTIONS, "rows": None, "compute_dtype": torch.bfloat16}
-    assert lk.local_steps_([problem()], "adam", **narrow).driver == "passes"
+    assert lk.local_steps_([problem()], "adam", **narrow).driver == "phases"
     assert lk.local_steps_([problem(b=5000)], "adam", **OPTIONS).driver == "numba"
 
 

@@ -1,4 +1,4 @@
-"""Local loops on all rows whose products are PyTorch's and whose passes are compiled, against the reference."""
+"""Local loops on all rows whose products are PyTorch's and whose phases are compiled, against the reference."""
 
 from typing import Any
 
@@ -36,10 +36,10 @@ def problem(transfer="tanh", b=23, k=40, n=26, bias=True, seed=0, **options):
 
 
 def solved(one, rule="adam", form="product", **options):
-    """The report of a call that is solved by passes, and that of the reference in float64."""
+    """The report of a call that is solved by phases, and that of the reference in float64."""
     options = {**OPTIONS, **options}
     found = lk.local_steps_([one], rule, **options)
-    assert [(entry.driver, entry.decision.form) for entry in found.problems] == [("passes", form)]
+    assert [(entry.driver, entry.decision.form) for entry in found.problems] == [("phases", form)]
     state = {kind: {s: v.double() if v.dim() else v for s, v in slots.items()} for kind, slots in one.state.items()}
     double = copied(one, torch.float64, state=state)
     return found, lk.local_steps_([double], rule, **{**options, "compute_dtype": None, "backend": "reference"})
@@ -159,7 +159,7 @@ def test_operands_that_lie_otherwise_in_memory(transfer):
     transposed = {name: getattr(one, name).t().contiguous().t() for name in ("preactivation", "weight", "grad_weight")}
     for changes in ({"preactivation": wide[:, 5:31]}, transposed, {"x": one.x.t().contiguous().t()}):
         found = lk.local_steps_([copied(one, **changes)], "adam", **OPTIONS)
-        assert found.driver == "passes"
+        assert found.driver == "phases"
         assert all(relative_error(*pair) < 1e-5 for pair in zip(deltas(found), deltas(expected), strict=True))
     low = copied(one, x=one.x.bfloat16(), preactivation=one.preactivation.bfloat16())
     assert max(errors(solved(low))) < 1e-4
@@ -174,14 +174,14 @@ def test_rows_that_are_not_one_tensor():
         stacked = copied(one, x=rows(one.x), preactivation=rows(one.preactivation))
         whole = copied(one, x=torch.cat(stacked.x.parts), preactivation=torch.cat(stacked.preactivation.parts))
         found, expected = (lk.local_steps_([each], "adam", **OPTIONS) for each in (stacked, whole))
-        assert found.driver == expected.driver == "passes"
+        assert found.driver == expected.driver == "phases"
         assert all(relative_error(*pair) < 1e-5 for pair in zip(deltas(found), deltas(expected), strict=True))
     images = torch.randn(3, 4, 9, 9)
     patches = Patches(images, (3, 3), (1, 1), (1, 1))
     x = torch.cat(list(patches.chunks()))
     same = problem_for(x, torch.randn(50, 36), torch.randn(50), torch.randn(147, 50), "relu")
     found, expected = (lk.local_steps_([copied(same, x=rows)], "adam", **OPTIONS) for rows in (patches, x))
-    assert found.driver == "passes"
+    assert found.driver == "phases"
     assert all(relative_error(*pair) < 1e-5 for pair in zip(deltas(found), deltas(expected), strict=True))
 
 
@@ -190,7 +190,7 @@ def test_layers_that_share_memory_do_not_share_numbers():
     sizes = [("tanh", 60, 40, 26), ("identity", 90, 20, 50), ("relu", 1500, 30, 900), ("gelu", 30, 70, 5)]
     problems = [problem(f, b, k, n, seed=i) for i, (f, b, k, n) in enumerate([*sizes, *reversed(sizes)])]
     together = lk.local_steps_([copied(one) for one in problems], "adam", **OPTIONS)
-    assert {entry.driver for entry in together.problems} == {"passes"}
+    assert {entry.driver for entry in together.problems} == {"phases"}
     for i, one in enumerate(problems):
         alone = lk.local_steps_([copied(one)], "adam", **OPTIONS)
         assert all(torch.equal(*pair) for pair in zip(deltas(alone), deltas(together, i), strict=True))
@@ -211,7 +211,7 @@ def test_what_is_not_finite_is_not_committed(name, transfer):
         getattr(one, name).view(-1)[::2] = bad
         before = copied(one)
         report = lk.local_steps_([one], "rmsprop", **{**OPTIONS, "commit": True})
-        assert report.driver == "passes"
+        assert report.driver == "phases"
         written = [one.weight, one.bias, *(v for slots in one.state.values() for v in slots.values())]
         assert all(bool(torch.isfinite(value).all()) for value in written) or not report.committed
         if not report.committed:
@@ -236,13 +236,13 @@ def test_increments_may_be_held_after_the_next_step():
     assert torch.equal(one.weight, before + kept[0])
 
 
-def test_what_passes_are_for():
+def test_what_phases_are_for():
     large = problem(b=600, k=700)
     softmax = problem("softmax", b=600, k=700)
     options = {**OPTIONS, "lr": [0.01] * 3}
-    assert lk.local_steps_([large], "adam", **options).driver == "passes"
-    assert "passes compiled by numba" in str(lk.local_steps_([large], "adam", **options).problems[0].decision)
-    assert lk.local_steps_([large], "adam", compute_dtype=torch.bfloat16, **options).driver == "passes"
+    assert lk.local_steps_([large], "adam", **options).driver == "phases"
+    assert "phases compiled by numba" in str(lk.local_steps_([large], "adam", **options).problems[0].decision)
+    assert lk.local_steps_([large], "adam", compute_dtype=torch.bfloat16, **options).driver == "phases"
     for one, others in (
         (softmax, {}),
         (large, {"trace": True}),
@@ -274,7 +274,7 @@ def test_training_is_that_of_the_reference(compute_dtype):
             nn.functional.mse_loss(model(x[part]), y[part]).backward()
             opt.step()
         drivers = {one.driver for report in opt.last_reports for one in report.problems}
-        assert drivers == {"passes" if backend == "auto" else "product"}
+        assert drivers == {"phases" if backend == "auto" else "product"}
         found.append([(p - q).detach() for p, q in zip(model.parameters(), start, strict=True)])
     for one, other in zip(*found, strict=True):
         assert relative_error(one, other) < (1e-3 if compute_dtype is None else 0.1)

@@ -1,7 +1,7 @@
-"""What a local step on all rows does between the products, which a library makes: two passes over memory.
+"""The phases of a local step on all rows that lie between its products, which a library makes.
 
-Between two products of a local step is the activation difference, and between two local steps the update. Each of them
-is made for some outputs of a problem, in one pass over what a product has found.
+After the first product that is the activation difference, and after the second the update. Each of them is made for
+some outputs of a problem, and goes once through what a product has found.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def prepare(problem, given, first, last):
 
     Args:
         problem: a row of the table, see :data:`~locoprop_kernels.cpu_kernels.table.PROBLEM`.
-        given: see :data:`~locoprop_kernels.cpu_kernels.table.PASS`.
+        given: see :data:`~locoprop_kernels.cpu_kernels.table.PHASE`.
         first: the first output.
         last: the one behind the last.
     """
@@ -78,7 +78,7 @@ def difference(problem, bias, given, first, last):
     Args:
         problem: a row of the table, see :data:`~locoprop_kernels.cpu_kernels.table.PROBLEM`.
         bias: see :data:`~locoprop_kernels.cpu_kernels.table.PARAMETER`.
-        given: see :data:`~locoprop_kernels.cpu_kernels.table.PASS`.
+        given: see :data:`~locoprop_kernels.cpu_kernels.table.PHASE`.
         first: the first output.
         last: the one behind the last.
     """
