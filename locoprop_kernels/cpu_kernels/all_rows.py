@@ -92,7 +92,7 @@ class _Batch(ABC):
     def _run(self, work: int, elements: int) -> float:
         """A phase of all outputs, of which each has so many elements."""
         size = max(1, _ELEMENTS // elements)
-        tasks = Tasks.of([(self._place, self._outputs, elements, size)])
+        tasks = Tasks.of(((self._place, self._outputs, elements, size),))
         return self._table.run(work, tasks, self._phase.ctypes.data)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -51,7 +51,8 @@ class Tasks(NamedTuple):
     address: int
 
     @classmethod
-    def of(cls, problems: Iterable[tuple[int, int, int, int]]) -> Tasks:
+    @lru_cache(maxsize=256)
+    def of(cls, problems: tuple[tuple[int, int, int, int], ...]) -> Tasks:
         """Some outputs of each problem, of which its number, ``N``, ``K`` and the outputs of a task are given."""
         found = []
         for number, outputs, inputs, size in problems:
@@ -72,7 +73,8 @@ def _tasks_of(problems: tuple[tuple[tuple[int, int], bool, bool], ...]) -> tuple
             that is compiled as a whole.
     """
     sizes = [(i, *shape, shape[0] if whole else _TASK) for i, (shape, whole, _) in enumerate(problems)]
-    return Tasks.of(size for size, (*_, loops) in zip(sizes, problems, strict=True) if loops), Tasks.of(sizes)
+    loops = [size for size, (*_, compiled) in zip(sizes, problems, strict=True) if compiled]
+    return Tasks.of(tuple(loops)), Tasks.of(tuple(sizes))
 
 
 class _Layout(NamedTuple):
