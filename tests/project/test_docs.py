@@ -275,6 +275,8 @@ def test_speed_of_few_rows_is_the_measured_one():
     assert f"{ours:.1f} where Adam takes {adam:.1f} ({ours / adam:.1f} times)" in readme
     matching, squared = (speedups(case, "ours-fp32", "ours-bf16") for case in ("paper", "paper-s"))
     assert words.format(*matching, *squared) in readme
+    floors = [speedups(case, "floor-fp32")[0] for case in ("paper", "paper-s")]
+    assert "would be {} and {} times as fast in float32".format(*floors) in readme
 
 
 def test_tuning_table_is_the_measured_one():
