@@ -29,7 +29,7 @@ from locoprop_kernels.input_chunks import InputChunks, transposed
 from locoprop_kernels.loop import Loop, beginning, count_steps, run
 from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
 from locoprop_kernels.products import Operand, product, rounded
-from locoprop_kernels.scratch import give_back, take
+from locoprop_kernels.scratch import give_back
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision, Increment
 from locoprop_kernels.transfers import Transfer
@@ -54,10 +54,10 @@ class _ProductForm(ChangeForm):
         assert isinstance(problem.transfer, Transfer)
         self.operands = operands
         self.transfer = problem.transfer
-        batch, _, outputs = problem.shape
-        groups = problem.weight.shape[:-2]
-        dtype, device = accumulation_dtype(problem.weight.dtype), problem.weight.device
-        self.preactivation = transposed(problem.preactivation, take((*groups, outputs, batch), dtype, device))
+        (batch, _, outputs), groups = problem.shape, problem.weight.shape[:-2]
+        dtype = accumulation_dtype(problem.weight.dtype)
+        memory = problem.weight.new_empty(*groups, outputs, batch, dtype=dtype)
+        self.preactivation = transposed(problem.preactivation, memory)
         self.activation = self._f_(self.preactivation.clone())
         self.chunks = InputChunks(problem, operands)
 

@@ -22,8 +22,9 @@ from locoprop_kernels.settings import Settings
 
 __all__ = ["Workspace", "solve_on_all_rows"]
 
-# Elements that a thread takes at a time.
+# Elements that a thread takes at a time; and outputs, where it reads numbers of theirs that lie side by side.
 _ELEMENTS = 2**15
+_LINE = 16
 
 
 class Workspace:
@@ -89,9 +90,9 @@ class _Batch(ABC):
             given["product"], given["narrow_product"] = change.data_ptr(), change.dtype is torch.bfloat16
         return self._run(UPDATE, self._inputs)
 
-    def _run(self, work: int, elements: int) -> float:
-        """A phase of all outputs, of which each has so many elements."""
-        size = max(1, _ELEMENTS // elements)
+    def _run(self, work: int, elements: int, least: int = 1) -> float:
+        """A phase of all outputs, of which each has so many elements, and a task at least ``least``."""
+        size = max(least, _ELEMENTS // elements)
         tasks = Tasks.of(((self._place, self._outputs, elements, size),))
         return self._table.run(work, tasks, self._phase.ctypes.data)
 
@@ -113,7 +114,7 @@ class _Examples(_Batch):
             transposed(source, self._a0)
         self._locate(slice(0, self._batch))
         if given["source"] or given["f0"]:
-            self._run(PREPARE, self._batch)
+            self._run(PREPARE, self._batch, _LINE)
         self._chunks = InputChunks(problem, operands)
         self._difference = workspace.get("difference", (self._outputs * self._chunks.size,), self._held)
 
