@@ -33,7 +33,7 @@ class InputChunks:
         self._x, self._operands = problem.x, operands
         (batch, inputs, _), groups = problem.shape, problem.groups or 1
         self.size = min(cached_rows(problem), batch)
-        self._bytes = min(CHUNK_BYTES, cached_rows(problem) * groups * inputs * problem.x.dtype.itemsize)
+        self._bytes = min(CHUNK_BYTES, self.size * groups * inputs * problem.x.dtype.itemsize)
         self._held = isinstance(problem.x, Tensor) or (
             isinstance(problem.x, Stacked) and all(isinstance(part, Tensor) for part in problem.x.parts)
         )

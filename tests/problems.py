@@ -88,6 +88,19 @@ def relative_error(actual, expected):
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
+def increment_errors(reports):
+    """Of what a report has found for its first problem, increments and new state, relative to the second report's."""
+    found, expected = (report._solution.increment(0) for report in reports)
+    assert found.delta.keys() == expected.delta.keys()
+    for kind, delta in expected.delta.items():
+        yield relative_error(found.delta[kind], delta)
+        for slot, value in expected.state[kind].items():
+            if value.dim():
+                yield relative_error(found.state[kind][slot], value)
+            else:
+                assert found.state[kind][slot] == value
+
+
 def forget_transfer(name):
     """Undoes ``register_transfer``, for which the package has no function."""
     del transfers._DEFINITIONS[name]

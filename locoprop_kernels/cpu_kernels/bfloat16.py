@@ -12,22 +12,24 @@ _HALF = np.int32(16)
 
 
 @jit
-def rounded(value):
-    """A float32 number rounded to bfloat16, the nearest or else the even one; in float32."""
+def _rounded_bits(value):
+    """Bits whose upper half are the number nearest to a float32 number in bfloat16, or else the even one."""
     bits = np.float32(value).view(np.int32)
     odd = (bits >> _HALF) & np.int32(1)
-    found = np.int32((bits + np.int32(0x7FFF) + odd) & np.int32(-0x10000)).view(np.float32)
-    return found if value == value else value
+    # Of a NaN, the bit that makes it one may be in the lower half.
+    return np.int32(bits + np.int32(0x7FFF) + odd) if value == value else np.int32(bits | np.int32(0x400000))
+
+
+@jit
+def rounded(value):
+    """A float32 number rounded to bfloat16; in float32."""
+    return np.int32(_rounded_bits(value) & np.int32(-0x10000)).view(np.float32)
 
 
 @jit
 def narrowed(value):
     """The same as its sixteen bits."""
-    bits = np.float32(value).view(np.int32)
-    odd = (bits >> _HALF) & np.int32(1)
-    # Of a NaN, a bit that makes it one may be in the lower half.
-    found = bits + np.int32(0x7FFF) + odd if value == value else bits | np.int32(0x400000)
-    return np.uint16(np.uint32(found) >> np.uint32(16))
+    return np.uint16(np.uint32(_rounded_bits(value)) >> np.uint32(16))
 
 
 @jit

@@ -30,8 +30,9 @@ __all__ = ["Own", "Table", "Tasks"]
 _TASK = 2 * BLOCK
 # What a task returns that has not been run to its end.
 _UNDONE = -1.0
+_FIELDS = tuple(PROBLEM.names or ())
 # Rows that are not taken, and memory that there is not yet.
-_NO_ROWS = (0,) * 11
+_NO_ROWS = (0,) * (_FIELDS.index("function") - _FIELDS.index("x"))
 _NO_BLOCK = torch.empty(0, device="cpu")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from locoprop_kernels.cpu_kernels import arrays
-from locoprop_kernels.cpu_kernels.bfloat16 import rounded
 from locoprop_kernels.cpu_kernels.functions import SOFTMAX, differences
 from locoprop_kernels.cpu_kernels.jit import jit, with_whole_registers
 from locoprop_kernels.cpu_kernels.table import aligned, integers, matrix, vector
@@ -46,9 +45,8 @@ def _difference(e, a, bias, first, a0, places, count, transfer, p0, p1, scale, r
     differences(transfer, e[:count], a[:count], outputs, p0, p1)
     if rounds:
         for r in range(count):
-            own, other = e[r], a[r]
-            for n in range(own.shape[0]):
-                other[n] = scale * rounded(own[n])
+            arrays.round_to_bfloat16(e[r], a[r])
+            arrays.multiply(a[r], scale)
     for r in range(count):
         arrays.multiply(e[r], scale)
     for r in range(count, e.shape[0]):
@@ -215,9 +213,7 @@ def local_steps(problem, weight, bias, first, last):
             places, taken = places_x[max(t - 1, 0)], width if t > 0 else 0
             if t > 0:
                 for i in range(factor.shape[0]):
-                    one, other = d[i], factor[i]
-                    for k in range(padded):
-                        other[k] = rounded(one[k])
+                    arrays.round_to_bfloat16(d[i], factor[i])
                 left = factor if rounds else d
                 for i in range(0, m - n, OUTPUTS):
                     preactivations(left[i : i + OUTPUTS], x, places, e, i)

@@ -84,11 +84,11 @@ def difference(problem, bias, given, first, last):
     """
     rows = given.rows
     delta, sums = vector(bias.delta, last), vector(given.sums, last)
+    wide, narrow = vector(given.product, last * rows), halves(given.product, last * rows)
     memory = aligned(2, min(rows, _PIECE))
     for n in range(first, last):
         a0 = vector(given.a0 + NUMBER * n * given.a0_stride, rows)
         f0 = vector(given.f0 + NUMBER * n * given.a0_stride if given.f0 else 0, rows)
-        wide, narrow = vector(given.product, last * rows), halves(given.product, last * rows)
         total = sums[n] if given.adds else _ZERO
         for begin in range(0, rows, _PIECE):
             end = min(begin + _PIECE, rows)
@@ -181,11 +181,11 @@ def _update(problem, parameter, given, found, first, last):
             arrays.fill(delta[here], _ZERO)
             arrays.copy(old_squares[here], squares[here])
             arrays.copy(old_buffer[here], buffer[here])
-        elif narrow:
-            arrays.widen(bits[here], g)
-            _gradient(g, parameter.scale, start[here], problem.scale, problem.prox, delta[here])
         else:
-            arrays.copy(wide[here], g)
+            if narrow:
+                arrays.widen(bits[here], g)
+            else:
+                arrays.copy(wide[here], g)
             _gradient(g, parameter.scale, start[here], problem.scale, problem.prox, delta[here])
         _step(rule, delta[here], squares[here], buffer[here], g, rest)
         if operand and given.narrow_operand:
