@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from locoprop_torch.masks import trained_parameters
 from locoprop_torch.passes import Gradients, Pass, SeenGradient
 from locoprop_torch.sharding import is_sharded, own_tensor, whole
 from locoprop_torch.shares import Shares
-from locoprop_torch.unit import OutputGradient, unscaling
+from locoprop_torch.unit import Measured, OutputGradient, unscaling
 
 __all__ = ["CapturedLayer"]
 
@@ -174,11 +174,9 @@ class CapturedLayer:
         number = self._note(captured)
         if number is None:
             return
-        if self._output_gradient is not None:
-            found = self._output_gradient.reach(self, number, lambda: whole(gradient))
-            captured.output = found or captured.output
-        if self.keep_gradients:
-            captured.arrive(number, Gradients(output=gradient.detach()))
+        order = None if self._output_gradient is None else self._output_gradient.begins(number)
+        if self.keep_gradients or order is not None:
+            captured.arrive(number, Gradients(output=gradient.detach(), order=order))
 
     def _reach_by_input(self, captured: Pass, gradient: Tensor) -> None:
         """A backward pass has come to the gradient of the input of ``captured``."""
@@ -212,7 +210,7 @@ class CapturedLayer:
         gradient = parameter.grad
         if gradient is not None and not self._averaged:
             copy = gradient.detach().clone() if self.keep_gradients else None
-            measured = any(captured.output for captured in self._reached.get(backward_pass(), ()))
+            measured = any(captured.measured for captured in self._reached.get(backward_pass(), ()))
             norm = gradient.detach().norm() if measured else None
             self._seen[kind] = SeenGradient(TensorWeakRef(gradient), gradient._version, copy, norm)
         number = backward_pass()
@@ -344,6 +342,16 @@ class CapturedLayer:
                 f"layer {self.name!r} changed shape since the forward: it mapped {x.shape[-1]} to {a.shape[-1]}, "
                 f"its weight is now {list(self.weight.shape)}"
             )
+
+    def measured(self, passes: Iterable[Pass]) -> list[Measured]:
+        """What is known of the gradient at the outputs of passes, where a backward pass began there."""
+        found = [
+            Measured.of(gradients.order, self._layout(captured.module).outputs(whole(gradients.output)))
+            if (gradients := captured.gradients) and gradients.order is not None and gradients.output is not None
+            else captured.output
+            for captured in passes
+        ]
+        return [measured for measured in found if measured is not None]
 
     def residual_parts(self) -> Iterator[tuple[Layout, Tensor, Gradients]]:
         """The layout, pre-activation and gradients of each captured pass, in the order of :meth:`rows`."""

@@ -20,13 +20,21 @@ __all__ = ["Gradients", "Pass", "SeenGradient"]
 
 @dataclass(eq=False)
 class Gradients:
-    """``∂L/∂A`` of a pass, and ``∂L/∂f(A)`` where the activation is a module; both only where a target needs them."""
+    """Gradients at a pass.
+
+    Attributes:
+        output: ``∂L/∂A``, where a target or the unit of ``γ`` needs it.
+        activation: ``∂L/∂f(A)``, where a target needs it and the activation is a module.
+        order: of the backward pass, if it began here and the unit of ``γ`` is to be measured.
+    """
 
     output: Tensor | None = None
     activation: Tensor | None = None
+    order: int | None = None
 
     def add(self, other: Gradients) -> None:
         """Add those of another backward pass."""
+        self.order = other.order if self.order is None else self.order
         for name in ("output", "activation"):
             old, new = getattr(self, name), getattr(other, name)
             if new is not None:
@@ -51,7 +59,7 @@ class Pass:
         counted: whether a backward pass through it has added to the parameters' gradients.
         gradients: what the backward passes that count have brought.
         arriving: by the number of a backward pass, what it has brought, until it is known to count.
-        output: what :class:`locoprop_torch.unit.OutputGradient` has measured at its output.
+        output: what several processes have measured at its output, see :mod:`locoprop_torch.unit`.
         number: of the call, counted through the process.
     """
 
@@ -86,6 +94,12 @@ class Pass:
         """The backward pass does not count."""
         if self.arriving is not None:
             self.arriving.pop(number, None)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the unit of ``γ`` is to be measured by gradients that have come to it."""
+        found = [self.gradients, *(self.arriving or {}).values()]
+        return any(one is not None and one.order is not None for one in found)
 
     @property
     def released(self) -> bool:

@@ -25,14 +25,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from locoprop_kernels.patches import row_chunks
+from locoprop_kernels.patches import Rows, row_chunks
 from locoprop_kernels.problem import is_number, shown
 
 if TYPE_CHECKING:
@@ -105,6 +105,16 @@ class Measured(NamedTuple):
     rows: int
     settled: bool = False
 
+    @classmethod
+    def of(cls, order: int, rows: Tensor | Rows) -> Measured | None:
+        """Measure ``∂L/∂A``, ``[n, N]`` or ``[G, n, N]``; ``None`` where it has no elements."""
+        if not math.prod(rows.shape):
+            return None
+        largest = torch.cat([chunk.abs().amax(-1) for chunk in row_chunks(rows)], -1)
+        # Groups are parts of the same examples.
+        largest = largest if largest.dim() == 1 else largest.amax(0)
+        return cls(order, largest.double().square().sum(), len(largest))
+
     def at_step(self, layer: CapturedLayer) -> float:
         """The sum of squares, of the gradient as it is at the step."""
         return float(self.squares) * (1.0 if self.settled else layer.unscaled() ** 2)
@@ -131,29 +141,20 @@ class OutputGradient:
         self._number = -1
         self._order = itertools.count()
 
-    def reach(self, layer: CapturedLayer, number: int, gradient: Callable[[], Tensor]) -> Measured | None:
+    def begins(self, number: int) -> int | None:
         """A backward pass has come to the output of a layer.
 
         Args:
-            layer: the layer.
             number: the number of the backward pass.
-            gradient: returns ``∂L/∂A`` in the shape of the module's output.
 
         Returns:
-            What was measured; ``None`` where nothing is to be.
+            A number that counts the backward passes, if this is the first layer that it comes to and its gradient is to
+            be measured; ``None`` otherwise.
         """
         if not self.wanted or self.size is not None or number == self._number:
             return None
-        found = gradient()
-        if not found.numel():
-            return None
         self._number = number
-        rows = layer.layout.outputs(found.detach())
-        largest = [chunk.abs().amax(-1) for chunk in row_chunks(rows)]
-        # Groups are parts of the same examples.
-        whole = torch.cat(largest, -1)
-        whole = whole if whole.dim() == 1 else whole.amax(0)
-        return Measured(next(self._order), whole.double().square().sum(), len(whole))
+        return next(self._order)
 
     def look(self, layers: Mapping[str, CapturedLayer]) -> None:
         """Find the rate of a step that is being made; :meth:`keep` makes it last.
@@ -196,10 +197,7 @@ class OutputGradient:
 
 def _measured(layers: Mapping[str, CapturedLayer]) -> tuple[float | None, str | None]:
     """``size`` and ``layer`` from what the passes that count have brought; ``None`` if that is nothing usable."""
-    found = {
-        name: sorted(captured.output for captured in layer.passes if captured.output is not None)
-        for name, layer in layers.items()
-    }
+    found = {name: sorted(layer.measured(layer.passes)) for name, layer in layers.items()}
     # Backward passes within others, as those of checkpoints are, begin at layers inside of the model.
     name = min((name for name, some in found.items() if some), key=lambda name: found[name][0], default=None)
     if name is None:

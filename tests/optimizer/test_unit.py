@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from locoprop_torch import GroupedLinear, LocoProp, PerExample
 from tests.helpers import WithNorm, assert_same, batch, mlp, weights
@@ -289,61 +288,6 @@ def test_positions_that_are_averaged_are_as_one():
 
 
 # --- which backward pass, which layer
-
-
-class Checkpointed(nn.Module):
-    """The layers of :func:`mlp` in two parts that are computed again in the backward pass."""
-
-    def __init__(self, reentrant):
-        super().__init__()
-        self.layers, self.reentrant = mlp(), reentrant
-
-    def forward(self, x):
-        x = checkpoint(self.layers[:2], x.requires_grad_(), use_reentrant=self.reentrant)
-        return checkpoint(self.layers[2:], x, use_reentrant=self.reentrant)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing(reentrant):
-    plain, expected = after()
-    model = Checkpointed(reentrant)
-    opt = optimizer(model)
-    for _ in range(3):
-        step(model, opt, *batch())
-    assert opt.output_gradient == {**expected.output_gradient, "layer": "layers.4"}
-    assert_same(plain, model, **EXACT)
-
-
-@pytest.mark.parametrize("rows", [None, 2, 32])
-def test_backward_passes_that_do_not_count_are_not_measured(rows):
-    plain, _ = after(count=1, rows=rows)
-    model = mlp()
-    opt = optimizer(model, rows=rows)
-    x, y = batch()
-    other = x.clone().requires_grad_()
-    # An attack, an evaluation, and a gradient that is thrown away.
-    torch.autograd.grad(1e3 * squares(model(other), y), other)
-    (1e3 * squares(model(other), y)).backward(inputs=[other])
-    with torch.no_grad():
-        model(x)
-    (1e3 * squares(model(x), y)).backward()
-    step(model, opt, x, y)
-    assert_same(plain, model, **EXACT)
-
-
-def test_the_same_graph_again():
-    """A discarded backward pass and a second one through the same graph, of another loss."""
-    plain, expected = after(count=1)
-    model = mlp()
-    opt = optimizer(model)
-    x, y = batch()
-    output = model(x)
-    (1e3 * squares(output, y)).backward(retain_graph=True)
-    opt.zero_grad()
-    squares(output, y).backward()
-    opt.step()
-    assert opt.output_gradient == expected.output_gradient
-    assert_same(plain, model, **EXACT)
 
 
 @pytest.mark.parametrize("first", [0.0, float("nan"), float("inf")])
