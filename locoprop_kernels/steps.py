@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import reference, rules
+from locoprop_kernels.autocasting import without_autocast
 from locoprop_kernels.checked import Checked, check
 from locoprop_kernels.problem import LocalProblem, shown
 from locoprop_kernels.regularisers import Regulariser
@@ -67,6 +68,7 @@ def _choose_backend(backend: str, checked: Checked, settings: Settings) -> tuple
 
 
 @torch.no_grad()
+@without_autocast()
 def local_steps_(
     problems: Sequence[LocalProblem],
     rule: str | rules.Rule = "rmsprop",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from locoprop_kernels import StepReport, rules, transfers
+from locoprop_kernels.autocasting import without_autocast
 from locoprop_kernels.problem import shown
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
 from locoprop_kernels.reports import nothing_done
@@ -261,24 +262,25 @@ class LocoProp(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        link_groups(self.param_groups, self.aux)
-        check_capture(self._model_layers, self.aux)
-        own, together = own_groups(self.param_groups), processes.of(self)
-        self._model_layers.want_unit(own)
-        where = together.begin(self, lambda: places(own))
-        solved, finite = together.finish(lambda: self._solved(where, loss))
-        calls, reports = solved.calls, solved.reports
-        self.rows_seed += 1
-        self._model_layers.output_gradient.keep()
-        if self.aux is not None and finite:  # which waits for the device
-            self.aux.step()
-            link_state(self.state, self.aux)
-        if any(group["weight_decay"] for group in own):
-            decay_weights(calls, finite)
-        for call, report in zip(calls, reports, strict=True):
-            commit(call, report, finite, self.state)
-        together.receive(finite)
-        self._model_layers.forget(release=True)
+        with without_autocast():
+            link_groups(self.param_groups, self.aux)
+            check_capture(self._model_layers, self.aux)
+            own, together = own_groups(self.param_groups), processes.of(self)
+            self._model_layers.want_unit(own)
+            where = together.begin(self, lambda: places(own))
+            solved, finite = together.finish(lambda: self._solved(where, loss))
+            calls, reports = solved.calls, solved.reports
+            self.rows_seed += 1
+            self._model_layers.output_gradient.keep()
+            if self.aux is not None and finite:  # which waits for the device
+                self.aux.step()
+                link_state(self.state, self.aux)
+            if any(group["weight_decay"] for group in own):
+                decay_weights(calls, finite)
+            for call, report in zip(calls, reports, strict=True):
+                commit(call, report, finite, self.state)
+            together.receive(finite)
+            self._model_layers.forget(release=True)
         if calls or solved.elsewhere or self.aux is not None:
             self._skipped.count(finite)
         left = {"no gradient": solved.idle, "solved by other processes": solved.elsewhere}
