@@ -27,6 +27,9 @@ class ActivationHook(ForwardHook):
             captured = layer.latest(args[0]) if layer is not None and args else None
             if captured is not None and output.requires_grad:
                 output.register_hook(_ActivationGradient(captured))
+                # In place: the same tensor goes to the next module, which is none of the layer's.
+                if layer is not None and output is args[0]:
+                    layer.leave_latest()
 
 
 class _ActivationGradient:

@@ -131,6 +131,10 @@ class CapturedLayer:
             return None
         return self._latest[1]()
 
+    def leave_latest(self) -> None:
+        """The last output has become something else, in place."""
+        self._latest = None
+
     # Hooks cannot be part of a compiled graph, so each layer ends one.
     @torch.compiler.disable
     def watch(self, module: nn.Module, x: Tensor, output: Tensor) -> None:

@@ -43,6 +43,16 @@ def test_primal_target(inplace):
     assert_same(train(model, target="primal"), expected)
 
 
+@pytest.mark.parametrize("following", [nn.Identity(), nn.Dropout(0.0), nn.Hardtanh(), nn.Unflatten(1, (2, 2))], ids=str)
+def test_primal_target_of_an_activation_in_place_and_what_follows_it(following):
+    def trained(inplace):
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 4), nn.ReLU(inplace), following, nn.Flatten(), nn.Linear(4, 3)]
+        return train(nn.Sequential(*layers).double(), transfers={"0": "relu"}, target="primal")
+
+    assert_same(trained(True), trained(False))
+
+
 def test_primal_target_needs_an_activation_module():
     class Model(nn.Module):
         def __init__(self):
