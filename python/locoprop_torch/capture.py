@@ -222,6 +222,9 @@ class CapturedLayer:
         found = sorted(self._reached.pop(number, ()), key=lambda captured: captured.number)
         for captured in found:
             captured.keep(number)
+            # Weights may change before the step (SAM perturbs them, and takes that back).
+            if captured.output_overwritten and not captured.overwritten and not self.sharded:
+                captured.restored(self.name, self.weight.dtype)
             if not captured.counted and not captured.released:
                 captured.counted = True
                 self.passes.append(captured)

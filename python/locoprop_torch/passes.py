@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from locoprop_kernels.autocasting import without_autocast
 from locoprop_torch.kept import KeptRows
 from locoprop_torch.masks import trained_weight
 from locoprop_torch.sharding import is_sharded
@@ -111,6 +112,11 @@ class Pass:
         """Whether somebody has written over its input."""
         return self.x is not None and self.x._version != self.versions[0]
 
+    @property
+    def output_overwritten(self) -> bool:
+        """Whether somebody has written over its output, as an activation function in place does."""
+        return self.preactivation is not None and self.preactivation._version != self.versions[1]
+
     def release(self) -> None:
         """Let go of the tensors, which the graph behind the loss would keep until the next forward pass."""
         if self.kept is not None:
@@ -131,6 +137,8 @@ class Pass:
     def restored(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Input and pre-activation in dtypes that a local problem takes; the latter anew where it was overwritten.
 
+        That is of the forward pass only as long as the weights are.
+
         Args:
             name: the layer's, for messages.
             dtype: the weight's.
@@ -145,8 +153,7 @@ class Pass:
             raise ValueError(
                 f"the input of layer {name!r} was overwritten in place between the forward pass and step()"
             )
-        # An in-place activation function does that, for instance.
-        overwritten = a._version != self.versions[1]
+        overwritten = self.output_overwritten
         if not overwritten and x.dtype is dtype and a.dtype is dtype:
             return x, a
         allowed = (dtype, torch.bfloat16, torch.float16)
@@ -158,7 +165,8 @@ class Pass:
                     f"the output of layer {name!r} was overwritten in place, and its weight is sharded by now: take "
                     "activation functions that are not in place"
                 )
-            a = type(self.module).forward(self.module, x.to(dtype))
+            with torch.no_grad(), without_autocast():
+                a = type(self.module).forward(self.module, x.to(dtype))
         elif a.dtype not in allowed:
             a = a.to(dtype)
         self.preactivation, self.versions = a, (x._version, a._version)
