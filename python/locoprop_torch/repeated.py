@@ -77,7 +77,8 @@ class _RepeatedStep:
         self._calls, self._idle = solved.calls, solved.idle
         self._works = [work for call in solved.calls for work in call.work]
         self._trained = [one for work in self._works for one in work.trained.values()]
-        self._numbers = [one.place.number for one in self._trained]
+        # Others would be those of an optimiser that has loaded a state, which has the same rules and parameters.
+        self._groups = [one.place.group for one in self._trained]
         self._parameters = [one.parameter for one in self._trained]
         self._ids = [id(parameter) for parameter in self._parameters]
         layers, ours = optimizer._layers.values(), set(self._ids)
@@ -109,7 +110,8 @@ class _RepeatedStep:
         kept = [state.get(parameter) or {} for parameter in self._parameters]
         slots = [*chain.from_iterable([slots.values() for slots in kept])]
         if (
-            [place.number for place in places] != self._numbers
+            len(places) != len(self._groups)
+            or not all(map(is_, [place.group for place in places], self._groups))
             or len(gradients) != len(self._trained)
             or [parameter for parameter in self._untrained if parameter.grad is not None]
             or len(slots) != len(self._slots)
@@ -160,4 +162,4 @@ class _RepeatedStep:
 
 def _asked(optimizer: LocoProp, calls: Sequence[Call]) -> list[Any]:
     """What says what a step is to do for the layers, but for numbers."""
-    return [optimizer.local_loss, *[(id(c.group), id(c.group["rule"]), c.group["transfer"]) for c in calls]]
+    return [optimizer.local_loss, *[(id(c.group["rule"]), c.group["transfer"]) for c in calls]]

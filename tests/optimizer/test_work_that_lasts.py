@@ -110,6 +110,15 @@ def other_rule(model, opt):
     opt.state.clear()
 
 
+def other_dictionary(model, opt):
+    opt.param_groups[0] = {**opt.param_groups[0], "prox": 3.0, "local_iterations": 2}
+
+
+def loaded_and_changed(model, opt):
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.param_groups[0].update(prox=3.0, local_iterations=2)
+
+
 CHANGES = [
     as_it_was,
     other_state,
@@ -129,14 +138,20 @@ CHANGES = [
     other_memory,
     layer_in_no_use,
     other_rule,
+    other_dictionary,
+    loaded_and_changed,
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_what_is_changed_between_steps_counts(change):
+# Without state, nothing but the groups tells one step from the other after these.
+WITHOUT_STATE = [("sgd", change) for change in (other_dictionary, loaded_and_changed, other_prox, other_numbers)]
+
+
+@pytest.mark.parametrize(("rule", "change"), [*[("adam", change) for change in CHANGES], *WITHOUT_STATE])
+def test_what_is_changed_between_steps_counts(rule, change):
     results = []
     for kept in (True, False):
-        model, opt, x = made()
+        model, opt, x = made(rule)
         for _ in range(3):
             step(model, opt, x)
         change(model, opt)
