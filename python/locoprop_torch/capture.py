@@ -78,6 +78,8 @@ class CapturedLayer:
         self._shares = Shares(self.name, self._layout)
         self._output_gradient = output_gradient
         self.called = False
+        #: Whether a step has used the rows of the gradient, and raised before it was made.
+        self.spent = False
         #: What the last step did for the layer, as far as the next one may take it again: a ``LayerWork``.
         self.work: Any = None
         # Whether a step solves the whole problem of a layer whose parameters are sharded.
@@ -239,8 +241,10 @@ class CapturedLayer:
         """Drop all captured passes.
 
         Args:
-            release: their tensors too; without it a later backward pass through the same graph counts them again.
+            release: their tensors too, as they are used; without it a later backward pass through the same graph counts
+                them again.
         """
+        self.spent = release and (self.spent or bool(self.passes))
         for captured in self.passes:
             captured.uncount()
             if release:
@@ -254,7 +258,7 @@ class CapturedLayer:
 
     def forget_discarded(self) -> None:
         """Drop the captured passes if the gradient they belong to is gone: ``None``, or overwritten with zeros."""
-        if self.passes and all(self._is_discarded(kind, p.grad) for kind, p in self.parameters.items()):
+        if (self.passes or self.spent) and all(self._is_discarded(kind, p.grad) for kind, p in self.parameters.items()):
             self.forget()
 
     def _has_gradient(self) -> bool:

@@ -176,10 +176,16 @@ class ModelLayers:
                     masks.setdefault(kind, []).append(mask)
         return masks
 
-    def forget(self, release: bool = False) -> None:
+    def forget(self) -> None:
         """Drop what was captured, see :meth:`CapturedLayer.forget`."""
         for layer in self.captured.values():
-            layer.forget(release)
+            layer.forget()
+
+    def end_step(self) -> None:
+        """Let go of all that was captured: a step has used it."""
+        for layer in self.captured.values():
+            layer.forget(release=True)
+            layer.spent = False
 
     # --- copies and pickles: hooks and what they have captured stay behind
 

@@ -270,8 +270,6 @@ class LocoProp(Optimizer):
             where = together.begin(self, lambda: places(own))
             solved, finite = together.finish(lambda: self._solved(where, loss))
             calls, reports = solved.calls, solved.reports
-            self.rows_seed += 1
-            self._model_layers.output_gradient.keep()
             if self.aux is not None and finite:  # which waits for the device
                 self.aux.step()
                 link_state(self.state, self.aux)
@@ -280,7 +278,9 @@ class LocoProp(Optimizer):
             for call, report in zip(calls, reports, strict=True):
                 commit(call, report, finite, self.state)
             together.receive(finite)
-            self._model_layers.forget(release=True)
+            self.rows_seed += 1
+            self._model_layers.output_gradient.keep()
+            self._model_layers.end_step()
         if calls or solved.elsewhere or self.aux is not None:
             self._skipped.count(finite)
         left = {"no gradient": solved.idle, "solved by other processes": solved.elsewhere}
@@ -347,7 +347,7 @@ class LocoProp(Optimizer):
         self._skipped = SkipCounter(state_dict.get("skipped_steps", self.skipped_steps))
         self.rows_seed = checkpoints.rows_seed(state_dict, self.rows_seed)
         self._model_layers.output_gradient.load(checkpoints.output_gradient(state_dict))
-        self._model_layers.forget(release=True)
+        self._model_layers.end_step()
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "last_reports": [], "_preparation": Preparation()}

@@ -258,15 +258,20 @@ def decay_weights(calls: Iterable[Call], finite: Tensor) -> None:
         (work.problem, kind, part.place) for call in calls for work in call.work for kind, part in work.trained.items()
     ]
     for problem, kind, place in everything:
+        mask = problem.mask(kind)
         # A view of the parameter, or what the parameter is written from.
-        shrink(getattr(problem, kind), 1 - place.lr * place.group["weight_decay"], finite)
+        shrink(
+            getattr(problem, kind),
+            1 - place.lr * place.group["weight_decay"],
+            finite if mask is None else finite & mask,
+        )
 
 
-def shrink(tensor: Tensor, factor: float, finite: Tensor) -> None:
-    """Multiply a tensor by a factor where ``finite`` is true."""
+def shrink(tensor: Tensor, factor: float, where: Tensor) -> None:
+    """Multiply a tensor by a factor where the bool tensor ``where`` is true, which has its shape or ``[]``."""
     if factor != 1:
-        kept = torch.full((), factor, dtype=torch.float64, device=finite.device)
-        tensor.mul_(torch.where(finite, kept, 1.0))
+        kept = torch.full((), factor, dtype=torch.float64, device=where.device)
+        tensor.mul_(torch.where(where, kept, 1.0))
 
 
 def commit(call: Call, report: StepReport, finite: Tensor, state: dict[Any, Any]) -> None:

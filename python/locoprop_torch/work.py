@@ -264,6 +264,11 @@ def layer_work(
         parameters = {kind: part(parameter) for kind, parameter in parameters.items()}
     weight = layout.weight(parameters["weight"])
     found = layer.rows(weight)
+    if not found and layer.spent:
+        raise ValueError(
+            f"the rows of layer {layer.name!r} were used by a step that raised: call opt.zero_grad(), and repeat the "
+            "forward and the backward pass"
+        )
     rows = found or _one_row_of_zeros(weight)
     work = layer.work
     if work is None or part is not as_it_is or not work.lasts(trained, transfer, state):

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.helpers import WithNorm, backward, batch, mlp, moved, present, published, weights
+from locoprop_torch import LocoProp
+from tests.helpers import WithNorm, assert_same, backward, batch, loss_of, mlp, moved, present, published, weights
 
 
 def snapshot(model, opt):
@@ -104,3 +105,75 @@ def test_all_groups_commit_or_none():
     with pytest.warns(RuntimeWarning):
         opt.step()
     assert_unchanged(model, opt, before)
+
+
+def discarded_by_the_optimizer(model, opt):
+    opt.zero_grad()
+
+
+def discarded_by_hand(model, opt):
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+class Failing:
+    """What raises while ``on``: a regulariser in the second layer, and a hook before the step of ``aux``."""
+
+    def __init__(self):
+        self.on = False
+
+    def regulariser(self, weight, start):
+        if self.on and weight.shape == (3, 5):
+            raise RuntimeError("out of memory")
+        return weight - start
+
+    def before_aux(self, *_):
+        if self.on:
+            raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("discard", [discarded_by_the_optimizer, discarded_by_hand])
+@pytest.mark.parametrize("before", [0, 3], ids=["first step", "repeated step"])
+@pytest.mark.parametrize("raising", ["aux", "regulariser"])
+def test_the_rows_of_a_step_that_raised_are_not_missing_in_the_next(raising, before, discard):
+    """Local loops let go of rows as they go; without them a layer would silently make one step of the rule."""
+
+    def trained(fails):
+        model, failing = WithNorm(), Failing()
+        aux = torch.optim.SGD(model.norm.parameters(), lr=0.1)
+        if raising == "aux":
+            aux.register_step_pre_hook(failing.before_aux)
+        opt = LocoProp(model, rows=3, aux=aux, regulariser=failing.regulariser if raising == "regulariser" else None)
+        for seed in range(before):
+            backward(model, opt, rows=30, seed=seed)
+            opt.step()
+        if fails:
+            failing.on = True
+            backward(model, opt, rows=30, seed=10)
+            state, numbers = snapshot(model, opt), (opt.rows_seed, opt.output_gradient)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                opt.step()
+            failing.on = False
+            with pytest.raises(ValueError, match=r"the rows of layer 'inner' were used by a step that raised: call"):
+                opt.step()
+            assert_unchanged(model, opt, state)
+            assert (opt.rows_seed, opt.output_gradient) == numbers
+        discard(model, opt)
+        loss_of(model, rows=30, seed=11).backward()
+        opt.step()
+        opt.step()  # on the gradient alone
+        return model
+
+    assert_same(trained(True), trained(False), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_weight_decay_leaves_what_is_masked(rule):
+    model = mlp()
+    keep = {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()}
+    opt = LocoProp(model, rule=rule, masks=keep, weight_decay=10.0)
+    before = weights(model)
+    backward(model, opt)
+    opt.step()
+    for (name, parameter), old in zip(model.named_parameters(), before, strict=True):
+        assert torch.equal(parameter == old, ~keep[name])
