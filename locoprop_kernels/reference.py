@@ -14,7 +14,7 @@ With ``reduction="mean"`` everything but the proximal term is divided by ``B``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,7 @@ from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
 from locoprop_kernels.products import Operand, product, rounded
 from locoprop_kernels.scratch import give_back
 from locoprop_kernels.settings import Settings
-from locoprop_kernels.solution import Decision, Increment
+from locoprop_kernels.solution import Decision, Increment, apply
 from locoprop_kernels.transfers import Transfer
 
 if TYPE_CHECKING:
@@ -215,37 +215,13 @@ class Solved:
                         extremes += torch.aminmax(value)  # far faster on a CPU than isfinite or an infinity norm
         return torch.isfinite(torch.stack([extreme.double() for extreme in extremes])).all()
 
-    @torch.no_grad()
-    def commit(self, ok: Tensor) -> None:
+    def commit(self, ok: Tensor, moved: Collection[int] = ()) -> None:
         """Apply increments and new state where ``ok`` is true; on a GPU the decision stays on the device."""
-        on_host = ok.device.type == "cpu"
         increments = dict(self.increments)
         if self.compiled is not None:
-            left = self.compiled.commit()
+            left = self.compiled.commit([place for index, place in self.places.items() if index in moved])
             increments.update((index, left[place]) for index, place in self.places.items() if place in left)
-        # Pairs of what is written and what is added to it, or copied.
-        added: tuple[list[Tensor], list[Tensor]] = ([], [])
-        copied: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for index, increment in increments.items():
-            problem, before = self.problems[index], self.states[index]
-            for name, delta in increment.delta.items():
-                parameter = getattr(problem, name)
-                to, value = (added, delta) if on_host else (copied, torch.where(ok, parameter + delta, parameter))
-                to[0].append(parameter)
-                to[1].append(value)
-                stored, old = problem.state.setdefault(name, {}), before[name]
-                for slot, new in increment.state[name].items():
-                    value = new if on_host else torch.where(ok, new, old[slot])
-                    if old[slot] is stored.get(slot):
-                        copied[0].append(old[slot])
-                        copied[1].append(value)
-                    else:
-                        stored[slot] = value.clone(memory_format=torch.contiguous_format)
-        # One call for all layers.
-        if added[0]:
-            torch._foreach_add_(*added)
-        if copied[0]:
-            torch._foreach_copy_(*copied)
+        apply([(self.problems[index], self.states[index], found) for index, found in increments.items()], ok)
         for index, increment in self.increments.items():
             if self.decisions[index].rows is not None and index not in self._lent:
                 give_back(*increment.memory)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from locoprop_kernels.solution import Decision, Solution
+from locoprop_kernels.problem import LocalProblem, State
+from locoprop_kernels.solution import Decision, Solution, lying
 
 __all__ = ["ProblemReport", "StepReport", "nothing_done"]
 
@@ -71,6 +73,8 @@ class StepReport:
     finite: Tensor
     _solution: Solution | None = field(default=None, repr=False)
     _committed: Tensor | None = field(default=None, repr=False)
+    # Problems that are committed later, their state, and where both lay when they were solved.
+    _lay: list[tuple[LocalProblem, State, list[Any]]] = field(default_factory=list, repr=False)
 
     @classmethod
     def of(cls, solution: Solution, backend: str, reason: str, names: Sequence[str], rows: Sequence[int]) -> StepReport:
@@ -106,6 +110,15 @@ class StepReport:
         """The local objectives, one ``[T + 1]`` tensor per problem; ``None`` unless asked for."""
         return [problem.trace for problem in self.problems]
 
+    def postpone(self, problems: Sequence[LocalProblem], states: Sequence[State]) -> None:
+        """Be ready for a commit before which parameters or state may be moved: remember where they lie.
+
+        Args:
+            problems: the problems that were solved.
+            states: the rule's state in each of them before that.
+        """
+        self._lay = [(one, state, lying(one, state)) for one, state in zip(problems, states, strict=True)]
+
     def commit_(self, condition: Tensor | None = None) -> None:
         """Apply the increments and the new state, unless something in them is not finite, and drop them.
 
@@ -121,7 +134,9 @@ class StepReport:
         ok = self.finite if condition is None or condition is self.finite else self.finite & condition
         self._committed = ok
         if ok.device.type != "cpu" or ok:
-            solution.commit(ok)
+            moved = {index for index, (one, state, lay) in enumerate(self._lay) if lying(one, state) != lay}
+            solution.commit(ok, moved)
+        self._lay = []
         for problem in self.problems:  # a report may be kept, and should not keep the increments' memory with it
             problem._solution = None
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["Decision", "Increment", "Solution"]
+from locoprop_kernels.problem import LocalProblem, State
+
+__all__ = ["Decision", "Increment", "Solution", "apply", "lying"]
 
 
 @dataclass(frozen=True)
@@ -95,5 +98,52 @@ class Solution(Protocol):
     def increment(self, index: int) -> Increment:
         """What was found for a problem; formed when it is asked for."""
 
-    def commit(self, ok: Tensor) -> None:
-        """Apply increments and new state where the bool tensor ``ok`` ``[]`` is true."""
+    def commit(self, ok: Tensor, moved: Collection[int] = ()) -> None:
+        """Apply increments and new state where the bool tensor ``ok`` ``[]`` is true.
+
+        Args:
+            ok: on the problems' device, where it may stay.
+            moved: the problems whose parameters or state lie elsewhere than when they were solved, see :func:`lying`.
+        """
+
+
+def lying(problem: LocalProblem, state: State) -> list[tuple[Any, ...]]:
+    """Where and how the parameters of a problem and its state lie in memory, which users may change.
+
+    ``module.to(...)`` and ``parameter.data = ...`` do.
+    """
+    tensors = [one for name, slots in state.items() for one in (getattr(problem, name), *slots.values())]
+    return [(one.data_ptr(), one.dtype, one.device, one.shape, one.stride()) for one in tensors]
+
+
+@torch.no_grad()
+def apply(found: Iterable[tuple[LocalProblem, State, Increment]], ok: Tensor) -> None:
+    """Apply increments and new state in PyTorch where the bool ``ok`` is true; on a GPU the host does not wait for it.
+
+    Args:
+        found: problems, their state before the loop, and what was found for them.
+        ok: on the problems' device; on a CPU it must be true.
+    """
+    on_host = ok.device.type == "cpu"
+    # Pairs of what is written and what is added to it, or copied.
+    added: tuple[list[Tensor], list[Tensor]] = ([], [])
+    copied: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for problem, before, increment in found:
+        for name, delta in increment.delta.items():
+            parameter = getattr(problem, name)
+            to, value = (added, delta) if on_host else (copied, torch.where(ok, parameter + delta, parameter))
+            to[0].append(parameter)
+            to[1].append(value)
+            stored, old = problem.state.setdefault(name, {}), before[name]
+            for slot, new in increment.state[name].items():
+                value = new if on_host else torch.where(ok, new, old[slot])
+                if old[slot] is stored.get(slot):
+                    copied[0].append(old[slot])
+                    copied[1].append(value)
+                else:
+                    stored[slot] = value.clone(memory_format=torch.contiguous_format)
+    # One call for all layers.
+    if added[0]:
+        torch._foreach_add_(*added)
+    if copied[0]:
+        torch._foreach_copy_(*copied)

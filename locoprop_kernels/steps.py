@@ -113,9 +113,12 @@ def local_steps_(
         TypeError, ValueError: before anything is changed; naming the argument, what was expected and what came.
     """
     settings = Settings.checked(rule, lr, prox, reduction, compute_dtype, trace, regulariser, rows, rows_seed)
-    report = solve(check(problems, settings.rule), settings, backend)
+    checked = check(problems, settings.rule)
+    report = solve(checked, settings, backend)
     if commit:
         report.commit_()
+    else:
+        report.postpone(checked.problems, checked.states)
     return report
 
 

@@ -78,16 +78,19 @@ class Compiled:
             increment.state[kind] = {**views, **steps}
         return increment
 
-    def commit(self) -> dict[int, Increment]:
+    def commit(self, moved: Sequence[int] = ()) -> dict[int, Increment]:
         """Apply increments and new state, and let go of their memory.
 
+        Args:
+            moved: the numbers of problems whose parameters or state are no longer at the addresses in the table.
+
         Returns:
-            what is left to apply, by the number of the problem: where parameters or state are not contiguous.
+            what is left to apply, by the number of the problem: where they have moved or are not contiguous.
         """
         table = self._table
-        left = {place: self.increment(place) for place in table.scattered}
+        left = {place: self.increment(place) for place in (*table.scattered, *moved)}
         if left:
-            table.parameters[table.scattered] = 0
+            table.parameters[[*left]] = 0
         written, steps = [], []
         for place, (problem, olds) in enumerate(zip(self._problems, self._olds, strict=True)):
             for kind, old in olds.items() if place not in left else ():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from locoprop_kernels.kernels.layout import ALIGNMENT, Piece, Place
 from locoprop_kernels.kernels.plan import Plan
 from locoprop_kernels.kernels.spec import StepArguments
 from locoprop_kernels.settings import Settings
-from locoprop_kernels.solution import Decision, Increment
+from locoprop_kernels.solution import Decision, Increment, apply
 
 __all__ = ["Solved", "StepPlan", "planned", "solve"]
 
@@ -272,8 +272,12 @@ class _Launched:
         layer = layout.layers[index]
         return activation * (layer.scale * layer.sets) + update
 
-    def commit(self, ok: Tensor) -> None:
+    def commit(self, ok: Tensor, moved: Collection[int]) -> None:
         """Apply the results where the bool ``ok`` is true; state that a problem lacked is given to it."""
+        if any(member in moved for member in self.plan.members):
+            found = [self.increment(index) for index in range(len(self.problems))]
+            apply(zip(self.problems, self.states, found, strict=True), ok)
+            return
         with _on(self.plan.device):
             commit.launch(self.step, self.plan.update_tiles, ok.view(torch.uint8), self.plan.spec)
         for problem, state in zip(self.problems, self.states, strict=True):
@@ -310,10 +314,10 @@ class Solved:
         launched = next(one for one in self._launched if index in one.plan.members)
         return launched.increment(launched.plan.members.index(index))
 
-    def commit(self, ok: Tensor) -> None:
-        """Apply all results where the bool ``ok`` is true."""
+    def commit(self, ok: Tensor, moved: Collection[int] = ()) -> None:
+        """Apply all results where the bool ``ok`` is true; in PyTorch where problems have ``moved``."""
         for launched in self._launched:
-            launched.commit(ok)
+            launched.commit(ok, moved)
 
 
 def solve(step: StepPlan, checked: Checked, settings: Settings) -> Solved:
