@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -17,16 +18,19 @@ __all__ = [
     "check_aux",
     "check_coverage",
     "complete_groups",
+    "frozen_outside",
     "link_groups",
     "link_state",
     "made_aux",
     "own_groups",
+    "tell_thawed",
     "trained_ids",
 ]
 
 Aux = Optimizer | str | Callable[[list[nn.Parameter]], Optimizer] | None
 _BY_NAME: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {"adamw": torch.optim.AdamW}
 Group = dict[str, Any]
+_log = logging.getLogger("locoprop_torch")
 
 
 def check_aux(aux: Any) -> None:
@@ -90,6 +94,33 @@ def check_coverage(model: nn.Module, covered: set[int]) -> None:
             "no captured layer owns these trainable parameters; give them to an optimiser and pass it as aux "
             f"(aux='adamw' makes one), or freeze them: {', '.join(left)}"
             + ("; expose_projections(model) makes those of nn.MultiheadAttention layers" if attention else "")
+        )
+
+
+def frozen_outside(model: nn.Module, covered: set[int]) -> dict[str, nn.Parameter]:
+    """The frozen parameters by name that neither a captured layer nor ``aux`` has; ``covered`` are those by ``id``."""
+    return {clean_name(name): p for name, p in model.named_parameters() if not p.requires_grad and id(p) not in covered}
+
+
+def tell_thawed(frozen: Mapping[str, nn.Parameter], groups: Iterable[Group], told: set[str]) -> None:
+    """Say once of each parameter that was frozen when the optimiser was built, and has a gradient by now.
+
+    Args:
+        frozen: see :func:`frozen_outside`.
+        groups: all parameter groups, which may have got some of them since.
+        told: the names that it was said of; these are added.
+    """
+    thawed = [name for name, p in frozen.items() if p.grad is not None and name not in told]
+    if not thawed:
+        return
+    ids = {id(p) for group in groups for p in group["params"]}
+    left = [name for name in thawed if id(frozen[name]) not in ids]
+    told.update(thawed)
+    if left:
+        _log.warning(
+            "this optimiser does not train %s: they were frozen when it was built, without an aux to have them. "
+            "Build it with an aux, or before they are frozen",
+            ", ".join(left),
         )
 
 

@@ -27,7 +27,7 @@ from torch.utils.weak import TensorWeakRef
 from locoprop_kernels.patches import Rows, Stacked
 from locoprop_kernels.sampling import Sampling
 from locoprop_kernels.transfers import Transfer
-from locoprop_torch.hooks import InputGradientHook, LayerHook, attach, backward_pass, while_alive
+from locoprop_torch.hooks import InputGradientHook, LayerHook, attach, backward_pass, keeps_graph, while_alive
 from locoprop_torch.kept import joined
 from locoprop_torch.layouts import Layout, layout_class
 from locoprop_torch.masks import trained_parameters
@@ -146,6 +146,10 @@ class CapturedLayer:
             return
         # With sharded parameters the module has whole ones at present, and autograd adds to these.
         sharded = is_sharded(self.weight)
+        put_in = module._parameters.get("weight", self.weight)
+        # Another parameter, which torch.func.functional_call has put in the place of ours, has a gradient of its own.
+        if put_in is not self.weight and put_in is not None and put_in.is_leaf and not sharded:
+            return
         present = trained_parameters(module) or {} if sharded else {}
         for kind, parameter in trainable.items():
             if id(parameter) not in self._handles:
@@ -224,6 +228,7 @@ class CapturedLayer:
         found = sorted(self._reached.pop(number, ()), key=lambda captured: captured.number)
         for captured in found:
             captured.keep(number)
+            captured.over = not keeps_graph() and self.weight.requires_grad
             # Weights may change before the step (SAM perturbs them, and takes that back).
             if captured.output_overwritten and not captured.overwritten and not self.sharded:
                 captured.restored(self.name, self.weight.dtype)
@@ -247,7 +252,7 @@ class CapturedLayer:
         self.spent = release and (self.spent or bool(self.passes))
         for captured in self.passes:
             captured.uncount()
-            if release:
+            if release or captured.over:
                 captured.release()
         self.passes = []
         if release:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from locoprop_kernels.problem import shown
 from locoprop_torch.auxiliary import link_state
+from locoprop_torch.checks import checked_hyperparameters
 from locoprop_torch.layers import transfer_in_use
 from locoprop_torch.sharding import check_placement
 from locoprop_torch.unit import PerExample
@@ -71,14 +74,18 @@ def check(optimizer: LocoProp, state_dict: Mapping[str, Any]) -> None:
             f"state_dict must have {marks[1].count(False)} groups and {marks[1].count(True)} of aux, in this order, "
             f"got {marks[0].count(False)} and {marks[0].count(True)}"
         )
+    own_groups = [group for group in optimizer.param_groups if not group.get("aux")]
+    for group, saved in zip(own_groups, own_part(state_dict)["param_groups"], strict=True):
+        checked_hyperparameters({**group, **{key: saved[key] for key in saved if key not in ("rule", "transfer")}})
+    rows_seed(state_dict, 0)
+    output_gradient(state_dict)
     for index, (saved, group) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
                 f"group {index} of state_dict must have {len(group['params'])} parameters, got {len(saved['params'])}"
             )
         for place, parameter in zip(saved["params"], group["params"], strict=True):
-            for value in (state_dict["state"].get(place) or {}).values():
-                check_placement(f"parameter {place}", value, parameter)
+            _check_slots(place, state_dict["state"].get(place) or {}, parameter, bool(group.get("aux")))
         if group.get("aux"):
             continue
         for name, own in facts(optimizer, group, saved.get("local_iterations", group["local_iterations"])).items():
@@ -86,6 +93,23 @@ def check(optimizer: LocoProp, state_dict: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"state_dict must be of an optimiser with {name} {own!r}, got {saved[name]!r} in group {index}"
                 )
+
+
+def _check_slots(place: int, slots: Any, parameter: Tensor, aux: bool) -> None:
+    """Check the state of a parameter: that of the local rules is tensors of its shape."""
+    if not isinstance(slots, Mapping):
+        raise ValueError(f"state of parameter {place} of state_dict must be a dict, got {shown(slots)}")
+    for slot, value in slots.items():
+        check_placement(f"parameter {place}", value, parameter)
+        if aux:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state {slot!r} of parameter {place} of state_dict must be a tensor, got {shown(value)}")
+        if slot != "step" and value.shape != parameter.shape:
+            raise ValueError(
+                f"state {slot!r} of parameter {place} of state_dict must have shape {list(parameter.shape)}, "
+                f"got {list(value.shape)}"
+            )
 
 
 def facts(optimizer: LocoProp, group: Mapping[str, Any], iterations: int) -> dict[str, str]:
@@ -119,17 +143,30 @@ def own_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rows_seed(state_dict: Mapping[str, Any], otherwise: int) -> int:
-    """``rows_seed`` of a checkpoint, ``otherwise`` where it has none."""
-    seeds = [int(group["rows_seed"]) for group in state_dict["param_groups"] if "rows_seed" in group]
-    return seeds[0] if seeds else int(state_dict.get("rows_seed", otherwise))
+    """``rows_seed`` of a checkpoint, ``otherwise`` where it has none.
+
+    Raises:
+        ValueError: it is not an integer ``>= 0``.
+    """
+    seeds = [group["rows_seed"] for group in state_dict["param_groups"] if "rows_seed" in group]
+    seed = seeds[0] if seeds else state_dict.get("rows_seed", otherwise)
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"rows_seed of state_dict must be an integer >= 0, got {shown(seed)}")
+    return int(seed)
 
 
 def output_gradient(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """``output_gradient`` of a checkpoint; empty where it has none."""
-    if "output_gradient" in state_dict:
-        return dict(state_dict["output_gradient"])
+    """``output_gradient`` of a checkpoint; empty where it has none.
+
+    Raises:
+        ValueError: it is not what :meth:`OutputGradient.state` returns.
+    """
     texts = [group["output_gradient"] for group in state_dict["param_groups"] if group.get("output_gradient")]
-    return json.loads(texts[0]) if texts else {}
+    found = state_dict.get("output_gradient", texts[0] if texts else {})
+    try:
+        return dict(json.loads(found) if isinstance(found, str) else found)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"output_gradient of state_dict must be a dict, got {shown(found)}") from error
 
 
 def restore_state(optimizer: LocoProp, state_dict: Mapping[str, Any]) -> None:

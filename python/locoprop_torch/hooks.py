@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["AttachedHook", "ForwardHook", "InputGradientHook", "LayerHook", "attach", "backward_pass", "while_alive"]
+__all__ = [
+    "AttachedHook",
+    "ForwardHook",
+    "InputGradientHook",
+    "LayerHook",
+    "attach",
+    "backward_pass",
+    "keeps_graph",
+    "while_alive",
+]
 
 # Looked up on the instance by ``copy`` and ``pickle`` before they look at the class.
 _COPYING = ("__deepcopy__", "__reduce_ex__")
@@ -124,6 +133,11 @@ def _taken_off(module: nn.Module) -> Iterator[None]:
 def backward_pass() -> int:
     """The number of the backward pass that is running; -1 outside of one."""
     return torch._C._current_graph_task_id()
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is running leaves its graph to another (``retain_graph=True``)."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 class InputGradientHook:

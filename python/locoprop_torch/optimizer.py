@@ -23,10 +23,12 @@ from locoprop_torch.auxiliary import (
     check_aux,
     check_coverage,
     complete_groups,
+    frozen_outside,
     link_groups,
     link_state,
     made_aux,
     own_groups,
+    tell_thawed,
     trained_ids,
 )
 from locoprop_torch.capture import CapturedLayer
@@ -165,7 +167,7 @@ class LocoProp(Optimizer):
         self.last_reports: list[StepReport] = []
         self._preparation = Preparation()
         self._skipped = SkipCounter()
-        # The layers whose gradients without rows were logged.
+        # The layers whose gradients without rows were logged, and the parameters that nobody trains.
         self._told: set[str] = set()
         # Once it is true, a new group must have whole layers.
         self._complete = False
@@ -181,7 +183,9 @@ class LocoProp(Optimizer):
         self._attach()
         owned = self._model_layers.owned()
         self.aux = made_aux(aux, self.model, owned)
-        check_coverage(self.model, owned.keys() | trained_ids(self.aux))
+        covered = owned.keys() | trained_ids(self.aux)
+        check_coverage(self.model, covered)
+        self._frozen = frozen_outside(self.model, covered)
         for layer in self._layers.values():
             transfer_in_use(layer, None, self.local_loss)
         super().__init__(complete_groups(self.model, owned, param_groups), defaults)
@@ -265,6 +269,7 @@ class LocoProp(Optimizer):
         with without_autocast():
             link_groups(self.param_groups, self.aux)
             check_capture(self._model_layers, self.aux)
+            tell_thawed(self._frozen, self.param_groups, self._told)
             own, together = own_groups(self.param_groups), processes.of(self)
             self._model_layers.want_unit(own)
             where = together.begin(self, lambda: places(own))

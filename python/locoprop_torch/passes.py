@@ -58,6 +58,7 @@ class Pass:
         offset: how many rows there are before it in the step, likewise.
         settled: whether it has what it will have to give, if no other pass counts.
         counted: whether a backward pass through it has added to the parameters' gradients.
+        over: whether its graph is gone, so that no other backward pass will come through it.
         gradients: what the backward passes that count have brought.
         arriving: by the number of a backward pass, what it has brought, until it is known to count.
         output: what several processes have measured at its output, see :mod:`locoprop_torch.unit`.
@@ -73,6 +74,7 @@ class Pass:
     offset: int | None = None
     settled: bool = False
     counted: bool = False
+    over: bool = False
     gradients: Gradients | None = None
     arriving: dict[int, Gradients] | None = None
     output: Measured | None = None

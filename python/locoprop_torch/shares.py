@@ -47,8 +47,11 @@ class Shares:
             before: those that count.
             sampling: which rows the next step takes.
         """
-        waiting = self._waiting()
-        self._open = [weakref.ref(one) for one in (*waiting, captured)]
+        # Only the last are looked at, so that a thousand calls before a backward pass do not cost a million looks.
+        while self._open and not _waits(self._open[-1]()):
+            self._open.pop()
+        waiting = bool(self._open)
+        self._open.append(weakref.ref(captured))
         assert captured.x is not None
         assert captured.preactivation is not None
         x, a = self._layout(captured.module).rows(captured.x, captured.preactivation)
@@ -117,7 +120,12 @@ class Shares:
     def _waiting(self) -> list[Pass]:
         """The passes that may still count."""
         found = [captured() for captured in self._open]
-        return [captured for captured in found if captured and not captured.counted and not captured.released]
+        return [captured for captured in found if captured is not None and _waits(captured)]
+
+
+def _waits(captured: Pass | None) -> bool:
+    """Whether a pass, if it is still there, may count and does not yet."""
+    return captured is not None and not captured.counted and not captured.released
 
 
 def _end(passes: Sequence[Pass]) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import locoprop_kernels as lk
+from tests.helpers import present
 from tests.problems import copied, problem_for, random_layer
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -59,7 +60,7 @@ def test_increments_go_where_parameters_are_by_then(move, backend, rows):
     lk.local_steps_([problem], **options)  # gives it state
     other = copied(problem)
     report = lk.local_steps_([problem, other], commit=False, **options)
-    deltas = [(one.delta_weight.clone(), one.delta_bias.clone()) for one in report.problems]
+    deltas = [(present(one.delta_weight).clone(), present(one.delta_bias).clone()) for one in report.problems]
     old = problem.weight.data, problem.bias.data, *[slots["exp_avg"].data for slots in problem.state.values()]
     kept = [tensor.clone() for tensor in old]
     move(problem)
@@ -74,6 +75,6 @@ def test_increments_go_where_parameters_are_by_then(move, backend, rows):
     assert torch.equal(other.bias, others[1] + deltas[1][1])
     assert [slots["step"].item() for slots in problem.state.values()] == [step + 3 for step in steps]
     now = problem.weight.data, problem.bias.data, *[slots["exp_avg"].data for slots in problem.state.values()]
-    for tensor, copy, present in zip(old, kept, now, strict=True):
+    for tensor, copy, current in zip(old, kept, now, strict=True):
         # What was moved away from belongs to somebody else.
-        assert torch.equal(tensor, copy) == (tensor.data_ptr() != present.data_ptr())
+        assert torch.equal(tensor, copy) == (tensor.data_ptr() != current.data_ptr())

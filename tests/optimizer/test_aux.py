@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import WithNorm, assert_same, loss_of, mlp, moved, present, published, weights
+from tests.helpers import WithNorm, assert_same, loss_of, mlp, moved, present, published, steps, weights
 
 
 def with_aux(seed=0, **options):
@@ -175,3 +175,28 @@ def test_distributed_checkpoints_of_one_process(fresh_state):
     changed = with_aux(rule="adam", reduction="sum")
     with pytest.raises(ValueError, match="reduction"):
         set_state_dict(*changed, model_state_dict=saved[0], optim_state_dict=saved[1])
+
+
+def test_what_was_frozen_when_the_optimizer_was_built_and_is_trained_by_nobody_is_told(caplog):
+    model = WithNorm()
+    model.norm.requires_grad_(False)
+    opt = published(model, lr=1e-3)
+    steps(model, opt)
+    assert not caplog.records
+    model.norm.requires_grad_(True)
+    before = weights(model.norm)
+    steps(model, opt, 3)
+    (record,) = caplog.records
+    assert "does not train norm.weight, norm.bias: they were frozen" in record.getMessage()
+    assert not any(moved(model.norm, before))
+
+
+def test_what_aux_has_is_trained_once_it_is_no_longer_frozen(caplog):
+    model = WithNorm()
+    model.norm.requires_grad_(False)
+    opt = published(model, lr=1e-3, aux="adamw")
+    model.norm.requires_grad_(True)
+    before = weights(model.norm)
+    steps(model, opt)
+    assert all(moved(model.norm, before))
+    assert not caplog.records

@@ -5,8 +5,10 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from locoprop_torch import LocoProp, shares
 from tests.helpers import SGD, assert_same, batch, loss_of, mlp, moved, present, published, rows, step_of, weights
 
 
@@ -190,3 +192,55 @@ def test_zero_grad_after_the_forward_pass():
     loss.backward()
     opt.step()
     assert_same(model, step_of())
+
+
+def test_other_parameters_in_the_place_of_the_layers_have_their_own_rows():
+    """Student and teacher are one module, called with two sets of parameters in one backward pass."""
+    model, twin = mlp(), mlp()
+    opt, plain = published(model, lr=1e-3), published(twin, lr=1e-3)
+    teacher: dict[str, torch.Tensor] = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    x, y = batch(50, seed=7)
+    (loss_of(model) + F.mse_loss(torch.func.functional_call(model, teacher, (x,)), y)).backward()
+    loss_of(twin).backward()
+    assert rows(opt) == [8, 8, 8]
+    opt.step()
+    plain.step()
+    assert_same(model, twin)
+
+
+@pytest.mark.parametrize("few", [None, 4, 64])
+def test_a_discarded_gradient_lets_go_of_its_rows_with_its_graph(few):
+    """The loss, which whoever sums losses up keeps, is not to keep activations that autograd has freed."""
+    model = mlp()
+    opt = LocoProp(model, rows=few)
+    losses = []
+    for retained in (False, True):
+        losses.append(loss_of(model, rows=40))
+        losses[-1].backward(retain_graph=retained)
+        passes = [captured for layer in opt._layers.values() for captured in layer.passes]
+        opt.zero_grad()
+        assert [captured.released for captured in passes] == [not retained] * 3
+    losses[-1].backward()
+    assert [layer.sizes() for layer in opt._layers.values()] == [[40]] * 3
+
+
+@pytest.mark.parametrize("unused", [False, True], ids=["one backward pass", "with calls that are dropped"])
+def test_many_calls_before_a_backward_pass_cost_the_same_each(monkeypatch, unused):
+    looks, waits = [], shares._waits
+
+    def counted(captured):
+        looks.append(0)
+        return waits(captured)
+
+    monkeypatch.setattr(shares, "_waits", counted)
+    model = nn.Sequential(nn.Linear(6, 3)).double()
+    opt = LocoProp(model)
+    kept = [model(torch.randn(1, 6, dtype=torch.float64)).sum()]
+    for _ in range(300):
+        output = model(torch.randn(1, 6, dtype=torch.float64)).sum()
+        if not unused:
+            kept.append(output)
+    assert len(looks) < 1000
+    torch.stack(kept).sum().backward()
+    assert [len(layer.sizes()) for layer in opt._layers.values()] == [len(kept)]
+    opt.step()

@@ -1,10 +1,12 @@
 """Schedulers, closures and state dictionaries, as users of ``torch.optim`` expect them."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 
+from locoprop_torch import LocoProp
 from tests.helpers import WithNorm, backward, mlp, moved, published, steps, weights
 
 
@@ -70,3 +72,33 @@ def test_state_dict_of_another_optimizer_is_refused():
     plain = published(mlp())
     with pytest.raises(ValueError, match="without aux"):
         plain.load_state_dict({**plain.state_dict(), "aux": aux.state_dict()})
+
+
+SPOILED = {
+    "a number for a step": lambda saved: saved["state"][0].update(step=3),
+    "a slot of another shape": lambda saved: saved["state"][0].update(exp_avg=torch.zeros(2, 2)),
+    "no slots": lambda saved: saved["state"].update({0: 7}),
+    "no slots of aux": lambda saved: saved["state"].update({4: 7}),
+    "a negative learning rate": lambda saved: saved["param_groups"][0].update(lr=-1.0),
+    "a text for prox": lambda saved: saved["param_groups"][0].update(prox="abc"),
+    "no local iterations": lambda saved: saved["param_groups"][0].update(local_iterations=0),
+    "an activation_lr that is not one": lambda saved: saved["param_groups"][0].update(activation_lr="1 per cent"),
+    "a text for rows_seed": lambda saved: saved["param_groups"][0].update(rows_seed="x"),
+    "a list for output_gradient": lambda saved: saved.update(output_gradient=[1]),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_state_dict_that_is_refused_changes_nothing(spoil):
+    model = WithNorm()
+    opt = LocoProp(model, aux="adamw")
+    steps(model, opt, 2)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0]["lr"] = 0.5
+    spoil(saved)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises((TypeError, ValueError)):
+        opt.load_state_dict(saved)
+    after = opt.state_dict()
+    torch.testing.assert_close(after.pop("state"), before.pop("state"), rtol=0, atol=0)
+    assert after == before
