@@ -6,6 +6,7 @@ import re
 import runpy
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from torch import nn
 
 from bench.autoencoder import compare
 from bench.defaults.configurations import library_name
+from locoprop_kernels.devices import DEVICES
+from locoprop_kernels.kernels.configs import for_rows
 from tests.processes.pool import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +92,27 @@ def test_names_in_the_life_of_a_step_exist():
     known = {word for path in files for word in [path.stem, *re.findall(r"\w+", path.read_text(encoding="utf-8"))]}
     assert len(names) > 50
     assert not names - known
+
+
+def test_table_of_most_rows_is_that_of_the_configurations():
+    """The table in kernels.md: how many rows of a local step the rows driver takes, by operands and GPU."""
+    page = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    targets = dict.fromkeys(device.target for device in DEVICES)
+    names = {"bf16": "bfloat16", "tf32": "TF32", "ieee": "float32, all bits", "fp16": "float16"}
+    for precision, name in names.items():
+        most = {target: max((one.b for one in for_rows(target, precision)), default=0) for target in targets}
+        ((usual, _),) = Counter(most.values()).most_common(1)
+        others = ", ".join(f"{rows or 'none'} on {target}" for target, rows in most.items() if rows != usual)
+        assert f"\n| {name} | {usual or 'none'} |{f' {others}' if others else ''} |\n" in page
+
+
+def test_words_are_explained_once():
+    """But for those with several meanings, which have a table of their own as well."""
+    one, several = (ROOT / "docs/glossary.md").read_text(encoding="utf-8").split("## Words with several meanings")
+    for part in (one, several):
+        found = re.findall(r"^\| (?!word \|)([^|]+) \|", part, re.MULTILINE)
+        assert len(found) > 10
+        assert not [word for word, count in Counter(found).items() if count > 1]
 
 
 def test_figures_are_drawn(monkeypatch, tmp_path):
