@@ -35,10 +35,10 @@ class ChosenRows(Rows):
         super().__init__((*groups, batch, columns), first.dtype, first.device)
 
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
-        """Not to be had.
+        """All rows: they are not there, as only the sets that local steps take were kept.
 
         Raises:
-            ValueError: always.
+            ValueError: always, for that reason.
         """
         raise ValueError(f"only {len(self.kept)} of {self.sets} sets of rows were kept, so all rows cannot be formed")
 

@@ -28,7 +28,8 @@ def closed_form(
         reduction: ``"mean"`` or ``"sum"``.
 
     Returns:
-        ``(Δ [N, K], δ [N])``; ``None`` for what is frozen or absent.
+        ``(Δ [N, K], δ [N])``; ``None`` for what is frozen or absent. They are in the dtype of sums: float64 for float64
+        weights, float32 for all others.
 
     Raises:
         TypeError, ValueError: as :func:`locoprop_kernels.local_steps_`.

@@ -26,6 +26,6 @@ QUADRATURE_WEIGHTS = tuple(float(weight) for weight in _WEIGHTS / 2)
 """The weights that go with them."""
 
 SELU_ALPHA = 1.6732632423543772
-"""Of self-normalising networks (Klambauer et al., 2017), as torch has it."""
+"""``α`` of the SELU, from self-normalising networks (Klambauer et al., 2017), with torch's digits."""
 SELU_SCALE = 1.0507009873554805
-"""Likewise."""
+"""``λ`` of the SELU, by which it multiplies, from the same paper, with torch's digits."""

@@ -92,7 +92,7 @@ class DeviceModel:
     other_epilogues: tuple[tuple[str, Issued], ...] = ()
 
     def with_multiprocessors(self, count: int) -> DeviceModel:
-        """The same architecture with ``count`` multiprocessors, each as fast and as near to the cache as here."""
+        """This architecture with ``count`` multiprocessors, each as fast and as near to the cache as here."""
         if count == self.multiprocessors:
             return self
         share = count / self.multiprocessors
@@ -113,7 +113,7 @@ class DeviceModel:
 
     @property
     def pessimistic(self) -> DeviceModel:
-        """The same device with the least of the bandwidths that its cache may have."""
+        """This device with the least of the bandwidths that its cache may have."""
         return replace(self, cache_bandwidth=self.least_cache_bandwidth or self.cache_bandwidth)
 
     @property

@@ -158,13 +158,16 @@ class FewRowsForm(Form):
 
 
 class _Places(NamedTuple):
-    """Where the rows of some sets come from, of which each is filled up to ``width`` rows with its first one.
+    """How some sets of rows are laid out, each with ``width`` places: its own rows, then copies of the first of them.
+
+    The copies make all sets equally long. They do not count, so their inputs are set to zero afterwards.
 
     Attributes:
-        width: rows of a set; CPUs take up to twice as long for 31 as for 32.
-        counts: how many of them count.
-        joined: for each row, its place in the sets one after another, as they are; ``None`` where that is its own.
-        filled: the rows that do not count; ``None`` where all do.
+        width: places of a set; a multiple of 16 beyond 8, as CPUs take up to twice as long for 31 as for 32.
+        counts: for each set, how many rows it has.
+        joined: for each place of all sets, which row of the sets one after another it takes; ``None`` where all sets
+            fill their places, so that each place takes the row of its own number.
+        filled: the places that hold a copy; ``None`` where none does.
     """
 
     width: int

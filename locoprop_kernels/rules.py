@@ -97,7 +97,16 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class SGD(Rule):
-    """Gradient descent with optional (Nesterov) momentum, ``buf = momentum * buf + g``; the same in both flavors."""
+    """Gradient descent, also with momentum (Polyak, 1964) or Nesterov's momentum (Sutskever et al., 2013).
+
+    With the gradient ``G`` and ``m`` for ``momentum``, a local step is ``Δ ← Δ - lr G`` without momentum; with it
+    ``buf ← m buf + G`` and ``Δ ← Δ - lr buf``, or with ``nesterov`` ``Δ ← Δ - lr (G + m buf)``. torch and TensorFlow
+    agree in this.
+
+    Args:
+        momentum: ``m >= 0``; 0 for none.
+        nesterov: whether to look ahead; needs a momentum.
+    """
 
     momentum: float = 0.0
     nesterov: bool = False
@@ -189,7 +198,17 @@ class RMSprop(Rule):
 
 @dataclass(frozen=True)
 class Adam(Rule):
-    """Adam; ``flavor="tensorflow"`` leaves ``eps`` out of the bias correction."""
+    """Adam (Kingma and Ba, 2015).
+
+    With the gradient ``G``, in the ``n``-th local step of the rule: ``m ← β₁ m + (1 - β₁) G``,
+    ``v ← β₂ v + (1 - β₂) G²`` and ``Δ ← Δ - lr m/(1 - β₁ⁿ) / (√(v/(1 - β₂ⁿ)) + eps)``. TensorFlow adds ``eps`` before
+    the root is corrected: ``Δ ← Δ - lr √(1 - β₂ⁿ)/(1 - β₁ⁿ) m / (√v + eps)``.
+
+    Args:
+        betas: ``(β₁, β₂)``, decays of the mean and of the mean square, each in ``[0, 1)``.
+        eps: added to the root, ``>= 0``.
+        flavor: ``"torch"`` or ``"tensorflow"``, see the module.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -242,7 +261,16 @@ class Adam(Rule):
 
 @dataclass(frozen=True)
 class Adagrad(Rule):
-    """Adagrad; ``flavor="tensorflow"`` has no ``eps``, and moves nothing where the accumulator is zero."""
+    """Adagrad (Duchi, Hazan and Singer, 2011).
+
+    With the gradient ``G``, a local step is ``s ← s + G²`` and ``Δ ← Δ - lr G / (√s + eps)``. TensorFlow has no
+    ``eps``, ``Δ ← Δ - lr G / √s``, and nothing moves where ``s`` is zero.
+
+    Args:
+        eps: added to the root, ``>= 0``; not looked at in TensorFlow's flavor.
+        initial_accumulator_value: what ``s`` starts at, ``>= 0``.
+        flavor: ``"torch"`` or ``"tensorflow"``, see the module.
+    """
 
     eps: float = 1e-10
     initial_accumulator_value: float = 0.0

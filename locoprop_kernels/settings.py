@@ -79,7 +79,7 @@ class Settings:
         )
 
     def with_seed(self, rows_seed: int) -> Settings:
-        """The same settings with other rows in the local steps.
+        """These settings with other rows in the local steps.
 
         Raises:
             ValueError: it is no integer ``>= 0``.

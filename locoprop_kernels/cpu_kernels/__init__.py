@@ -43,8 +43,10 @@ def version() -> str | None:
 def can_run(problem: LocalProblem, settings: Settings) -> bool:
     """Whether the kernels have what a local loop needs that is compiled as a whole.
 
-    That is everything in float32, with operands in bfloat16 too on few rows, but masks, groups, traces, regularisers,
-    transfer functions and rules of the user's own, and some rare ones. The rest goes through PyTorch.
+    They take weights in float32 on a CPU, with operands in float32, or on few rows in bfloat16, at least two local
+    steps, and a softmax layer of up to 2¹⁷ weights. They do not take masks, groups, frozen weights, a trace or a
+    regulariser; nor transfer functions and rules of the user's own, transfer functions that are not in ``CODES`` of
+    :mod:`~locoprop_kernels.cpu_kernels.functions`, centered RMSprop and TensorFlow's Adagrad. These go through PyTorch.
     """
     assert isinstance(problem.transfer, Transfer)
     operands = settings.operands(problem)  # bfloat16 is multiplied in float32: not where products are the cost
@@ -58,7 +60,7 @@ def can_run(problem: LocalProblem, settings: Settings) -> bool:
 def can_run_phases(problem: LocalProblem, settings: Settings, form: str) -> bool:
     """Whether the kernels have what a local loop on all rows needs whose products are PyTorch's, in a form.
 
-    That is the same, and operands in bfloat16, but no softmax.
+    They take what :func:`can_run` says, with operands in bfloat16 on all rows too, but no softmax.
     """
     assert isinstance(problem.transfer, Transfer)
     return (

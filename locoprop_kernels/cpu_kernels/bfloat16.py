@@ -28,7 +28,7 @@ def rounded(value):
 
 @jit
 def narrowed(value):
-    """The same as its sixteen bits."""
+    """A float32 number rounded to bfloat16; as its sixteen bits."""
     return np.uint16(np.uint32(_rounded_bits(value)) >> np.uint32(16))
 
 

@@ -235,12 +235,13 @@ def _sigmoid_difference(s, u):
 
 @jit
 def elementwise_differences(code, p, a, known, p0, p1):
-    """The same of numbers ``[n]``, none of which depends on another.
+    """``f(a + p) - f(a)`` in place of ``p``, for functions ``f`` that take each number ``[n]`` by itself.
 
     Args:
-        code: as there, like ``p``, ``p0`` and ``p1``.
-        a: as there; it is kept for the functions in :data:`KNOWN`.
-        known: for these ``f(a)``, if it is there.
+        code: of the function, see :data:`CODES`; ``p0`` and ``p1`` are its parameters.
+        p: changes of the pre-activations.
+        a: the pre-activations; they are lost, but for the functions in :data:`KNOWN`.
+        known: ``f(a)`` for the functions in :data:`KNOWN`, or no numbers where it is not there.
     """
     with_whole_registers()
     # Small changes are found by the same instructions whether all are small or not: none depends on the others.

@@ -247,7 +247,7 @@ def commit(problem, weight, bias, first, last):
 
 @jit
 def _commit(given, first, last):
-    """The same of the elements of a parameter from ``first`` to ``last``."""
+    """Add the increments of a parameter's elements from ``first`` to ``last``, and bring their state to its place."""
     parameter, delta = vector(given.parameter, last)[first:], vector(given.delta, last)[first:]
     arrays.add_multiple(parameter, _ONE, delta)
     arrays.copy(vector(given.new_squares, last)[first:], vector(given.old_squares, last)[first:])

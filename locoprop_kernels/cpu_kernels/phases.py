@@ -151,7 +151,7 @@ def update_outputs(problem, weight, bias, given, first, last):
 
 @jit
 def _update(problem, parameter, given, found, first, last):
-    """The same of the elements of a parameter from ``first`` to ``last``.
+    """A local step of the elements of a parameter from ``first`` to ``last``.
 
     Args:
         problem: see :func:`difference`.

@@ -69,7 +69,7 @@ class Compiled:
         return self.found(place)
 
     def found(self, place: int) -> Increment:
-        """The same, until the commit."""
+        """What was found for the problem of a number, for this object's own use: nobody holds it after the commit."""
         increment = Increment({}, {})
         for kind, old in self._olds[place].items():
             views = self._table.views(place, kind)

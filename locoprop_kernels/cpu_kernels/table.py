@@ -167,7 +167,7 @@ def vector(address, size):
 
 @jit
 def matrix(address, rows, columns):
-    """The same as ``[rows, columns]``."""
+    """The float32 numbers ``[rows, columns]`` at an address; no rows where it is 0."""
     return carray(pointer(address), (rows if address else 0, columns), np.float32)
 
 

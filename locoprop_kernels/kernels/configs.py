@@ -162,8 +162,12 @@ _ROWS = {
     ("sm_80", "bf16"): _ROWS_NARROW[:-1],
     ("sm_100", "ieee"): _ROWS_WIDE[:1],
 }
-# In IEEE float32 the last would spill registers, in TF32 and on sm_120 the first too, in float16 all but on sm_90:
-# there other drivers run, and for the most rows in IEEE float32 on sm_100 and in bfloat16 on sm_80.
+# Configurations that would spill registers are left out, above and here. What is left holds these rows of a local step:
+# * bfloat16: up to 128; on sm_80 up to 64.
+# * float16: none, and on sm_90 up to 32.
+# * TF32: up to 64, all in the configuration for 64, as that for 32 would spill.
+# * IEEE float32: up to 64; on sm_120 all in the configuration for 64, on sm_100 up to 32.
+# With more rows, and with float8, which has no kernels of this driver, other drivers run.
 _ROWS_OTHERS: dict[str, tuple[Config, ...]] = {
     "bf16": _ROWS_NARROW,
     "fp16": (),

@@ -191,8 +191,12 @@ class LocopropTrainer:
     def step(self, xs: Tensor, ys: Any) -> Tensor:
         """One forward and one backward pass, then the local iterations of every layer.
 
+        Args:
+            xs: a batch of what the model's first module takes, ``[B, ...]``: its first dimension counts the examples.
+            ys: what ``loss_fn`` takes beside the output of the model, of any type and shape.
+
         Returns:
-            The loss before the update.
+            The loss before the update, as ``loss_fn`` has returned it: a scalar ``[]``.
         """
         self.last_reports = []
         sequential = self.correction > 0 or self._shares_parameters()

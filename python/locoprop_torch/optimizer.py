@@ -94,7 +94,9 @@ class LocoProp(Optimizer):
             be in two groups, which then differ in ``lr`` and ``weight_decay`` alone; those of no group form the first.
         masks: by parameter name, of its shape, looked at anew in every step: where one is zero a parameter stays as it
             is. Those of ``torch.nn.utils.prune`` and of parametrizations that multiply by zeros and ones are found.
-        trace: also evaluate every layer's local objective, into ``last_reports``; costs one more product a step.
+        trace: also evaluate every layer's local objective before each of the ``T`` local steps and at the end, into
+            ``last_reports``. In the Triton kernels that costs one more product a step; through PyTorch ``T + 1`` more
+            (``T`` with few rows), and on CPUs compiled loops do not take it.
         rows: how many rows of the batch a local step takes at most, other ones in each, to estimate how the gradient
             has changed; ``None`` for all, the published method. A row is an example, a token or an output position.
         shard_state: under ``DistributedDataParallel`` each process solves some outputs alone and keeps the rule's state

@@ -8,7 +8,15 @@ __all__ = ["default_lr_decay", "local_rates"]
 
 
 def default_lr_decay(t: int, iterations: int) -> float:
-    """``max(1 - t/T, 0.25)``: the decay of the paper's experiments over the local iterations ``t = 0 .. T-1``."""
+    """``max(1 - t/T, 0.25)``: the decay of the paper's experiments over the local iterations ``t = 0 .. T-1``.
+
+    Args:
+        t: the local iteration, from 0 on.
+        iterations: ``T``, how many local iterations there are.
+
+    Returns:
+        The factor that the learning rate is multiplied by in this local iteration.
+    """
     return max(1 - t / iterations, 0.25)
 
 

@@ -56,6 +56,10 @@ def unscaling(factor: float) -> float:
 class PerExample:
     """An activation learning rate in a unit that depends neither on the batch nor on how the loss averages.
 
+    A layer with ``n`` rows has ``γ = scale / (L u) · n / n_out``. The first step finds ``L``, the number of captured
+    layers that take part in it, ``n_out``, the number of rows of the model's output layer, and ``u``, the root mean
+    square over these rows of ``max_j |∂L/∂A0_ij|``. ``L u n_out`` is kept from then on, and ``n`` is that of each step.
+
     Args:
         scale: how far the targets of all layers together move at first, where 1 is about as far as the gradient of one
             example says; ``> 0``.

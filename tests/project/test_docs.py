@@ -4,7 +4,9 @@ import importlib.util
 import json
 import re
 import runpy
+import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from torch import nn
 
 from bench.autoencoder import compare
 from bench.defaults.configurations import library_name
+from locoprop_kernels.devices import DEVICES
+from locoprop_kernels.kernels.configs import for_rows
 from tests.processes.pool import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +94,27 @@ def test_names_in_the_life_of_a_step_exist():
     assert not names - known
 
 
+def test_table_of_most_rows_is_that_of_the_configurations():
+    """The table in kernels.md: how many rows of a local step the rows driver takes, by operands and GPU."""
+    page = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    targets = dict.fromkeys(device.target for device in DEVICES)
+    names = {"bf16": "bfloat16", "tf32": "TF32", "ieee": "float32, all bits", "fp16": "float16"}
+    for precision, name in names.items():
+        most = {target: max((one.b for one in for_rows(target, precision)), default=0) for target in targets}
+        ((usual, _),) = Counter(most.values()).most_common(1)
+        others = ", ".join(f"{rows or 'none'} on {target}" for target, rows in most.items() if rows != usual)
+        assert f"\n| {name} | {usual or 'none'} |{f' {others}' if others else ''} |\n" in page
+
+
+def test_words_are_explained_once():
+    """But for those with several meanings, which have a table of their own as well."""
+    one, several = (ROOT / "docs/glossary.md").read_text(encoding="utf-8").split("## Words with several meanings")
+    for part in (one, several):
+        found = re.findall(r"^\| (?!word \|)([^|]+) \|", part, re.MULTILINE)
+        assert len(found) > 10
+        assert not [word for word, count in Counter(found).items() if count > 1]
+
+
 def test_figures_are_drawn(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["figures.py", "--out", str(tmp_path)])
@@ -159,6 +184,11 @@ def test_table_of_the_defaults_is_the_measured_one():
     good = sum(ratio <= 1 for ratio in ratios.values())
     assert f"| as good as Adam | {good} of {len(ratios)} |" in page
     assert f"| worst | {max(ratios.values()):.3f} |" in page
+    mean = statistics.geometric_mean(ratios.values())
+    assert f"| geometric mean | {mean:.3f} |" in page
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    words = "had at most Adam's test loss in {} of {} small settings, and {:.2f} of it in the geometric mean"
+    assert words.format(good, len(ratios), mean) in readme
     assert good >= 0.9 * len(ratios)
 
 
@@ -208,30 +238,93 @@ def test_table_at_equal_time_is_the_measured_one():
 
 
 def test_readme_quotes_its_results():
-    """Final train losses of the demo and of MNIST, and the ratios to the PyPI package."""
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    """Final train losses of the demo and of MNIST, and what its advice on when to use the library rests on."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = " ".join(page.split())
 
     def final(folder, method):
         results = json.loads((ROOT / f"bench/results/{folder}/results.json").read_text())
         return f"{results['methods'][method]['final']['train_loss']:.1f}"
 
-    same_epochs = [final("demo_curves", method) for method in ("LocoProp-M", "RMSProp", "Adam")]
-    assert "LocoProp-M ends at {}, RMSProp at {}, Adam at {}.".format(*same_epochs) in readme
-    methods = ("LocoProp-M, 32 rows", "RMSProp", "Adam", "LocoProp-M")
-    same_time = [final("demo_equal_time", method) for method in methods]
-    words = "LocoProp-M on 32 of 200 rows has reached {}, RMSProp {}, Adam {} and LocoProp-M on all rows {}:"
-    assert words.format(*same_time) in readme
+    labels = {
+        "LocoProp-M, 32 rows": "LocoProp-M, local steps on 32 of 200 rows",
+        "LocoProp-M": "LocoProp-M, all rows",
+        "RMSProp": "RMSProp",
+        "Adam": "Adam",
+    }
+    for method, label in labels.items():
+        assert f"\n| {label} | {final('demo_curves', method)} | {final('demo_equal_time', method)} |\n" in page
     mnist = [final("mnist_two_epochs/float32", method) for method in ("LocoProp-M", "Adam")]
     assert "bring LocoProp-M to {} and Adam to {}".format(*mnist) in readme
 
+    equal_time = json.loads((ROOT / "bench/results/equal_time_mnist/results.json").read_text(encoding="utf-8"))
+    ours, theirs = (
+        [equal_time["contestants"][name]["at"][seconds]["train_loss"] for seconds in ("60", "120", "300")]
+        for name in ("locoprop", "rmsprop")
+    )
+    ratios = (a / b for a, b in zip(ours, theirs, strict=True))
+    assert "the train loss is {:.2f}, {:.2f} and {:.2f} times that of RMSProp".format(*ratios) in readme
+    (default,), (adam, *_) = (equal_time["contestants"][name]["runs"] for name in ("defaults", "adam"))
+    by_step = [dict(zip(run["steps"], run["train_loss"], strict=True)) for run in (default, adam)]
+    early, late = (by_step[0][steps] / by_step[1][steps] for steps in (200, 800))
+    assert (
+        f"they have {early:.2f} times the train loss of Adam's defaults after 200 steps, and {late:.2f} times" in readme
+    )
+    autoencoder = json.loads((ROOT / "bench/results/autoencoder/results.json").read_text(encoding="utf-8"))
+    assert autoencoder["config"]["protocol"]["beyond_seconds"] == 2
+    (gpt,) = (task for name, task in autoencoder["beyond"]["tasks"].items() if name.startswith("GPT"))
+    losses = {name: statistics.median(last_test_losses(one)) for name, one in gpt.items()}
+    own = losses.pop("locoprop-m")
+    words = "after two seconds of each a small one has a test loss of {:.2f}, where AdamW, SOAP and Muon have {:.2f} to"
+    assert f"{words.format(own, min(losses.values()))} {max(losses.values()):.2f}" in readme
+
+
+def last_test_losses(entry):
+    """Of each run of a contestant."""
+    return [run["curves"]["test_loss"][-1] for run in entry["runs"]]
+
+
+ON_ZEN_5, ON_ZEN_4, ON_EMERALD_RAPIDS = "cpu_two_threads", "cpu_few_rows", "cpu_few_rows_intel"
+
+
+def contestants(folder, case):
+    """What each contestant of a case took, by its name."""
+    results = json.loads((ROOT / f"bench/results/{folder}/bench.json").read_text(encoding="utf-8"))
+    return results["cases"][case]["contestants"]
+
+
+def speedup(folder, case, name):
+    """How many times as fast as the PyPI package a contestant is, as the README says it."""
+    return f"{contestants(folder, case)[name]['speedup']['package']['p50']:.1f}"
+
+
+def milliseconds(folder, case, name):
+    return 1e3 * contestants(folder, case)[name]["seconds"]["p50"]
+
+
+def tables_of(section):
+    """The tables of a section of the README: for each, its rows as text, without the two lines of its head."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    return [table.splitlines()[2:] for table in tables]
+
 
 def test_speed_table_is_the_measured_one():
-    """The table in the README, from bench/results/cpu_two_threads: times as fast as the PyPI package."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    cases = json.loads((ROOT / "bench/results/cpu_two_threads/bench.json").read_text())["cases"]
-    rows = {
-        "paper": "the paper's autoencoder, LocoProp-M",
-        "paper-s": "the same, LocoProp-S",
+    """Two tables in the README, times as fast as the PyPI package: on three processors, and by sizes on one."""
+    _, processors, sizes = tables_of("How fast it is")
+    contestants_by_label = {
+        "float32": "ours-fp32",
+        "bfloat16": "ours-bf16",
+        "products alone, float32": "floor-fp32",
+    }
+    assert processors == [
+        f"| {method}, {label} | "
+        + " | ".join(speedup(folder, case, name) for folder in (ON_ZEN_5, ON_ZEN_4, ON_EMERALD_RAPIDS))
+        + " |"
+        for method, case in (("LocoProp-M", "paper"), ("LocoProp-S", "paper-s"))
+        for label, name in contestants_by_label.items()
+    ]
+    cases = {
         "width-x2": "twice as wide",
         "depth-16": "sixteen layers",
         "batch-100": "100 examples",
@@ -239,44 +332,28 @@ def test_speed_table_is_the_measured_one():
         "T-50": "50 local iterations",
         "convnet-B128": "a convnet, 128 images of 32 × 32",
     }
-    for case, label in rows.items():
-        facts = [cases[case]["contestants"][f"ours-{precision}"] for precision in ("fp32", "bf16")]
-        assert f"| {label} | {' | '.join(format(one['speedup']['package']['p50'], '.1f') for one in facts)} |" in readme
-    readme = " ".join(readme.split())
-    adam, ours = (cases["paper"]["contestants"][name]["seconds"]["p50"] for name in ("adam-fused", "ours-fp32"))
-    assert f"{1e3 * adam:.0f} ms, one of LocoProp-M {1e3 * ours:.0f}" in readme
+    assert sizes == [
+        f"| {label} | {speedup(ON_ZEN_5, case, 'ours-fp32')} | {speedup(ON_ZEN_5, case, 'ours-bf16')} |"
+        for case, label in cases.items()
+    ]
 
 
 def test_speed_of_few_rows_is_the_measured_one():
-    """The paragraph in the README, from bench/results/cpu_few_rows and cpu_few_rows_intel."""
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    cases = json.loads((ROOT / "bench/results/cpu_few_rows/bench.json").read_text())["cases"]
-
-    def speedups(case, *names):
-        return tuple(f"{cases[case]['contestants'][name]['speedup']['package']['p50']:.1f}" for name in names)
-
-    def milliseconds(case, *names):
-        return tuple(1e3 * cases[case]["contestants"][name]["seconds"]["p50"] for name in names)
-
-    matching, squared = (speedups(case, "ours-fp32", "ours-bf16") for case in ("paper", "paper-s"))
-    words = "LocoProp-M is {} and {} times as fast as the package, and LocoProp-S {} and {}"
-    assert words.format(*matching, *squared) in readme
-    assert "would be {} times as fast as the package in float32".format(*speedups("paper", "floor-fp32")) in readme
-    ours, adam = milliseconds("paper-rows", "ours-fp32", "adam")
-    assert f"takes {ours:.0f} ms where one of Adam takes {adam:.0f} ({ours / adam:.1f} times)" in readme
-    ours, adam = milliseconds("classifier-rows", "ours-fp32", "adam")
-    assert f"{ours:.1f} ms where Adam takes {adam:.1f} ({ours / adam:.1f} times)" in readme
-    pytorch = [milliseconds(case, "ours-reference-fp32")[0] for case in ("paper-rows", "classifier-rows")]
-    assert "through PyTorch {:.0f} and {:.1f} ms".format(*pytorch) in readme
-    cases = json.loads((ROOT / "bench/results/cpu_few_rows_intel/bench.json").read_text())["cases"]
-    ours, adam = milliseconds("paper-rows", "ours-fp32", "adam")
-    assert f"{ours:.0f} ms where Adam takes {adam:.0f} ({ours / adam:.1f} times)" in readme
-    ours, adam = milliseconds("classifier-rows", "ours-fp32", "adam")
-    assert f"{ours:.1f} where Adam takes {adam:.1f} ({ours / adam:.1f} times)" in readme
-    matching, squared = (speedups(case, "ours-fp32", "ours-bf16") for case in ("paper", "paper-s"))
-    assert words.format(*matching, *squared) in readme
-    floors = [speedups(case, "floor-fp32")[0] for case in ("paper", "paper-s")]
-    assert "would be {} and {} times as fast in float32".format(*floors) in readme
+    """The table in the README of a step beside one of Adam: on all rows, and on few."""
+    steps, *_ = tables_of("How fast it is")
+    ours, adam = (milliseconds(ON_ZEN_5, "paper", name) for name in ("ours-fp32", "adam-fused"))
+    expected = [
+        f"| the paper's autoencoder, all rows | Zen 5 | {ours:.0f} ms | | {adam:.0f} ms (fused) | {ours / adam:.1f} |"
+    ]
+    networks = {"paper-rows": "the paper's autoencoder", "classifier-rows": "784-256-256-10, 128 examples"}
+    for case, network in networks.items():
+        digits = 0 if case == "paper-rows" else 1
+        for processor, folder in (("Zen 4", ON_ZEN_4), ("Emerald Rapids", ON_EMERALD_RAPIDS)):
+            names = ("ours-fp32", "ours-reference-fp32", "adam")
+            ours, pytorch, adam = (milliseconds(folder, case, name) for name in names)
+            figures = [f"{figure:.{digits}f} ms" for figure in (ours, pytorch, adam)]
+            expected.append(f"| {network}, `rows=32` | {processor} | {' | '.join(figures)} | {ours / adam:.1f} |")
+    assert steps == expected
 
 
 def test_tuning_table_is_the_measured_one():

@@ -155,7 +155,10 @@ def _store_slices(change, place, parameter, scale, CODE: tl.constexpr, SMALL: tl
 
 @triton.jit
 def _store_difference(row_ptr, change, place, scale, P: tl.constexpr):
-    """The same for the layer's own transfer function: which one, and in which form, is asked once for a tile."""
+    """``E`` of a tile for the layer's own transfer function: which one, and in which form, is asked once for a tile.
+
+    Returns its sums over the batch and, for float8 alone, the largest |E| of each row.
+    """
     code, parameter = _transfer(row_ptr)
     sums = tl.zeros((change.shape[0],), tl.float32)
     largest = tl.zeros((change.shape[0],), tl.float32)

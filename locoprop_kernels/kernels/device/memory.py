@@ -13,7 +13,7 @@ def address(row_ptr, column, dtype: tl.constexpr):
 
 @triton.jit
 def address_for_fours(row_ptr, column, dtype: tl.constexpr):
-    """The same for stores from an epilogue: of four elements a thread, which is what it has of float32 tensors.
+    """An address of ours for stores from an epilogue: aligned to four elements, what a thread has of float32 tensors.
 
     With eight of 16 bits to a thread, all that they are computed from would have to change threads.
     """

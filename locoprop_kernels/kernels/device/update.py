@@ -139,7 +139,7 @@ def check_bias(row_ptr, n_block, bad_ptr, P: tl.constexpr, U: tl.constexpr):
 
 @triton.jit
 def check_weight(row_ptr, n_block, columns, bad_ptr, P: tl.constexpr, U: tl.constexpr):
-    """The same of a part of the weight."""
+    """Set ``bad`` if a commit of a part of the weight would write a number that is not finite."""
     rows, first, row_offsets = _block(row_ptr, n_block, P)
     own = parameter.own_pointers(row_ptr + c.WEIGHT, first, U)
     place = (rows, columns, tl.load(row_ptr + c.OUTPUTS), tl.load(row_ptr + c.INPUTS))

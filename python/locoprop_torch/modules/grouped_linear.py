@@ -18,6 +18,8 @@ class GroupedLinear(nn.Module):
         in_features: ``K``.
         out_features: ``N``.
         bias: whether there is a bias.
+        device: where the parameters are made; ``None`` for torch's default device.
+        dtype: of the parameters; ``None`` for torch's default dtype.
 
     Shapes: input ``[G, ..., K]``, output ``[G, ..., N]``, weight ``[G, N, K]``, bias ``[G, N]``.
     """
