@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.utils.weak import TensorWeakRef
 
 from locoprop_kernels.patches import Rows, Stacked
 from locoprop_kernels.sampling import Sampling
@@ -31,10 +30,11 @@ from locoprop_torch.hooks import InputGradientHook, LayerHook, attach, backward_
 from locoprop_torch.kept import joined
 from locoprop_torch.layouts import Layout, layout_class
 from locoprop_torch.masks import trained_parameters
-from locoprop_torch.passes import Gradients, Pass, SeenGradient
+from locoprop_torch.passes import Gradients, Pass
+from locoprop_torch.seen import SeenGradients
 from locoprop_torch.sharding import is_sharded, own_tensor, whole
 from locoprop_torch.shares import Shares
-from locoprop_torch.unit import Measured, OutputGradient, unscaling
+from locoprop_torch.unit import Measured, OutputGradient
 
 __all__ = ["CapturedLayer"]
 
@@ -89,9 +89,7 @@ class CapturedLayer:
         self._latest: tuple[weakref.ref[Tensor], weakref.ref[Pass]] | None = None
         # The passes that a backward pass has come to, by its number.
         self._reached: dict[int, list[Pass]] = {}
-        self._seen: dict[str, SeenGradient] = {}
-        # Whether the last gradient was one of sharded parameters, which FSDP2 has averaged over the processes.
-        self._averaged = False
+        self._seen = SeenGradients(self.name, self.parameters)
         # The backward pass in which the gradients were looked at last.
         self._checked = -1
         # The hooks, by the id of the module or parameter that they are on.
@@ -184,6 +182,8 @@ class CapturedLayer:
         number = self._note(captured)
         if number is None:
             return
+        # Without a gradient of its own, the weight may leave nothing in the graph to be freed.
+        captured.over = not keeps_graph() and self.weight.requires_grad
         order = None if self._output_gradient is None else self._output_gradient.begins(number)
         if self.keep_gradients or order is not None:
             captured.arrive(number, Gradients(output=gradient.detach(), order=order))
@@ -216,19 +216,13 @@ class CapturedLayer:
 
     def _gradient_came(self, kind: str, parameter: Tensor) -> None:
         """A gradient was added: the passes of this backward pass count."""
-        self._averaged = is_sharded(parameter)
-        gradient = parameter.grad
-        if gradient is not None and not self._averaged:
-            copy = gradient.detach().clone() if self.keep_gradients else None
-            measured = any(captured.measured for captured in self._reached.get(backward_pass(), ()))
-            norm = gradient.detach().norm() if measured else None
-            self._seen[kind] = SeenGradient(TensorWeakRef(gradient), gradient._version, copy, norm)
         number = backward_pass()
+        measured = any(captured.measured for captured in self._reached.get(number, ()))
+        self._seen.note(kind, parameter, self.keep_gradients, measured)
         # A backward pass comes to the last call first.
         found = sorted(self._reached.pop(number, ()), key=lambda captured: captured.number)
         for captured in found:
             captured.keep(number)
-            captured.over = not keeps_graph() and self.weight.requires_grad
             # Weights may change before the step (SAM perturbs them, and takes that back).
             if captured.output_overwritten and not captured.overwritten and not self.sharded:
                 captured.restored(self.name, self.weight.dtype)
@@ -263,18 +257,11 @@ class CapturedLayer:
 
     def forget_discarded(self) -> None:
         """Drop the captured passes if the gradient they belong to is gone: ``None``, or overwritten with zeros."""
-        if (self.passes or self.spent) and all(self._is_discarded(kind, p.grad) for kind, p in self.parameters.items()):
+        if (self.passes or self.spent) and self._seen.are_discarded:
             self.forget()
 
     def _has_gradient(self) -> bool:
         return any(p.grad is not None for p in self.parameters.values())
-
-    def _is_discarded(self, kind: str, gradient: Tensor | None) -> bool:
-        if is_sharded(self.parameters[kind]):
-            # Until they are averaged, gradients are where only FSDP2 knows.
-            return gradient is None and self._averaged
-        seen = self._seen.get(kind)
-        return gradient is None or seen is None or seen.is_discarded(gradient)
 
     # --- what a step reads
 
@@ -378,32 +365,11 @@ class CapturedLayer:
 
     def unscaled(self) -> float:
         """What the parameters' gradients were multiplied by since the backward pass to undo a scaling of the loss."""
-        for kind, parameter in self.trained.items():
-            assert parameter.grad is not None
-            if kind in self._seen and (factor := self._seen[kind].shrunk(parameter.grad)) is not None:
-                return unscaling(factor)
-        return 1.0
+        return self._seen.unscaled(self.trained)
 
     def gradient_factor(self) -> float:
-        """The number that the parameters' gradients were multiplied by since the backward pass, as by ``GradScaler``.
-
-        Raises:
-            ValueError: they were changed in another way. Elements that were set to zero do not count.
-        """
-        factors = set()
-        for kind, parameter in self.trained.items():
-            seen, gradient = self._seen.get(kind), parameter.grad
-            assert gradient is not None
-            if (factor := 1.0 if seen is None else seen.factor(gradient)) is not None:
-                factors.add(factor)
-        factor = min(factors, default=1.0)
-        # A NaN among them makes this false as well.
-        if not all(abs(other - factor) <= 1e-2 * abs(factor) for other in factors):
-            raise ValueError(
-                f"the gradients of layer {self.name!r} were changed otherwise than by multiplication with one number "
-                "since the backward pass, which only the target 'dual' can follow"
-            )
-        return factor
+        """What gradients were multiplied by since the backward pass; see :meth:`SeenGradients.factor`."""
+        return self._seen.factor(self.trained)
 
 
 def _of_one_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:

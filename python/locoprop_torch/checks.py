@@ -15,6 +15,7 @@ from locoprop_kernels.steps import BACKENDS, triton_unavailable
 from locoprop_torch.unit import PerExample
 
 __all__ = [
+    "LOCAL_LOSSES",
     "as_list",
     "check_arguments",
     "check_choice",

@@ -32,7 +32,7 @@ from locoprop_torch.auxiliary import (
     trained_ids,
 )
 from locoprop_torch.capture import CapturedLayer
-from locoprop_torch.checks import as_list, check_arguments, checked_hyperparameters
+from locoprop_torch.checks import LOCAL_LOSSES, as_list, check_arguments, check_choice, checked_hyperparameters
 from locoprop_torch.layers import ModelLayers, table, transfer_in_use
 from locoprop_torch.ownership import Owners
 from locoprop_torch.presets import DEFAULT_RULE
@@ -270,6 +270,7 @@ class LocoProp(Optimizer):
                 loss = closure()
         with without_autocast():
             link_groups(self.param_groups, self.aux)
+            check_choice("local_loss", self.local_loss, LOCAL_LOSSES)
             check_capture(self._model_layers, self.aux)
             tell_thawed(self._frozen, self.param_groups, self._told)
             own, together = own_groups(self.param_groups), processes.of(self)
@@ -369,7 +370,10 @@ class LocoProp(Optimizer):
     def __repr__(self) -> str:
         transfers_of = {id(p): group["transfer"] for group in own_groups(self.param_groups) for p in group["params"]}
         layers = table(self._layers, transfers_of, self.local_loss)
-        lines = [super().__repr__(), f"local loss: {self.local_loss}; layers:", *layers]
+        # Two entries of the groups are for checkpoints alone.
+        hidden = ("    rows_seed:", "    output_gradient:")
+        groups = [line for line in super().__repr__().splitlines() if not line.startswith(hidden)]
+        lines = [*groups, f"local loss: {self.local_loss}; layers:", *layers]
         if self.output_gradient:
             lines.append(f"1 per example is an activation_lr of {self.output_gradient['rate']:g}")
         if self.aux is not None:

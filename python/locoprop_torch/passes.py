@@ -1,14 +1,12 @@
-"""What is kept of a layer's calls until a step uses it, and of its gradients as backward passes have left them."""
+"""What is kept of a layer's calls until a step uses it."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
 
 from locoprop_kernels.autocasting import without_autocast
 from locoprop_torch.kept import KeptRows
@@ -16,7 +14,7 @@ from locoprop_torch.masks import trained_weight
 from locoprop_torch.sharding import is_sharded
 from locoprop_torch.unit import Measured
 
-__all__ = ["Gradients", "Pass", "SeenGradient"]
+__all__ = ["Gradients", "Pass"]
 
 
 @dataclass(eq=False)
@@ -173,49 +171,3 @@ class Pass:
             a = a.to(dtype)
         self.preactivation, self.versions = a, (x._version, a._version)
         return x, a
-
-
-class SeenGradient(NamedTuple):
-    """A parameter's gradient as a backward pass has left it.
-
-    Attributes:
-        tensor: the gradient.
-        version: how often it had been written to.
-        copy: its values, where a target needs them.
-        norm: its norm, where the gradient of the model's output was measured.
-    """
-
-    tensor: TensorWeakRef
-    version: int
-    copy: Tensor | None
-    norm: Tensor | None = None
-
-    def shrunk(self, now: Tensor) -> float | None:
-        """The norm of the parameter's gradient ``now`` over what it was; ``None`` where that is not known."""
-        return float(now.norm()) / float(self.norm) if self.norm is not None and self.norm > 0 else None
-
-    def is_discarded(self, now: Tensor) -> bool:
-        """Whether the parameter's gradient ``now`` is zeros that somebody has written over this one."""
-        if self.tensor() is now and now._version == self.version:
-            return False
-        # Only what somebody has written to is looked at: that waits for the device.
-        return now.layout == torch.strided and not bool(now.any())
-
-    def factor(self, now: Tensor) -> float | None:
-        """The number with ``now = number * gradient``, in all elements where neither is zero.
-
-        1 without a copy, ``None`` where there is no such element, NaN where there is no such number.
-        """
-        before = self.copy
-        if before is None:
-            return 1.0
-        if before.shape != now.shape:
-            return float("nan")
-        both = (before != 0) & (now != 0)
-        old, new = before[both].double(), now[both].double()
-        if not len(old) or not bool(torch.isfinite(new).all()):
-            # A step with what is not finite is skipped anyway.
-            return None
-        factor = float((old * new).sum() / (old * old).sum())
-        close = (new - factor * old).abs() <= 16 * torch.finfo(now.dtype).eps * (factor * old).abs()
-        return factor if bool(close.all()) else float("nan")

@@ -6,7 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import SGD, assert_same, loss_of, mlp, moved, published, sum_of_squares, train, transfers_of, weights
+from locoprop_kernels import rules
+from tests.helpers import (
+    SGD,
+    assert_same,
+    backward,
+    loss_of,
+    mlp,
+    moved,
+    published,
+    steps,
+    sum_of_squares,
+    train,
+    transfers_of,
+    weights,
+)
 
 
 def stepped(count=2, **options):
@@ -181,3 +195,33 @@ def test_parameter_groups_have_their_own_hyperparameters():
     assert_same(actual, train(mlp(), transfers={"2": "softplus"}))
     with pytest.raises(ValueError, match="weight_decay must be"):
         train(mlp(), weight_decay=-1.0)
+
+
+def test_a_rule_may_be_set_by_its_name():
+    models = []
+    for rule in ("adagrad", rules.get("adagrad")):
+        model = mlp()
+        opt = published(model, rule="sgd", lr=1e-3)
+        opt.param_groups[0]["rule"] = rule
+        steps(model, opt)
+        models.append(model)
+    assert_same(*models, rtol=0, atol=0)
+
+
+def test_settings_that_are_not_of_the_optimizers_are_refused_in_the_step():
+    model = mlp()
+    opt = published(model, lr=1e-3)
+    before = weights(model)
+    backward(model, opt)
+    opt.local_loss = "least squares"
+    with pytest.raises(ValueError, match="local_loss must be one of matching, squared; got 'least squares'"):
+        opt.step()
+    assert not any(moved(model, before))
+
+
+def test_print_shows_no_entries_that_are_for_checkpoints_alone():
+    model = mlp()
+    opt = published(model, lr=1e-3)
+    steps(model, opt)
+    assert "rows_seed" not in str(opt)
+    assert "output_gradient" not in str(opt)
