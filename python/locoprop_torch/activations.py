@@ -21,7 +21,8 @@ class ActivationHook(ForwardHook):
     def __init__(self, layers: Iterable[CapturedLayer] = ()) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Find the layer."""
         for reference in self._layers:
             layer = reference()
             captured = layer.latest(args[0]) if layer is not None and args else None

@@ -30,7 +30,16 @@ _COPYING = ("__deepcopy__", "__reduce_ex__")
 
 
 class ForwardHook:
-    """Base of our hooks, by which they are told from those of the user."""
+    """Base of our hooks, by which they are told from those of the user.
+
+    Torch's quantisation puts hooks that it finds on the modules that it makes, where ours do nothing.
+    """
+
+    _module: weakref.ref[nn.Module] | None = None
+
+    def attached_to(self, module: nn.Module) -> None:
+        """Act on calls of this module, and of no other."""
+        self._module = weakref.ref(module)
 
     @property
     def __name__(self) -> str:
@@ -39,8 +48,20 @@ class ForwardHook:
             "LocoProp's hooks cannot be scripted: script a copy, torch.jit.script(copy.deepcopy(model)), which has none"
         )
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        raise NotImplementedError
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the module that it was put on by torch gets a hook that does nothing.
+        return ForwardHook, ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *others: Any) -> None:
+        """What torch calls, with ``kwargs`` and the output where it was :func:`attach` that put it on the module."""
+        if len(others) != 2 or self._module is None:
+            return
+        # The replicas of nn.DataParallel share the hooks of the module.
+        if self._module() is module or getattr(module, "_is_replica", False):
+            self.on_call(module, args, *others)
+
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """What the hook does after a call of its module."""
 
 
 class LayerHook(ForwardHook):
@@ -53,13 +74,19 @@ class LayerHook(ForwardHook):
     def __init__(self, layer: Any) -> None:
         self._layer = weakref.ref(layer)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Tell the layer."""
         layer = self._layer()
         if layer is None:
             return
         layer.called = True
         transformed = torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
         if torch.is_grad_enabled() and output.requires_grad and not transformed:
+            if output.is_nested:
+                raise TypeError(
+                    f"layer {layer.name!r} must be called with a dense tensor where gradients are recorded, got a "
+                    "nested one: give it .values(), or leave its parameters to aux"
+                )
             layer.watch(module, args[0] if args else next(iter(kwargs.values())), output)
 
 
@@ -80,6 +107,7 @@ class AttachedHook:
 
 def attach(module: nn.Module, hook: ForwardHook) -> AttachedHook:
     """Put ``hook`` on ``module``, before all other hooks: it sees what ``forward`` returned, unchanged by them."""
+    hook.attached_to(module)
     handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
     copies = _CleanCopies(module)
     vars(module)["__deepcopy__"] = copies.deepcopy

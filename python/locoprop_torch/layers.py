@@ -17,7 +17,7 @@ from locoprop_torch.checks import clean_name
 from locoprop_torch.discovery import Found, find_transfers
 from locoprop_torch.hooks import AttachedHook, attach
 from locoprop_torch.layouts import number_of_groups, supported_modules, tied_layers
-from locoprop_torch.masks import trained_parameters
+from locoprop_torch.masks import present_mask, trained_parameters
 from locoprop_torch.sharding import check_layer, shape_of
 from locoprop_torch.targets import Target
 from locoprop_torch.unit import OutputGradient, PerExample
@@ -309,7 +309,7 @@ def _masks_of_module(name: str, module: nn.Module, parameters: Mapping[str, nn.P
     """The masks that a module itself has, by kind.
 
     Raises:
-        ValueError: the module has other parameters.
+        ValueError: the module has other parameters, or a mask that is none any more.
     """
     masks: dict[str, Tensor] = {}
     found = trained_parameters(module) or {}
@@ -319,8 +319,8 @@ def _masks_of_module(name: str, module: nn.Module, parameters: Mapping[str, nn.P
                 f"the {kind} of layer {name!r} is no longer the parameter that the optimiser was built with: "
                 "build a new optimiser"
             )
-        if kind in found and (mask := found[kind].mask) is not None:
-            masks[kind] = mask()
+        if kind in found and (mask := present_mask(found[kind], f"the {kind} of layer {name!r}")) is not None:
+            masks[kind] = mask
     return masks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -206,16 +207,31 @@ _LAYOUTS: dict[type[nn.Module], Callable[[Any], Layout]] = {
 }
 
 
+def _computes_as(kind: type[nn.Module], module: nn.Module) -> bool:
+    """Whether a module of this kind computes what the kind does; ``functools.wraps`` is taken at its word."""
+    for name in ("forward", "_conv_forward"):
+        stock, own = getattr(kind, name, None), vars(module).get(name)
+        if getattr(type(module), name, None) is not stock:
+            return False
+        if own is not None:
+            # Engines wrap the forward of a model, which may be one layer, on the instance.
+            innermost = inspect.unwrap(own)
+            if getattr(innermost, "__func__", innermost) is not inspect.unwrap(stock):  # type: ignore[arg-type]
+                return False
+    return True
+
+
 def layout_class(module: nn.Module) -> Callable[[Any], Layout] | None:
     """What makes the layout of a module that LocoProp can train, ``None`` for any other.
 
-    A subclass counts where it has its parent's ``forward``; the weight must be a parameter of its own, or a masked one.
+    A subclass counts where it has its parent's ``forward``, and an instance where it has that of its class, or one that
+    says it wraps it; the weight must be a parameter of its own, or a masked one.
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         # MultiheadAttention reads the weight of such a module without calling it, so no hook would run.
         return None
     for kind, layout in _LAYOUTS.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
+        if isinstance(module, kind) and _computes_as(kind, module):
             return layout if trained_parameters(module) is not None else None
     return None
 

@@ -1,7 +1,9 @@
 """Convolutions and grouped layers: against the textbook form on unfolded inputs, and against layers apart."""
 
 import copy
+import functools
 import random
+import types
 from typing import Any
 
 import pytest
@@ -180,3 +182,56 @@ def test_unsupported_layers_are_named():
     model(torch.randn(5, 4)).square().sum().backward()
     opt.step()
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+class Circular(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input.roll(1, -1), weight, bias)
+
+
+def scaled(layer):
+    layer.forward = lambda x: F.linear(x * 0.1, layer.weight, layer.bias)
+    return layer
+
+
+def scaled_convolution(layer):
+    layer._conv_forward = lambda x, weight, bias: F.conv2d(x * 0.1, weight, bias)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [Circular(1, 2, 3), scaled(nn.Linear(8, 8)), scaled_convolution(nn.Conv2d(1, 2, 3))],
+    ids=["subclass", "linear", "convolution"],
+)
+def test_layers_that_compute_something_else_are_not_trained(layer):
+    model = nn.Sequential(nn.Linear(8, 8), layer)
+    with pytest.raises(ValueError, match=r"1\.weight, 1\.bias"):
+        published(model)
+    assert "  1  " not in repr(published(model, aux="adamw"))
+
+
+def wrapped_as_by_accelerate(layer):
+    layer.forward = types.MethodType(torch.autocast("cpu", enabled=False)(layer.forward.__func__), layer)
+    layer.forward = functools.update_wrapper(functools.partial(layer.forward), layer.forward)
+
+
+def compiled(layer):
+    layer.forward = torch.compile(layer.forward, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [wrapped_as_by_accelerate, compiled, lambda layer: layer.compile(backend="eager")])
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(4, 2), lambda: nn.Conv1d(1, 2, 2)], ids=["linear", "convolution"])
+def test_layers_whose_forward_is_wrapped_are_trained_as_they_are(layer, wrap):
+    results = []
+    for wrapping in (lambda layer: None, wrap):
+        torch.manual_seed(0)
+        model = layer()
+        wrapping(model)
+        opt = published(model)
+        before = model.weight.detach().clone()
+        model(torch.randn(3, 1, 4)).square().sum().backward()
+        opt.step()
+        assert not torch.equal(model.weight, before)
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results)

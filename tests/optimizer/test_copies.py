@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.ao import quantization
 from torch.nn.utils import parametrize
 
 from tests.helpers import (
@@ -240,6 +241,46 @@ def test_copying_model_and_optimizer_together():
             o.step()
         assert not any(moved(twin, weights(reference)))
         assert all(moved(twin, weights(model)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("change", ["dynamic", "convert", "fuse"])
+def test_quantisation_in_place_leaves_our_hooks_without_effect(change):
+    body = mlp(dtype=torch.float32, second=nn.ReLU)
+    model = nn.Sequential(quantization.QuantStub(), *body, quantization.DeQuantStub())
+    opt = published(model, transfers={})
+    loss_of(model).backward()
+    opt.step()
+    model.eval()
+    if change == "dynamic":
+        quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+    elif change == "convert":
+        model.qconfig = quantization.default_qconfig  # type: ignore[assignment]
+        quantization.prepare(model, inplace=True)
+        loss_of(model)
+        quantization.convert(model, inplace=True)
+    else:
+        quantization.fuse_modules(model, [["3", "4"]], inplace=True)
+    x, _ = batch(dtype=torch.float32)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), saved(model)):
+        assert torch.equal(twin(x), expected)
+    assert not any(captured(opt).values())
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_where_they_are_trained_on(layout):
+    model = mlp()
+    opt = published(model)
+    parts = [batch(rows)[0] for rows in (3, 5)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    with pytest.raises(TypeError, match="layer '0' must be called with a dense tensor .* got a nested one"):
+        model(nested)
+    with torch.no_grad():
+        for actual, part in zip(model[0](nested).unbind(), parts, strict=True):
+            torch.testing.assert_close(actual, model[0](part))
+    assert not any(captured(opt).values())
 
 
 def test_hooks_go_with_the_optimizer():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -84,6 +85,69 @@ def test_other_parametrizations_go_to_aux():
     before = weights(model)
     steps(model, opt, 4)
     assert all(moved(model, before))
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(4, 1, dtype=torch.float64))
+
+    def forward(self, weight):
+        return weight * self.gate
+
+
+class DropConnect(nn.Module):
+    def forward(self, weight):
+        return F.dropout(weight, 0.5, self.training)
+
+
+class Drawn(nn.Module):
+    def forward(self, weight):
+        return weight * torch.randint(2, weight.shape) if self.training else weight
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("parametrization", [Gate, DropConnect, Drawn])
+def test_what_is_a_mask_only_at_first_is_none(parametrization, training):
+    model = mlp()
+    parametrize.register_parametrization(model[2], "weight", parametrization())
+    model.train(training)
+    with pytest.raises(ValueError, match=r"2\.parametrizations\.weight\.original"):
+        published(model)
+    opt = published(model, aux="adamw")
+    before = weights(model)
+    steps(model.train(), opt, 4)
+    assert all(moved(model, before))
+
+
+def test_a_gate_that_is_not_trained_is_a_mask():
+    model = mlp()
+    gate = Gate()
+    gate.gate.requires_grad_(False)[1] = 0
+    parametrize.register_parametrization(model[2], "weight", gate)
+    opt = published(model, lr=1e-3)
+    before = model[2].parametrizations.weight.original.detach().clone()
+    steps(model, opt, 2)
+    now = model[2].parametrizations.weight.original
+    assert (now != before).all(1).tolist() == [True, False, True, True]
+
+
+def test_a_mask_that_becomes_none_is_noticed():
+    model = mlp()
+    parametrize.register_parametrization(model[0], "weight", Masked(torch.ones(5, 6, dtype=torch.float64)))
+    prune.identity(model[2], "weight")
+    opt = published(model, lr=1e-3)
+    steps(model, opt, 2)
+    for mask, what in ((model[0].parametrizations.weight[0].mask, "0"), (model[2].weight_mask, "2")):
+        mask[1] = 0.25
+        before = weights(model)
+        with pytest.raises(
+            ValueError, match=rf"mask of the weight of layer '{what}' must be of zeros.*\[0\.25, 1\.0\]"
+        ):
+            steps(model, opt, 1)
+        assert not any(moved(model, before))
+        mask[1] = 0
+        steps(model, opt, 1)
 
 
 def test_pruning_while_training_and_making_it_permanent():

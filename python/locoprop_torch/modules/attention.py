@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -11,19 +12,34 @@ from torch import Tensor, nn
 
 __all__ = ["MultiheadAttention", "expose_projections"]
 
+_log = logging.getLogger("locoprop_torch")
+
+_PACKED = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"}
+_PARAMETERS = _PACKED | {"out_proj.weight", "out_proj.bias"}
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+
 
 class MultiheadAttention(nn.Module):
     """What ``attention`` computes, with its projections as modules: ``q_proj``, ``k_proj``, ``v_proj``, ``out_proj``.
 
     ``torch.nn``'s own module keeps the first three in one parameter and calls none of the four. Arguments and results
-    of ``forward`` are the same; the parameters are copies.
+    of ``forward`` are the same; the parameters are copies, frozen where the originals are.
 
     Args:
         attention: with or without biases, any ``kdim`` and ``vdim``.
 
     Raises:
-        TypeError: it is no ``nn.MultiheadAttention``.
-        ValueError: it has ``add_bias_kv`` or ``add_zero_attn``.
+        TypeError: it is no ``nn.MultiheadAttention``, or has a ``forward`` of its own.
+        ValueError: it has ``add_bias_kv`` or ``add_zero_attn``, or other parameters, those of pruning for instance.
     """
 
     # nn.TransformerEncoder asks for these before it takes a fast path that calls no modules; so it takes none.
@@ -37,21 +53,25 @@ class MultiheadAttention(nn.Module):
             raise TypeError(f"attention must be a torch.nn.MultiheadAttention, got {type(attention).__name__}")
         if attention.bias_k is not None or attention.add_zero_attn:
             raise ValueError("attention must have neither add_bias_kv nor add_zero_attn")
+        if _has_own_forward(attention):
+            raise TypeError(f"attention must have the forward of torch.nn, got {type(attention).__name__} with another")
+        others = sorted({name for name, _ in attention.named_parameters()} - _PARAMETERS)
+        if others:
+            raise ValueError(
+                f"attention must have no parameters but those of torch.nn, got {', '.join(others)}: "
+                "prune or parametrise q_proj, k_proj, v_proj and out_proj afterwards"
+            )
         self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
         self.dropout, self.batch_first = attention.dropout, attention.batch_first
-        packed = attention.in_proj_weight
+        packed, bias = attention.in_proj_weight, attention.in_proj_bias
         weights = (
             [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
             if packed is None
-            else packed.detach().chunk(3)
+            else _thirds(packed)
         )
-        biases = [None] * 3 if attention.in_proj_bias is None else attention.in_proj_bias.detach().chunk(3)
-        self.q_proj, self.k_proj, self.v_proj = (
-            _linear(weight, bias, requires_grad=(weight if packed is None else packed).requires_grad)
-            for weight, bias in zip(weights, biases, strict=True)
-        )
-        out = attention.out_proj
-        self.out_proj = _linear(out.weight, out.bias, requires_grad=out.weight.requires_grad)
+        biases = [None] * 3 if bias is None else _thirds(bias)
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
         self.train(attention.training)
 
     def forward(
@@ -114,30 +134,66 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -torch.inf)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Linear:
+def _has_own_forward(attention: nn.MultiheadAttention) -> bool:
+    return type(attention).forward is not nn.MultiheadAttention.forward or "forward" in vars(attention)
+
+
+def _thirds(parameter: Tensor) -> list[Tensor]:
+    return [part.requires_grad_(parameter.requires_grad) for part in parameter.detach().chunk(3)]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     n, k = weight.shape
     layer = nn.Linear(k, n, bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad)
+    layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad)
+        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     return layer
 
 
-def expose_projections(model: nn.Module, _replaced: dict[nn.Module, nn.Module] | None = None) -> Any:
+def expose_projections(model: nn.Module) -> Any:
     """Replace every ``nn.MultiheadAttention`` in ``model`` by a :class:`MultiheadAttention`, in place.
 
-    Do it before building optimisers: the projections are new parameters, with the same values.
+    Do it before building optimisers: the projections are new parameters, with the same values. Hooks on the modules go
+    with them. One with a ``forward`` of its own stays, which is logged at level WARNING. An ``nn.TransformerEncoder``
+    then has no fast path, whose outputs are zero where the input is padding.
 
     Returns:
         ``model``; its replacement where it is an ``nn.MultiheadAttention`` itself.
+
+    Raises:
+        ValueError: see :class:`MultiheadAttention`.
     """
-    # The same dictionary all the way down, so that a module that is used twice stays one module.
-    replaced = {} if _replaced is None else _replaced
-    if isinstance(model, nn.MultiheadAttention):
-        if model not in replaced:
-            replaced[model] = MultiheadAttention(model)
-        return replaced[model]
-    for name, child in list(model._modules.items()):
-        if child is not None:
-            setattr(model, name, expose_projections(child, replaced))
-    return model
+    # A module that is used twice stays one module.
+    replaced: dict[nn.Module, nn.Module] = {}
+    kept: list[str] = []
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            if _has_own_forward(module):
+                kept.append(type(module).__name__)
+            else:
+                replaced[module] = _exposed(module)
+    if kept:
+        _log.warning(
+            "expose_projections leaves these modules as they are, since their forward is not that of "
+            "torch.nn.MultiheadAttention: %s",
+            ", ".join(sorted(set(kept))),
+        )
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in replaced:
+                setattr(module, name, replaced[child])
+    for module in model.modules():
+        # Its constructor has chosen nested tensors, which only the fast path of torch.nn's attention takes.
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(m, MultiheadAttention) for m in module.modules()
+        ):
+            module.use_nested_tensor = False
+    return replaced.get(model, model)
+
+
+def _exposed(attention: nn.MultiheadAttention) -> MultiheadAttention:
+    exposed = MultiheadAttention(attention)
+    # The dictionaries themselves, which the handles of the hooks refer to.
+    vars(exposed).update({name: vars(attention)[name] for name in _HOOKS})
+    return exposed
