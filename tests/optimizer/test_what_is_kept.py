@@ -160,7 +160,7 @@ def test_a_pass_of_an_earlier_step_counts_in_a_later_one():
     for p in model.parameters():
         p.data = p.data.clone()
     early = loss_of(model, 50)
-    opt._model_layers.forget(release=True)
+    opt._model_layers.end_step()
     opt.rows_seed += 1
     loss_of(model, 33, seed=2).backward()
     early.backward()
