@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from locoprop_kernels import LocalProblem, StepReport, local_steps_, rules
 from locoprop_kernels.rules import Rule
-from locoprop_torch.discovery import transfer_of
+from locoprop_torch.functions import transfer_of
 from locoprop_torch.layouts import laid_out, layout_of, number_of_groups
 from locoprop_torch.problems import RuleState, give_parameter, problem_of
 from locoprop_torch.rates import default_lr_decay, local_rates

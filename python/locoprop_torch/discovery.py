@@ -11,95 +11,22 @@ import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from locoprop_kernels import transfers
 from locoprop_kernels.transfers import Transfer
+from locoprop_torch.functions import FUNCTIONS, METHODS, MODULES, Signature, named_transfer, transfer_of, why_unknown
 from locoprop_torch.isolation import Copier, is_opaque, uncompiled, undisturbed
 from locoprop_torch.modules import GroupedLinear, MultiheadAttention
 
-__all__ = ["Found", "find_transfers", "transfer_of"]
+__all__ = ["Found", "find_transfers"]
 
 _log = logging.getLogger("locoprop_torch")
 
-# Name of the transfer function, and names of its parameters in the order of the arguments after the first.
-_Signature = tuple[str, ...]
-_MODULES: dict[type[nn.Module], _Signature] = {
-    nn.Tanh: ("tanh",),
-    nn.Sigmoid: ("sigmoid",),
-    nn.ReLU: ("relu",),
-    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
-    nn.Softplus: ("softplus", "beta"),
-    nn.ELU: ("elu", "alpha"),
-    nn.SELU: ("selu",),
-    nn.CELU: ("celu", "alpha"),
-    nn.Softsign: ("softsign",),
-    nn.Hardtanh: ("hardtanh", "min_val", "max_val"),
-    nn.ReLU6: ("relu6",),
-    nn.LogSigmoid: ("logsigmoid",),
-    nn.GELU: ("gelu", "approximate"),
-    nn.SiLU: ("silu",),
-    nn.Mish: ("mish",),
-    nn.Softmax: ("softmax", "dim"),
-    # With the negative log-likelihood behind it, it is the cross-entropy, and softmax the transfer function of that.
-    # It has no matching loss of its own: its Jacobian is not symmetric.
-    nn.LogSoftmax: ("softmax", "dim"),
-}
-_FUNCTIONS: dict[Callable[..., Any], _Signature] = {
-    torch.tanh: ("tanh",),
-    torch.tanh_: ("tanh",),
-    F.tanh: ("tanh",),
-    torch.sigmoid: ("sigmoid",),
-    torch.sigmoid_: ("sigmoid",),
-    F.sigmoid: ("sigmoid",),
-    torch.special.expit: ("sigmoid",),
-    torch.relu: ("relu",),
-    torch.relu_: ("relu",),
-    F.relu: ("relu",),
-    F.relu_: ("relu",),
-    F.leaky_relu: ("leaky_relu", "negative_slope"),
-    F.leaky_relu_: ("leaky_relu", "negative_slope"),
-    F.softplus: ("softplus", "beta"),
-    F.elu: ("elu", "alpha"),
-    F.elu_: ("elu", "alpha"),
-    torch.selu: ("selu",),
-    torch.selu_: ("selu",),
-    F.selu: ("selu",),
-    F.selu_: ("selu",),
-    torch.celu: ("celu", "alpha"),
-    torch.celu_: ("celu", "alpha"),
-    F.celu: ("celu", "alpha"),
-    F.celu_: ("celu", "alpha"),
-    F.softsign: ("softsign",),
-    F.hardtanh: ("hardtanh", "min_val", "max_val"),
-    F.hardtanh_: ("hardtanh", "min_val", "max_val"),
-    F.relu6: ("relu6",),
-    F.logsigmoid: ("logsigmoid",),
-    torch.atan: ("arctan",),
-    torch.atan_: ("arctan",),
-    torch.arctan: ("arctan",),
-    F.gelu: ("gelu", "approximate"),
-    F.silu: ("silu",),
-    F.mish: ("mish",),
-    F.softmax: ("softmax", "dim"),
-    torch.softmax: ("softmax", "dim"),
-    F.log_softmax: ("softmax", "dim"),
-    torch.log_softmax: ("softmax", "dim"),
-}
-_METHODS: dict[str, _Signature] = {
-    "tanh": ("tanh",),
-    "sigmoid": ("sigmoid",),
-    "relu": ("relu",),
-    "atan": ("arctan",),
-    "arctan": ("arctan",),
-    "softmax": ("softmax", "dim"),
-    "log_softmax": ("softmax", "dim"),
-}
 # These only move elements, so an elementwise transfer function behind them acts on the layer's output all the same.
 _MOVES_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten)
 _MOVES_FUNCTIONS = {torch.flatten, torch.reshape, torch.unsqueeze, torch.squeeze, torch.transpose, torch.permute}
@@ -113,45 +40,6 @@ def _softmax_dims(layer: nn.Module | None) -> tuple[int, ...]:
     return (-1,)
 
 
-def _transfer_of(
-    signature: _Signature, values: Iterable[Any] = (), softmax_dims: tuple[int, ...] = (-1,)
-) -> Transfer | None:
-    """The transfer function of a call with these parameters (``None`` = default); ``None`` if it is unknown."""
-    name, *parameters = signature
-    given = {key: value for key, value in zip(parameters, values, strict=False) if value is not None}
-    if name == "softmax":
-        return transfers.get(name) if given.get("dim") in softmax_dims else None
-    if name == "gelu":
-        return {"none": transfers.get("gelu"), "tanh": transfers.get("gelu_tanh")}.get(given.get("approximate", "none"))
-    numbers = all(isinstance(value, (int, float)) for value in given.values())
-    return transfers.get(name, **given) if numbers else None
-
-
-def transfer_of(activation: Callable[..., Any], feature_dim: int, ndim: int) -> Transfer | None:
-    """The transfer function that a module or function is, applied to an output ``[..., N]``; ``None`` if unknown.
-
-    Args:
-        activation: module such as ``nn.Tanh()``, or function such as ``torch.tanh``. A log-softmax is unknown here:
-            its values are not those of a transfer function.
-        feature_dim: the output's dimension of size ``N``: a softmax must be over this one.
-        ndim: number of dimensions of the output.
-    """
-    if isinstance(activation, nn.Identity):
-        return transfers.get("identity")
-    if not isinstance(activation, nn.Module):
-        signature = _FUNCTIONS.get(activation)
-        return None if signature is None else _transfer_of(signature)
-    signature = _MODULES.get(type(activation))
-    if signature is None or isinstance(activation, nn.LogSoftmax):
-        return None
-    values = [getattr(activation, parameter) for parameter in signature[1:]]
-    if isinstance(activation, nn.Softmax):
-        # Without a dimension, torch chooses by the number of dimensions.
-        dim = activation.dim if activation.dim is not None else (0 if ndim in (0, 1, 3) else 1)
-        values = [-1 if dim % ndim == feature_dim % ndim else None]
-    return _transfer_of(signature, values)
-
-
 def _is_square(node: fx.Node, of: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target == "square" or (node.target == "pow" and node.args[1:] == (2,))
@@ -160,13 +48,13 @@ def _is_square(node: fx.Node, of: fx.Node) -> bool:
     return node.target in (operator.mul, torch.mul) and node.args == (of, of)
 
 
-def _signature(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[_Signature | None, list[Any]]:
+def _signature(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Signature | None, list[Any]]:
     """``(signature, values of its parameters)`` of the call that ``node`` is."""
     if node.op == "call_module":
         module = modules[str(node.target)]
-        signature = _MODULES.get(type(module))
+        signature = MODULES.get(type(module))
         return signature, [getattr(module, parameter) for parameter in (signature or ())[1:]]
-    tables: dict[str, dict[Any, _Signature]] = {"call_function": _FUNCTIONS, "call_method": _METHODS}
+    tables: dict[str, dict[Any, Signature]] = {"call_function": FUNCTIONS, "call_method": METHODS}
     target = str(node.target).rstrip("_") if node.op == "call_method" else node.target
     signature = tables.get(node.op, {}).get(target)
     parameters = (signature or ())[1:]
@@ -180,31 +68,44 @@ def _moves(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.target in (_MOVES_METHODS if node.op == "call_method" else _MOVES_FUNCTIONS)
 
 
-def _follower(
-    node: fx.Node, modules: dict[str, nn.Module], softmax_dims: tuple[int, ...]
-) -> tuple[Transfer | None, bool]:
-    """The transfer function that alone consumes the output of ``node``, if it is a known one.
+class _Follower(NamedTuple):
+    """What alone consumes the output of a layer.
 
-    Returns:
-        the function, and whether the output is returned instead: what follows it is then the caller's affair.
+    Attributes:
+        transfer: the transfer function that it is, if it is a known one.
+        returned: whether the output is returned instead: what follows it is then the caller's affair.
+        reason: why the function is not known, though it looks like one.
     """
+
+    transfer: Transfer | None = None
+    returned: bool = False
+    reason: str | None = None
+
+
+def _follower(node: fx.Node, modules: dict[str, nn.Module], softmax_dims: tuple[int, ...]) -> _Follower:
+    """What alone consumes the output of ``node``."""
     moved = False
     while len(node.users) == 1:
         user = next(iter(node.users))
         if user.op == "output":
-            return None, True
+            return _Follower(returned=True)
         if _moves(user, modules):
             moved |= not (user.op == "call_module" and isinstance(modules[str(user.target)], nn.Identity))
             node = user
             continue
         signature, values = _signature(user, modules)
-        transfer = None if signature is None else _transfer_of(signature, values, softmax_dims)
-        if transfer is None or (moved and not transfer.elementwise):
-            return None, False
+        if signature is None:
+            break
+        transfer = named_transfer(signature, values, softmax_dims)
+        if transfer is None:
+            elsewhere = moved and signature[0] == "softmax"
+            return _Follower(reason=None if elsewhere else why_unknown(signature, values, softmax_dims))
+        if moved and not transfer.elementwise:
+            break
         if transfer.name == "relu" and len(user.users) == 1 and _is_square(next(iter(user.users)), user):
-            return transfers.get("squared_relu"), False
-        return transfer, False
-    return None, False
+            return _Follower(transfers.get("squared_relu"))
+        return _Follower(transfer)
+    return _Follower()
 
 
 class _Tracer(fx.Tracer):
@@ -265,7 +166,7 @@ class Found:
 
     Attributes:
         transfer: the transfer function; the identity where none was found.
-        reason: why the layer's output could not be followed, or ``None`` where it was.
+        reason: why the layer's output could not be followed, or is not known, or ``None`` where it was.
     """
 
     transfer: Transfer
@@ -338,11 +239,12 @@ class _Search:
                 # A module that the tracer left whole, such as a transformer layer of torch.nn.
                 self.visit(original, tracer.failed.get(id(called)))
                 continue
-            transfer, returned = _follower(node, modules, _softmax_dims(original))
-            if returned and outer is not None:
-                self._reasons[id(original)] = outer
+            follower = _follower(node, modules, _softmax_dims(original))
+            reason = outer if follower.returned else follower.reason
+            if reason is not None:
+                self._reasons[id(original)] = reason
             else:
-                self._add(original, transfer)
+                self._add(original, follower.transfer)
 
     def _add(self, layer: nn.Module, transfer: Transfer | None) -> None:
         self._found[id(layer)].add(transfer or transfers.get("identity"))

@@ -1,5 +1,7 @@
 """Which transfer functions are found in a model, and what is said of layers for which none is."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import locoprop_kernels as lk
-from locoprop_torch.discovery import transfer_of
+from locoprop_torch.functions import transfer_of
 from tests.helpers import present
 from tests.optimizer.finding import check_tanh, find, transfers_in, with_forward
 
@@ -159,6 +161,39 @@ def test_log_softmax():
     assert transfer_of(nn.LogSoftmax(-1), -1, 2) is None
     assert transfer_of(F.log_softmax, -1, 2) is None
     assert str(transfer_of(nn.Softmax(-1), -1, 2)) == "softmax"
+
+
+def found_before(function):
+    """What is found for a linear layer that a module or function follows."""
+    if isinstance(function, nn.Module):
+        return find(nn.Sequential(nn.Linear(6, 6), function))["0"]
+    return find(with_forward(lambda self, x: function(self.layer(x))))["layer"]
+
+
+@pytest.mark.parametrize("module", [nn.Softplus(2.0, 5.0), lambda x: F.softplus(x, 1, 14)], ids=["module", "function"])
+def test_a_softplus_with_a_low_threshold_is_another_function(module, caplog):
+    found = found_before(module)
+    assert str(found.transfer) == "identity"
+    assert re.search("softplus with threshold (5|14) is the identity above it", present(found.reason))
+    assert ": softplus with threshold" in caplog.text
+    assert transfer_of(nn.Softplus(2.0, 5.0), -1, 2) is None
+    higher = found_before(lambda x: F.softplus(x, beta=2, threshold=15))
+    assert (str(higher.transfer), higher.reason) == ("softplus(beta=2)", None)
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+def test_a_softmax_that_may_be_over_the_features_is_said_to_be(caplog):
+    for softmax in (nn.LogSoftmax(1), nn.Softmax(2), lambda x: F.log_softmax(x, dim=1), lambda x: x.softmax(1)):
+        found = found_before(softmax)
+        assert str(found.transfer) == "identity"
+        assert re.match("softmax over dim [12]: say 'softmax' in transfers if that", present(found.reason))
+    assert "layer: softmax over dim 1: say 'softmax'" in caplog.text
+    assert "softmax without dim" in present(found_before(lambda x: F.softmax(x)).reason)
+    for known in (nn.Softmax(-1), nn.Softmax(0), nn.Softmax(-2), lambda x: x.unflatten(0, (2, -1)).softmax(1)):
+        assert found_before(known).reason is None
+    convolution = find(nn.Sequential(nn.Conv1d(2, 3, 1), nn.Softmax(1)))["0"]
+    assert (str(convolution.transfer), convolution.reason) == ("softmax", None)
+    assert find(nn.Sequential(nn.Conv1d(2, 3, 1), nn.Softmax(2)))["0"].reason is None
 
 
 def test_subclasses_of_layers():
