@@ -90,7 +90,7 @@ def _weight_pass(row_ptr, n_block, e, factor, when, scale, own, trace_ptr, FIRST
 
 
 @triton.jit
-def _product(row_ptr, n_block, scale, own, P: tl.constexpr):
+def _product(row_ptr, scale, own, P: tl.constexpr):
     """``scale · Δ Xᵀ`` with the rows of local step 1, for float16: the largest |Δ| had to be found first."""
     inner, examples = tl.arange(0, P.block_k), tl.arange(0, P.block_b)
     local_rows = tl.arange(0, P.block_n)
@@ -131,7 +131,7 @@ def _first_pass(row_ptr, n_block, when, own, trace_ptr, P: tl.constexpr, U: tl.c
         if P.operand == tl.float16:
             scale = scale_of(largest, P)
             tl.debug_barrier()
-            product = _product(row_ptr, n_block, scale, own, P)
+            product = _product(row_ptr, scale, own, P)
     return product * (1.0 / scale), scale
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import cpu_kernels, routes
+from locoprop_kernels.problem import PARAMETER_DTYPES
 from locoprop_torch import checkpoints
 from locoprop_torch.auxiliary import own_groups
 from locoprop_torch.sharding import is_sharded
@@ -26,7 +27,6 @@ __all__ = ["agree", "raise_alike"]
 
 # So many elements of each tensor stand for it: replicas that have drifted apart differ nearly everywhere.
 _SAMPLES = 1024
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def agree(wire: Wire, optimizer: LocoProp, numbers: Sequence[int], error: Exception | None) -> list[list[int]]:
@@ -148,7 +148,7 @@ def _operands(optimizer: LocoProp) -> list[torch.dtype]:
     found = {optimizer.compute_dtype or weight.dtype for weight in weights if weight.device.type == "cpu"}
     if torch.float8_e4m3fn in found:  # has one route itself, and bfloat16 may take its place
         found.add(torch.bfloat16)
-    return [dtype for dtype in _DTYPES if dtype in found]
+    return [dtype for dtype in PARAMETER_DTYPES if dtype in found]
 
 
 def _replica(optimizer: LocoProp) -> tuple[Tensor, Tensor]:

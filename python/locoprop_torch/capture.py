@@ -229,7 +229,7 @@ class CapturedLayer:
             if not captured.counted and not captured.released:
                 captured.counted = True
                 self.passes.append(captured)
-        if found and not self._shares.settled(self.passes) and (sampling := self.sampling) is not None:
+        if found and not self._shares.settle_alone(self.passes) and (sampling := self.sampling) is not None:
             self._shares.even_out(self.passes, sampling, self.weight.dtype)
 
     def _backward_ends(self, number: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from locoprop_kernels.patches import several
+from locoprop_kernels.problem import PARAMETER_DTYPES
 from locoprop_kernels.sampling import Sampling, count_sets_of_parts
 from locoprop_torch.auxiliary import own_groups
 from locoprop_torch.capture import CapturedLayer
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from locoprop_torch.optimizer import LocoProp
 
 __all__ = ["GatheredRows", "LocalRows"]
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Described(NamedTuple):
@@ -54,7 +53,7 @@ class _Described(NamedTuple):
         """As integers, see :func:`_read`."""
         found = [self.module, self.size, *self.output]
         for sizes, dtype in (self.x, self.preactivation):
-            found += [_DTYPES.index(dtype), len(sizes), *sizes]
+            found += [PARAMETER_DTYPES.index(dtype), len(sizes), *sizes]
         return found
 
 
@@ -126,7 +125,7 @@ def _read(numbers: Sequence[int], layers: int) -> list[list[_Described]]:
     following = iter(numbers)
 
     def shape() -> Shape:
-        dtype = _DTYPES[next(following)]
+        dtype = PARAMETER_DTYPES[next(following)]
         return tuple(next(following) for _ in range(next(following))), dtype
 
     def described() -> _Described:

@@ -67,8 +67,12 @@ class Shares:
         captured.settled = not before and sets <= captured.size
 
     @staticmethod
-    def settled(passes: Sequence[Pass]) -> bool:
-        """Whether there is nothing to even out until another pass counts, or the step."""
+    def settle_alone(passes: Sequence[Pass]) -> bool:
+        """Give a pass that is alone its place, if it has what it will have to give.
+
+        Returns:
+            Whether that is so: there is nothing to even out then until another pass counts, or the step.
+        """
         if len(passes) == 1 and passes[0].settled:
             passes[0].offset = 0
             return True

@@ -33,7 +33,7 @@ class Wire:
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
-        self.group, self.parameters = group, device
+        self.group, self.parameter_device = group, device
         # gloo takes tensors of the host alone.
         self.device = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -80,7 +80,7 @@ class Wire:
         flag = own.to(self.device, copy=True)
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
         _wait_until_let_go(flag)
-        return flag.to(self.parameters)
+        return flag.to(self.parameter_device)
 
     def tensors(self, own: Sequence[Tensor], shapes: Sequence[Sequence[Shape]]) -> list[list[Tensor]]:
         """The tensors of every process, in one exchange.
@@ -91,11 +91,14 @@ class Wire:
         """
         most = max(sum(map(_bytes, some)) for some in shapes)
         if not most:
-            return [[torch.empty(size, dtype=dtype, device=self.parameters) for size, dtype in some] for some in shapes]
+            return [
+                [torch.empty(size, dtype=dtype, device=self.parameter_device) for size, dtype in some]
+                for some in shapes
+            ]
         mine = torch.zeros(most, dtype=torch.uint8, device=self.device)
         for part, tensor in zip(_parts(mine, shapes[self.rank]), own, strict=True):
             part.copy_(tensor)
-        everything = self._gathered(mine).to(self.parameters)
+        everything = self._gathered(mine).to(self.parameter_device)
         return [_parts(row, some) for row, some in zip(everything, shapes, strict=True)]
 
     def _gathered(self, own: Tensor) -> Tensor:
