@@ -211,6 +211,19 @@ def test_many_rows_of_one_batch_are_multiplied_by_pytorch():
     assert lk.local_steps_([problem(b=5000)], "adam", **OPTIONS).driver == "numba"
 
 
+@pytest.mark.parametrize(("operands", "most"), [(torch.float32, 256), (torch.bfloat16, 128)])
+def test_many_rows_of_a_local_step_are_multiplied_by_pytorch(operands, most):
+    """Not those that are asked for: a batch that is hardly larger falls into halves."""
+    options = {**OPTIONS, "compute_dtype": operands}
+    for b, rows, driver in (
+        (4 * most, most, "numba"),
+        (4 * most + 4, most + 1, "product"),
+        (2 * most, 2 * most - 1, "numba"),
+        (3 * most, 3 * most - 1, "product"),
+    ):
+        assert lk.local_steps_([problem(b=b)], "adam", **{**options, "rows": rows}).driver == driver
+
+
 def test_a_large_softmax_goes_through_pytorch():
     """A thread takes all outputs of one."""
     sizes = [problem("softmax", b=9, k=256, n=n) for n in (512, 513)]

@@ -59,7 +59,7 @@ def trained_to_death(rule, rows, **options):
 def test_nothing_is_left_below_the_normal_numbers(rule, driver, monkeypatch):
     pytest.importorskip("numba")
     if driver == "phases":
-        monkeypatch.setattr(reference, "_COMPILED_ROWS", 0)
+        monkeypatch.setattr(reference, "_COMPILED_ROWS", {})
     state, increments, taken = trained_to_death(rule, None)
     assert taken == driver
     assert denormal(increments) == 0
