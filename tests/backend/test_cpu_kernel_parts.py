@@ -219,7 +219,11 @@ def test_kernels_are_kept_by_what_they_were_made_of(monkeypatch, tmp_path):
     monkeypatch.setattr(jit, "__file__", str(copy / "jit.py"))
     assert jit.folder() == first
     (copy / "tiles.py").write_text("# another one")
-    assert jit.folder() != first
+    changed = jit.folder()
+    assert changed != first
+    (copy / "constants.py").write_text("# likewise")
+    monkeypatch.setattr(jit.constants, "__file__", str(copy / "constants.py"))
+    assert jit.folder() not in (first, changed)
     monkeypatch.setenv("LOCOPROP_CACHE_DIR", "")
     assert jit.folder() is None
 
