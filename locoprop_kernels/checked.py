@@ -43,6 +43,8 @@ def check(problems: Sequence[LocalProblem], rule: Rule) -> Checked:
     Raises:
         TypeError, ValueError: naming the problem, what was expected and what came.
     """
+    if isinstance(problems, LocalProblem) or not hasattr(problems, "__iter__"):
+        raise TypeError(f"problems must be a sequence of LocalProblem, got {type(problems).__name__}")
     problems = list(problems)
     if not problems:
         raise ValueError("problems must hold at least one LocalProblem, got none")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from locoprop_kernels.arguments import is_finite, is_number, shown
 from locoprop_kernels.patches import Rows, described
 from locoprop_kernels.rules import Rule
 from locoprop_kernels.transfers import Transfer
@@ -35,20 +36,6 @@ State = dict[str, dict[str, Tensor]]
 _TENSORS = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias", "mask_weight", "mask_bias")
 PARAMETER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPUTE_DTYPES = (*PARAMETER_DTYPES, torch.float8_e4m3fn)
-
-
-def shown(value: Any) -> str:
-    """``value`` for an error message: tensors and arrays by their shapes, long texts cut."""
-    if hasattr(value, "shape") and getattr(value, "shape", ()) != ():
-        return f"a {type(value).__name__} of shape {list(value.shape)}"
-    text = repr(value.item()) if isinstance(value, Tensor) else repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a real number, of Python's or NumPy's, and no bool."""
-    # The first answer is the usual one, and isinstance() of an abstract class takes long.
-    return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 @dataclass(eq=False)
@@ -227,13 +214,13 @@ class LocalProblem:
         """Check what is not a tensor; see :meth:`validate`."""
         if self.examples is not None and (isinstance(self.examples, bool) or not isinstance(self.examples, Integral)):
             raise TypeError(f"{label}: examples must be an integer or None, got {shown(self.examples)}")
-        if self.examples is not None and self.examples < 1:
-            raise ValueError(f"{label}: examples must be >= 1, got {self.examples}")
+        if self.examples is not None and not (self.examples >= 1 and is_finite(self.examples)):
+            raise ValueError(f"{label}: examples must be >= 1 and no larger than a float, got {shown(self.examples)}")
         for name in ("rate_weight", "rate_bias", "grad_scale"):
             value = getattr(self, name)
             if type(value) is float and 0 <= value < math.inf:
                 continue
-            if not is_number(value) or not math.isfinite(value) or (value < 0 and name != "grad_scale"):
+            if not is_number(value) or not is_finite(value) or (value < 0 and name != "grad_scale"):
                 sign = "" if name == "grad_scale" else " >= 0"
                 raise ValueError(f"{label}: {name} must be a finite number{sign}, got {shown(value)}")
         if not isinstance(self.state, dict):
