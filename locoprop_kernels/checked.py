@@ -43,6 +43,8 @@ def check(problems: Sequence[LocalProblem], rule: Rule) -> Checked:
     Raises:
         TypeError, ValueError: naming the problem, what was expected and what came.
     """
+    if isinstance(problems, LocalProblem) or not hasattr(problems, "__iter__"):
+        raise TypeError(f"problems must be a sequence of LocalProblem, got {type(problems).__name__}")
     problems = list(problems)
     if not problems:
         raise ValueError("problems must hold at least one LocalProblem, got none")
@@ -56,9 +58,14 @@ def check(problems: Sequence[LocalProblem], rule: Rule) -> Checked:
     for problem, label in zip(problems, labels, strict=True):
         if problem.weight.device != device:
             raise ValueError(f"{label} must be on the device of problem 0, {device}, got {problem.weight.device}")
-    owners = [id(getattr(problem, name)) for problem, own in zip(problems, states, strict=True) for name in own]
-    if len(set(owners)) < len(owners):
-        _refuse_shared(problems, labels)
+    written = [
+        tensor.data_ptr()
+        for problem, own in zip(problems, states, strict=True)
+        for name, slots in own.items()
+        for tensor in (getattr(problem, name), *slots.values())
+    ]
+    if len(set(written)) < len(written) or len({id(problem.state) for problem in problems}) < len(problems):
+        _refuse_shared(problems, states, labels)
     return Checked(problems, states, kind)
 
 
@@ -78,13 +85,18 @@ def _checked_kind(problem: LocalProblem, label: str) -> int:
     return number
 
 
-def _refuse_shared(problems: Sequence[LocalProblem], labels: Sequence[str]) -> None:
-    """Say which tensor two problems train."""
-    owners: dict[int, str] = {}
-    for problem, label in zip(problems, labels, strict=True):
-        for name, (parameter, _) in problem.trained().items():
-            other = owners.setdefault(id(parameter), label)
-            if other != label:
+def _refuse_shared(problems: Sequence[LocalProblem], states: Sequence[State], labels: Sequence[str]) -> None:
+    """Say which memory, or which dictionary of state, a call would write to twice."""
+    owners: dict[tuple[str, int], str] = {}
+    for problem, own, label in zip(problems, states, labels, strict=True):
+        found = [("state", ("dict", id(problem.state)))]
+        for name, slots in own.items():
+            found.append((name, ("memory", getattr(problem, name).data_ptr())))
+            found += [(f"state {slot!r} of {name}", ("memory", value.data_ptr())) for slot, value in slots.items()]
+        for what, key in found:
+            if key in owners:
                 raise ValueError(
-                    f"{label}: its {name} is also that of {other}; one problem must hold all rows of a tensor"
+                    f"{label}: its {what} is also {owners[key]}; one problem must hold all rows of a tensor, "
+                    "and have state of its own"
                 )
+            owners[key] = f"that of {label}" if what in ("weight", "bias", "state") else f"the {what} of {label}"

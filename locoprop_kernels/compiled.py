@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import rules, transfers
-from locoprop_kernels.problem import LocalProblem, initial_state
+from locoprop_kernels.arguments import shown
+from locoprop_kernels.problem import LocalProblem, accumulation_dtype, initial_state
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.steps import BACKENDS, local_steps_
 from locoprop_kernels.transfers import Transfer
@@ -56,20 +57,20 @@ class LocalSteps:
         rule = rules.get(rule)
         if type(rule) not in _RULES.values():
             raise ValueError(f"rule must be one of {', '.join(_RULES)} to be part of a compiled graph, got {rule!r}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-        Settings.checked(rule, [0.0], prox, reduction, compute_dtype, False, None, rows)
+        if not isinstance(backend, str) or backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {shown(backend)}")
+        settings = Settings.checked(rule, [0.0], prox, reduction, compute_dtype, False, None, rows)
         functions = [transfers.get(layer) for layer in layers]
         self.rule = rule
         self._recipe = json.dumps(
             {
                 "transfers": [(function.name, function.parameters) for function in functions],
                 "rule": (type(rule).__name__, asdict(rule)),  # type: ignore[call-overload]
-                "prox": float(prox),
+                "prox": settings.prox,
                 "reduction": reduction,
                 "backend": backend,
                 "compute_dtype": None if compute_dtype is None else str(compute_dtype).removeprefix("torch."),
-                "rows": rows,
+                "rows": settings.rows,
             }
         )
 
@@ -179,5 +180,18 @@ def _layers(
         elif not layers or "bias" in layers[-1]:
             raise ValueError("parameters must have a bias [N] only behind the weight [N, K] of its layer")
         layers[-1].update({kind: parameter, f"grad_{kind}": gradient})
-        layers[-1]["state"][kind] = {slot: next(values) for slot in slots}
+        own = {slot: next(values) for slot in slots}
+        for slot, value in own.items():
+            _check_kept(slot, value, parameter)
+        layers[-1]["state"][kind] = own
     return layers
+
+
+def _check_kept(slot: str, value: Tensor, parameter: Tensor) -> None:
+    """Check that a tensor of the state need not be converted, as then not itself would be updated."""
+    dtype = value.dtype if slot == "step" else accumulation_dtype(parameter.dtype)
+    if value.dtype is not dtype or value.device != parameter.device:
+        raise ValueError(
+            f"state must be as initial_state makes it: {slot!r} of a parameter of shape {list(parameter.shape)} "
+            f"in {dtype} on {parameter.device}, got {value.dtype} on {value.device}"
+        )

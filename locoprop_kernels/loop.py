@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from locoprop_kernels import rules
 from locoprop_kernels.form import Form
 from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
 from locoprop_kernels.scratch import copy_of, take
@@ -39,6 +40,8 @@ class Loop:
         self.problem, self.settings, self.form = problem, settings, form
         self.scale = problem.scale(settings.reduction)
         self.delta, self.state = increment.delta, increment.state
+        if rules.is_elementwise(settings.rule):
+            _without_denormals_(self.state)
         self.frozen = {name: ~mask for name in self.delta if (mask := problem.mask(name)) is not None}
         self.start = masked(start, self.frozen)
         counts = settings.rule.counts_steps
@@ -70,6 +73,18 @@ class Loop:
             if self.settings.regulariser is not None:
                 value = value + self.settings.regulariser.increase(getattr(self.problem, name), d)
         return value
+
+
+def _without_denormals_(state: State) -> None:
+    """Zeros in place of numbers that are not above the least normal one, in place, on a CPU.
+
+    Without a gradient decays end there, not at zero: ``0.9 m`` is rounded to ``m``. Increments made of it are such
+    numbers too, and slow products down, on some processors by a factor of a hundred.
+    """
+    for slots in state.values():
+        for value in slots.values():
+            if value.is_cpu and value.is_floating_point():
+                torch.hardshrink(value, torch.finfo(value.dtype).tiny, out=value)
 
 
 class _Alike(NamedTuple):

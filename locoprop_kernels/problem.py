@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from locoprop_kernels.arguments import is_finite, is_number, shown
 from locoprop_kernels.patches import Rows, described
 from locoprop_kernels.rules import Rule
 from locoprop_kernels.transfers import Transfer
@@ -35,20 +36,6 @@ State = dict[str, dict[str, Tensor]]
 _TENSORS = ("x", "preactivation", "weight", "bias", "grad_weight", "grad_bias", "mask_weight", "mask_bias")
 PARAMETER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPUTE_DTYPES = (*PARAMETER_DTYPES, torch.float8_e4m3fn)
-
-
-def shown(value: Any) -> str:
-    """``value`` for an error message: tensors and arrays by their shapes, long texts cut."""
-    if hasattr(value, "shape") and getattr(value, "shape", ()) != ():
-        return f"a {type(value).__name__} of shape {list(value.shape)}"
-    text = repr(value.item()) if isinstance(value, Tensor) else repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a real number, of Python's or NumPy's, and no bool."""
-    # The first answer is the usual one, and isinstance() of an abstract class takes long.
-    return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 @dataclass(eq=False)
@@ -172,6 +159,7 @@ class LocalProblem:
                 described(self.x),
                 described(self.preactivation),
                 *[t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.layout) for t in tensors],
+                *[t is not None and _is_locked(t) for t in tensors[:2]],
                 self.transfer,
                 self.transfer.triton_fn,  # type: ignore[union-attr]
                 self.examples,
@@ -215,20 +203,24 @@ class LocalProblem:
             raise ValueError(
                 f"{label}: {'mask' if self.grad_bias is None else 'grad'}_bias was given for a layer without bias"
             )
-        if not self.trained():
+        trained = self.trained()
+        if not trained:
             raise ValueError(f"{label}: grad_weight or grad_bias must be given, got neither")
+        for name, (parameter, _) in trained.items():
+            if fault := _why_not_written(parameter):
+                raise ValueError(f"{label}: {name} {fault}")
 
     def validate_numbers(self, label: str) -> None:
         """Check what is not a tensor; see :meth:`validate`."""
         if self.examples is not None and (isinstance(self.examples, bool) or not isinstance(self.examples, Integral)):
             raise TypeError(f"{label}: examples must be an integer or None, got {shown(self.examples)}")
-        if self.examples is not None and self.examples < 1:
-            raise ValueError(f"{label}: examples must be >= 1, got {self.examples}")
+        if self.examples is not None and not (self.examples >= 1 and is_finite(self.examples)):
+            raise ValueError(f"{label}: examples must be >= 1 and no larger than a float, got {shown(self.examples)}")
         for name in ("rate_weight", "rate_bias", "grad_scale"):
             value = getattr(self, name)
             if type(value) is float and 0 <= value < math.inf:
                 continue
-            if not is_number(value) or not math.isfinite(value) or (value < 0 and name != "grad_scale"):
+            if not is_number(value) or not is_finite(value) or (value < 0 and name != "grad_scale"):
                 sign = "" if name == "grad_scale" else " >= 0"
                 raise ValueError(f"{label}: {name} must be a finite number{sign}, got {shown(value)}")
         if not isinstance(self.state, dict):
@@ -291,28 +283,59 @@ def rule_states(problem: LocalProblem, rule: Rule, label: str) -> State:
     State that was kept on another device or in another dtype (the model was moved) is converted.
 
     Raises:
-        ValueError: the state has other slots or shapes than ``rule`` needs.
+        TypeError: an entry of the state is no tensor.
+        ValueError: the state has other slots or shapes than ``rule`` needs, or cannot be written to.
     """
     slots = rule.slots
     wanted = {*slots, "step"} if rule.counts_steps else slots.keys()
     states: State = {}
     for name, (parameter, _) in problem.trained().items():
         stored = problem.state.get(name)
+        if stored is not None and not isinstance(stored, dict):
+            raise TypeError(f"{label}: state of {name} must be a dict, got {shown(stored)}")
         if not stored:
             states[name] = initial_state(rule, parameter)
             continue
         if stored.keys() != wanted:
             expected = ", ".join(sorted(wanted)) or "no entries"
-            raise ValueError(f"{label}: state of {name} must have {expected} for {rule}, got {sorted(stored)}")
+            raise ValueError(f"{label}: state of {name} must have {expected} for {rule}, got {sorted(stored, key=str)}")
         dtype, device, shape = accumulation_dtype(parameter.dtype), parameter.device, parameter.shape
         own = stored
         for slot, value in stored.items():
-            if slot != "step" and value.shape != shape:
-                raise ValueError(
-                    f"{label}: state {slot!r} of {name} must have shape {list(shape)}, got {list(value.shape)}"
-                )
-            if value.device != device or (value.dtype is not dtype and slot != "step"):
-                converted = value.to(device=device, dtype=value.dtype if slot == "step" else dtype)
-                own = {**own, slot: converted}
+            counts = slot == "step"
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{label}: state {slot!r} of {name} must be a torch.Tensor, got {shown(value)}")
+            fits = value.device == device and (counts or value.dtype is dtype)
+            fault = _why_no_slot(value, () if counts else shape, counts) or (fits and _why_not_written(value))
+            if fault:
+                raise ValueError(f"{label}: state {slot!r} of {name} {fault}")
+            if not fits:
+                own = {**own, slot: value.to(device=device, dtype=value.dtype if counts else dtype)}
         states[name] = own
     return states
+
+
+def _why_no_slot(value: Tensor, shape: tuple[int, ...], counts: bool) -> str | None:
+    """Why a tensor cannot be one of a rule's state, or its number of steps (``counts``); ``None`` where it can."""
+    if value.shape != shape:
+        return f"must have shape {list(shape)}, got {list(value.shape)}"
+    if value.layout is not torch.strided or value.is_complex():
+        return f"must be dense and real, got layout {value.layout} of {value.dtype}"
+    # On a GPU it would have to be waited for.
+    if counts and value.is_cpu and not ((number := value.item()) >= 0 and number % 1 == 0):
+        return f"must be a whole number >= 0, got {number}"
+    return None
+
+
+def _is_locked(tensor: Tensor) -> bool:
+    """Whether torch lets nobody write to a tensor: one that was made in inference mode, outside of it."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def _why_not_written(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be updated in place, so that a commit would fail half way; ``None`` where it can."""
+    if _is_locked(tensor):
+        return "must not be a tensor that was made in inference mode, outside of it: clone it"
+    if not tensor.is_contiguous() and torch._debug_has_internal_overlap(tensor) == 1:
+        return f"must have memory of its own for each element, got strides {list(tensor.stride())}: clone it"
+    return None

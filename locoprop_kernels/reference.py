@@ -29,6 +29,7 @@ from locoprop_kernels.input_chunks import InputChunks, transposed
 from locoprop_kernels.loop import Loop, beginning, count_steps, run
 from locoprop_kernels.problem import LocalProblem, State, accumulation_dtype
 from locoprop_kernels.products import Operand, product, rounded
+from locoprop_kernels.sampling import set_size
 from locoprop_kernels.scratch import give_back
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.solution import Decision, Increment, apply
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["Solved", "decide", "local_loop", "solve"]
 
 _LARGE_GROUP = 2**22  # multiply-accumulates of a group's product, from which on groups are solved one by one on CPUs
-_COMPILED_ROWS = 256  # up to which loops that are compiled as a whole are faster than phases: 1.0 to 2 times
+# Rows of a local step, up to which loops that are compiled as a whole are faster than PyTorch's products: on all rows
+# beside phases 1.0 to 2 times, on few 1.0 to 1.5 times; with 1024 of them they take two to three times as long.
+_COMPILED_ROWS = {torch.float32: 256, torch.bfloat16: 128}
 _YES = torch.tensor(True, device="cpu")
 
 
@@ -102,12 +105,15 @@ def decide(problem: LocalProblem, settings: Settings, compiled: bool = False) ->
     """
     assert isinstance(problem.transfer, Transfer)
     identity = problem.transfer.name == "identity" and problem.grad_weight is not None
-    few = settings.sets(problem) > 1
+    sets = settings.sets(problem)
+    few = sets > 1
     # Few rows are cheaper than XᵀX of all.
     form = "gram" if not few and identity and gram_is_cheaper(problem.shape, settings.iterations) else "product"
     driver = form
     if compiled:
-        if form == "product" and (few or problem.shape[0] <= _COMPILED_ROWS) and cpu_kernels.can_run(problem, settings):
+        most = _COMPILED_ROWS.get(settings.operands(problem), 0)
+        short = form == "product" and set_size(problem.shape[0], sets, 0) <= most
+        if short and cpu_kernels.can_run(problem, settings):
             driver = "numba"
         elif not few and cpu_kernels.can_run_phases(problem, settings, form):
             driver = "phases"

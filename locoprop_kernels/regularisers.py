@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locoprop_kernels.arguments import shown
+
 __all__ = ["Regulariser", "as_regulariser"]
 
 
@@ -29,6 +31,12 @@ class Regulariser:
     torch_fn: Callable[[Tensor, Tensor], Tensor]
     triton_fn: Any = None
     value: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.torch_fn):
+            raise TypeError(f"torch_fn of Regulariser must be callable, got {shown(self.torch_fn)}")
+        if self.value is not None and not callable(self.value):
+            raise TypeError(f"value of Regulariser must be callable or None, got {shown(self.value)}")
 
     def gradient(self, parameter: Tensor, delta: Tensor) -> Tensor:
         """The gradient at ``parameter + delta``, in the dtype of ``delta``.

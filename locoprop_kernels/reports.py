@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locoprop_kernels.arguments import as_flag
 from locoprop_kernels.problem import LocalProblem, State
 from locoprop_kernels.solution import Decision, Solution, lying
 
@@ -119,19 +120,23 @@ class StepReport:
         """
         self._lay = [(one, state, lying(one, state)) for one, state in zip(problems, states, strict=True)]
 
-    def commit_(self, condition: Tensor | None = None) -> None:
+    def commit_(self, condition: Tensor | bool | None = None) -> None:
         """Apply the increments and the new state, unless something in them is not finite, and drop them.
 
         A second call does nothing.
 
         Args:
-            condition: a further bool tensor ``[]`` that must hold, on the problems' device.
+            condition: a further bool tensor ``[]`` that must hold, best on the problems' device; or a bool.
+
+        Raises:
+            TypeError, ValueError: it is something else; the report is as before.
         """
-        solution, self._solution = self._solution, None
-        if solution is None:
+        if self._solution is None:
             return
         # A step of one call has no other condition than its own.
-        ok = self.finite if condition is None or condition is self.finite else self.finite & condition
+        own = condition is None or condition is self.finite
+        ok = self.finite if own else self.finite & _as_condition(condition, self.finite.device)
+        solution, self._solution = self._solution, None
         self._committed = ok
         if ok.device.type != "cpu" or ok:
             moved = {index for index, (one, state, lay) in enumerate(self._lay) if lying(one, state) != lay}
@@ -142,6 +147,16 @@ class StepReport:
 
     def __str__(self) -> str:
         return "\n".join([f"{self.backend} backend ({self.reason})", *(f"  {problem}" for problem in self.problems)])
+
+
+def _as_condition(condition: Any, device: torch.device) -> Tensor:
+    """A condition of a commit as a bool tensor ``[]`` on a device."""
+    if not isinstance(condition, Tensor):
+        return torch.full((), as_flag("condition", condition), device=device)
+    if condition.dtype is not torch.bool or condition.numel() != 1:
+        got = f"{list(condition.shape)} of {condition.dtype}"
+        raise ValueError(f"condition must be a bool or a bool tensor of one element, got {got}")
+    return condition.to(device).reshape(())
 
 
 def nothing_done(names: Sequence[str], reason: str) -> StepReport:

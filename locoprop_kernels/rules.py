@@ -13,29 +13,43 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from locoprop_kernels import fused
+from locoprop_kernels.arguments import as_flag, is_finite, is_number, shown
 
 __all__ = ["SGD", "Adagrad", "Adam", "RMSprop", "Rule", "available", "get", "is_elementwise"]
 
 _FLAVORS = ("torch", "tensorflow")
 
 
-def _check_interval(rule: Rule, name: str, value: float, below: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} of {type(rule).__name__} must be a number, got {value!r}")
-    if not 0 <= value < below:
+def _checked_number(rule: Rule, name: str, value: Any, below: float = math.inf) -> float:
+    if not is_number(value):
+        raise TypeError(f"{name} of {type(rule).__name__} must be a number, got {shown(value)}")
+    if not (is_finite(value) and 0 <= value < below):
         bound = f"< {below:g}" if below < math.inf else "finite"
-        raise ValueError(f"{name} of {type(rule).__name__} must be >= 0 and {bound}, got {value!r}")
+        raise ValueError(f"{name} of {type(rule).__name__} must be >= 0 and {bound}, got {shown(value)}")
+    # Checkpoints and kernels know a rule by its repr, in which one of NumPy's is not what it is in Python.
+    return value if type(value) in (int, float) else float(value)
 
 
-def _check_flavor(rule: Rule, flavor: str) -> None:
-    if flavor not in _FLAVORS:
-        raise ValueError(f"flavor of {type(rule).__name__} must be one of {', '.join(_FLAVORS)}; got {flavor!r}")
+def _check_interval(rule: Rule, name: str, below: float = math.inf) -> None:
+    object.__setattr__(rule, name, _checked_number(rule, name, getattr(rule, name), below))
+
+
+def _check_flag(rule: Rule, name: str) -> None:
+    object.__setattr__(rule, name, as_flag(f"{name} of {type(rule).__name__}", getattr(rule, name)))
+
+
+def _check_flavor(rule: Rule, flavor: Any) -> None:
+    if not isinstance(flavor, str) or flavor not in _FLAVORS:
+        raise ValueError(f"flavor of {type(rule).__name__} must be one of {', '.join(_FLAVORS)}; got {shown(flavor)}")
 
 
 class Rule(ABC):
@@ -112,7 +126,8 @@ class SGD(Rule):
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        _check_interval(self, "momentum", self.momentum)
+        _check_interval(self, "momentum")
+        _check_flag(self, "nesterov")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov of SGD needs a momentum > 0, got momentum=0.0")
 
@@ -150,9 +165,10 @@ class RMSprop(Rule):
     flavor: str = "torch"
 
     def __post_init__(self) -> None:
-        _check_interval(self, "alpha", self.alpha, below=1.0)
-        _check_interval(self, "momentum", self.momentum)
-        _check_interval(self, "eps", self.eps)
+        _check_interval(self, "alpha", below=1.0)
+        _check_flag(self, "centered")
+        _check_interval(self, "momentum")
+        _check_interval(self, "eps")
         _check_flavor(self, self.flavor)
 
     @property
@@ -215,12 +231,13 @@ class Adam(Rule):
     flavor: str = "torch"
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2:
-            raise ValueError(f"betas of Adam must be two numbers, got {self.betas!r}")
-        object.__setattr__(self, "betas", tuple(self.betas))
-        for i, beta in enumerate(self.betas):
-            _check_interval(self, f"betas[{i}]", beta, below=1.0)
-        _check_interval(self, "eps", self.eps)
+        if not isinstance(self.betas, (Sequence, np.ndarray)):  # a set has no order
+            raise TypeError(f"betas of Adam must be two numbers, got {shown(self.betas)}")
+        betas = tuple(_checked_number(self, f"betas[{i}]", beta, 1.0) for i, beta in enumerate(self.betas))
+        if len(betas) != 2:
+            raise ValueError(f"betas of Adam must be two numbers, got {shown(self.betas)}")
+        object.__setattr__(self, "betas", betas)
+        _check_interval(self, "eps")
         _check_flavor(self, self.flavor)
 
     @property
@@ -277,8 +294,8 @@ class Adagrad(Rule):
     flavor: str = "torch"
 
     def __post_init__(self) -> None:
-        _check_interval(self, "eps", self.eps)
-        _check_interval(self, "initial_accumulator_value", self.initial_accumulator_value)
+        _check_interval(self, "eps")
+        _check_interval(self, "initial_accumulator_value")
         _check_flavor(self, self.flavor)
 
     @property

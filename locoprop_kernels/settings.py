@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import rules
+from locoprop_kernels.arguments import as_flag, is_finite, is_number, shown
 from locoprop_kernels.chosen import ChosenRows
 from locoprop_kernels.patches import Stacked
-from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, LocalProblem, is_number, shown
+from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, LocalProblem
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
 from locoprop_kernels.sampling import count_sets_of_parts, set_order
 
@@ -68,14 +68,16 @@ class Settings:
         rates = _checked_rates(lr)
         check_objective(prox, reduction)
         regulariser = as_regulariser(regulariser)
+        trace = as_flag("trace", trace)
         if trace and regulariser is not None and regulariser.value is None:
             raise ValueError("trace needs the value of the regulariser: give Regulariser(..., value=...)")
-        if compute_dtype is not None and compute_dtype not in COMPUTE_DTYPES:
+        if compute_dtype is not None and not any(compute_dtype is dtype for dtype in COMPUTE_DTYPES):
             raise ValueError(f"compute_dtype must be None or one of {COMPUTE_DTYPES}, got {shown(compute_dtype)}")
         check_rows(rows)
         _check_seed(rows_seed)
+        rows = None if rows is None else int(rows)
         return cls(
-            rules.get(rule), rates, float(prox), reduction, compute_dtype, bool(trace), regulariser, rows, rows_seed
+            rules.get(rule), rates, float(prox), reduction, compute_dtype, trace, regulariser, rows, int(rows_seed)
         )
 
     def with_seed(self, rows_seed: int) -> Settings:
@@ -134,14 +136,17 @@ def operands_of(asked: torch.dtype, sets: int = 1, form: str = "product") -> tor
 
 
 def _checked_rates(lr: Any) -> tuple[float, ...]:
-    if is_number(lr) or not hasattr(lr, "__iter__"):
+    unordered = isinstance(lr, (str, bytes, Mapping, Set))
+    if unordered or not hasattr(lr, "__iter__") or getattr(lr, "shape", None) == ():
         raise TypeError(f"lr must be a sequence of one learning rate per local iteration, got {shown(lr)}")
-    rates = tuple(float(rate) for rate in lr)
+    rates = [rate.item() if isinstance(rate, Tensor) and not rate.dim() else rate for rate in lr]
     if not rates:
         raise ValueError("lr must have at least one entry (one per local iteration), got none")
-    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-        raise ValueError(f"lr must hold finite numbers >= 0, got {shown(list(rates))}")
-    return rates
+    if not all(map(is_number, rates)):
+        raise TypeError(f"lr must hold numbers, got {shown(rates)}")
+    if not all(rate >= 0 and is_finite(rate) for rate in rates):
+        raise ValueError(f"lr must hold finite numbers >= 0, got {shown(rates)}")
+    return tuple(map(float, rates))
 
 
 def _check_seed(rows_seed: Any) -> None:
@@ -171,7 +176,7 @@ def check_objective(prox: float, reduction: str) -> None:
     """
     if not is_number(prox):
         raise TypeError(f"prox must be a number, got {shown(prox)}")
-    if not (math.isfinite(prox) and prox >= 0):
+    if not (is_finite(prox) and prox >= 0):
         raise ValueError(f"prox must be finite and >= 0, got {shown(prox)}")
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {shown(reduction)}")

@@ -8,7 +8,8 @@ The matching loss of a layer with transfer function ``f`` is the Bregman diverge
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from locoprop_kernels.arguments import is_finite, is_number, shown
 from locoprop_kernels.constants import (
     DILOGARITHM_SERIES,
     QUADRATURE_NODES,
@@ -99,6 +101,8 @@ class _Definition:
     convex: bool = True
     triton_fn: Any = None
     registered: bool = False
+    # What the parameters must be beside finite: a test, and words for it.
+    condition: tuple[Callable[..., bool], str] | None = None
 
 
 _DEFINITIONS: dict[str, _Definition] = {
@@ -116,12 +120,23 @@ _DEFINITIONS: dict[str, _Definition] = {
         lambda a, beta: _softplus(beta * a) / beta,
         lambda a, beta: _softplus_potential(beta * a) / beta**2,
         (("beta", 1.0),),
+        condition=(bool, "beta must not be 0"),
     ),
     "elu": _Definition(lambda a, alpha: F.elu(a, alpha), _elu_potential, (("alpha", 1.0),)),
     "selu": _Definition(torch.selu, lambda a: SELU_SCALE * _elu_potential(a, SELU_ALPHA)),
-    "celu": _Definition(lambda a, alpha: F.celu(a, alpha), _celu_potential, (("alpha", 1.0),)),
+    "celu": _Definition(
+        lambda a, alpha: F.celu(a, alpha),
+        _celu_potential,
+        (("alpha", 1.0),),
+        condition=(bool, "alpha must not be 0"),
+    ),
     "softsign": _Definition(F.softsign, _softsign_potential),
-    "hardtanh": _Definition(F.hardtanh, _clamp_potential, (("min_val", -1.0), ("max_val", 1.0))),
+    "hardtanh": _Definition(
+        F.hardtanh,
+        _clamp_potential,
+        (("min_val", -1.0), ("max_val", 1.0)),
+        condition=(operator.le, "min_val must be <= max_val"),
+    ),
     "relu6": _Definition(F.relu6, lambda a: _clamp_potential(a, 0.0, 6.0)),
     "logsigmoid": _Definition(lambda a: -_softplus(-a), lambda a: _softplus_potential(-a)),
     "arctan": _Definition(torch.atan, lambda a: a * torch.atan(a) - torch.log1p(a.square()) / 2),
@@ -148,6 +163,22 @@ class Transfer:
 
     name: str
     parameters: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        definition = _definition(self.name)
+        names = [name for name, _ in definition.parameters]
+        if not isinstance(self.parameters, Sequence) or len(self.parameters) != len(names):
+            wanted = ", ".join(names) or "none"
+            raise ValueError(f"transfer {self.name!r} must have the parameters {wanted}; got {shown(self.parameters)}")
+        for name, value in zip(names, self.parameters, strict=True):
+            if not is_number(value):
+                raise TypeError(f"{name} of transfer {self.name!r} must be a number, got {shown(value)}")
+            if not is_finite(value):
+                raise ValueError(f"{name} of transfer {self.name!r} must be finite, got {shown(value)}")
+        values = tuple(map(float, self.parameters))
+        if definition.condition is not None and not definition.condition[0](*values):
+            raise ValueError(f"{definition.condition[1]} in transfer {self.name!r}, got {values}")
+        object.__setattr__(self, "parameters", values)
 
     @property
     def elementwise(self) -> bool:
@@ -293,20 +324,28 @@ def get(transfer: str | Transfer, **parameters: float) -> Transfer:
         parameters: parameters of the function by name, as in ``get("leaky_relu", negative_slope=0.2)``.
 
     Raises:
-        TypeError: ``transfer`` is neither a string nor a :class:`Transfer`.
-        ValueError: unknown name or parameter.
+        TypeError: ``transfer`` is neither a string nor a :class:`Transfer`, or a parameter is no number.
+        ValueError: unknown name or parameter, or a parameter that is out of range.
     """
     if isinstance(transfer, Transfer):
         return transfer
-    if not isinstance(transfer, str):
-        raise TypeError(f"transfer must be a string or a Transfer, got {type(transfer).__name__}")
-    if transfer not in _DEFINITIONS:
-        raise ValueError(f"transfer must be one of {', '.join(_DEFINITIONS)}; got {transfer!r}")
-    defaults = dict(_DEFINITIONS[transfer].parameters)
+    defaults = dict(_definition(transfer).parameters)
     unknown = set(parameters) - set(defaults)
     if unknown:
         raise ValueError(f"transfer {transfer!r} takes the parameters {sorted(defaults)}, got {sorted(unknown)}")
-    values = {name: float(value) for name, value in {**defaults, **parameters}.items()}
-    if not all(math.isfinite(value) for value in values.values()):
-        raise ValueError(f"parameters of transfer {transfer!r} must be finite, got {parameters}")
-    return Transfer(transfer, tuple(values.values()))
+    values = {**defaults, **parameters}.values()
+    # A tensor of one number is one, as for torch's own functions.
+    return Transfer(transfer, tuple(v.item() if isinstance(v, Tensor) and not v.dim() else v for v in values))
+
+
+def _definition(name: Any) -> _Definition:
+    """What is known of a transfer function.
+
+    Raises:
+        TypeError, ValueError: there is none of that name.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"transfer must be a string or a Transfer, got {type(name).__name__}")
+    if name not in _DEFINITIONS:
+        raise ValueError(f"transfer must be one of {', '.join(_DEFINITIONS)}; got {name!r}")
+    return _DEFINITIONS[name]

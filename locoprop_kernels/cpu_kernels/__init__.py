@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from functools import lru_cache
 
 import torch
@@ -19,7 +20,11 @@ from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["can_run", "can_run_phases", "version"]
+__all__ = ["PROCESS", "can_run", "can_run_phases", "version"]
+
+#: The process that has imported the package: one that is forked later has none of its threads. The modules that need
+#: this are imported at their first use, which may be in the forked one.
+PROCESS = os.getpid()
 
 # Weights of a softmax layer, of which one thread takes all outputs: more of them are better shared out, by PyTorch.
 _ONE_THREAD = 2**17

@@ -13,7 +13,7 @@ from numba.core import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from locoprop_kernels import route_cache
+from locoprop_kernels import constants, route_cache
 
 __all__ = ["compiles_for", "entry", "folder", "jit", "with_whole_registers"]
 
@@ -25,13 +25,13 @@ _FASTMATH = {"contract", "nsz", "reassoc"}
 def folder() -> str | None:
     """Where compiled kernels are kept; ``None`` for nowhere.
 
-    Its name depends on all files here: numba itself looks at the file of a function alone, and would take a kernel that
-    was made of older functions of another file.
+    Its name depends on all files here, and on the constants: numba itself looks at the file of a function alone, and
+    would take a kernel that was made of older functions of another file.
     """
     base = route_cache.folder()
     if base is None:
         return None
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(constants.__file__)]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return str(base / f"cpu-kernels-{digest[:16]}")
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from locoprop_kernels.cpu_kernels import PROCESS
+
 __all__ = ["run_all"]
 
-_PROCESS = os.getpid()
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -32,7 +33,7 @@ def run_all(function: int, data: int, tasks: int) -> None:
     """
     body = _BODY(function)
     threads = min(torch.get_num_threads(), tasks)
-    if threads > 1 and os.getpid() == _PROCESS and (parallel := _parallel()) is not None:
+    if threads > 1 and os.getpid() == PROCESS and (parallel := _parallel()) is not None:
         parallel(body, data, threads, 0)
         return
     others = [_pool(os.getpid()).submit(body, data) for _ in range(threads - 1)]

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from locoprop_kernels import rules
 from locoprop_kernels.cpu_kernels.jit import jit
-from locoprop_kernels.cpu_kernels.vectors import load, root, spread, store
+from locoprop_kernels.cpu_kernels.vectors import load, normal, root, spread, store
 
 __all__ = ["HYPERPARAMETERS", "Family", "factors", "family_of", "update", "vectors_of"]
 
 #: How many hyper-parameters a family has at most.
 HYPERPARAMETERS = 6
 _ONE = np.float32(1.0)
-# With momentum and without are different codes.
-_SGD, _MOMENTUM, _SQUARES, _SQUARES_MOMENTUM, _ADAM = range(5)
+# With momentum and without are different codes, and so is an Adam whose mean has more of the new gradient than the old.
+_SGD, _MOMENTUM, _SQUARES, _SQUARES_MOMENTUM, _ADAM, _ADAM_SHORT = range(6)
 
 
 class Family(NamedTuple):
@@ -70,8 +70,10 @@ def _family(rule: rules.Rule) -> Family | None:
     if isinstance(rule, rules.Adagrad) and rule.flavor == "torch":
         return Family.of(_SQUARES, ("sum", ""), 1.0, 1.0, 0.0, rule.eps)
     if isinstance(rule, rules.Adam):
-        rests = (1 - beta for beta in rule.betas)  # which rounded decays would not give
-        return Family.of(_ADAM, ("exp_avg_sq", "exp_avg"), rule.betas[1], *rests, rule.eps)
+        beta1, beta2 = rule.betas
+        # The mean goes a part of the way from one end: with the lesser part it is most exact, as in torch.lerp.
+        code, part = (_ADAM, 1 - beta1) if beta1 > 0.5 else (_ADAM_SHORT, beta1)
+        return Family.of(code, ("exp_avg_sq", "exp_avg"), beta2, part, 1 - beta2, rule.eps)
     return None
 
 
@@ -111,6 +113,9 @@ def vectors_of(code, factors, hyper):
 def update(rule, delta, squares, buffer, grad):
     """One local step of a vector of elements, in place.
 
+    What is below float32's normal numbers becomes zero. Where a gradient is zero for good, as that of a dead unit,
+    what decays would never get there: it ends where ``0.9 m`` is rounded to ``m``, and slows all products with it down.
+
     Args:
         rule: what :func:`vectors_of` returns.
         delta: address of their increments.
@@ -120,27 +125,26 @@ def update(rule, delta, squares, buffer, grad):
     """
     code, lr, other, (h0, h1, h2, h3), momentum = rule
     before = load(delta)
-    if code == _ADAM:
-        mean, beta2, rest1, rest2, eps = load(buffer), h0, h1, h2, h3
-        mean = mean + rest1 * (grad - mean)
-        square = beta2 * load(squares) + rest2 * (grad * grad)
+    if code in (_ADAM, _ADAM_SHORT):
+        mean, beta2, part, rest2, eps = load(buffer), h0, h1, h2, h3
+        mean = normal(mean + part * (grad - mean) if code == _ADAM else grad + part * (mean - grad))
+        square = normal(beta2 * load(squares) + rest2 * (grad * grad))
         store(buffer, mean)
         store(squares, square)
-        store(delta, before - lr * (mean / (root(square) * other + eps)))
+        step = mean / (root(square) * other + eps)
     elif code in (_SQUARES, _SQUARES_MOMENTUM):
         old, new, inside, outside = h0, h1, h2, h3
-        square = old * load(squares) + new * (grad * grad)
+        square = normal(old * load(squares) + new * (grad * grad))
         store(squares, square)
         step = grad / (root(square + inside) + outside)
         if code == _SQUARES_MOMENTUM:
-            step = momentum * load(buffer) + other * step
+            step = normal(momentum * load(buffer) + other * step)
             store(buffer, step)
-        store(delta, before - lr * step)
     else:
         step = grad
         if code == _MOMENTUM:
             momentum, of_gradient, of_buffer = h0, h1, h2
-            found = momentum * load(buffer) + grad
+            found = normal(momentum * load(buffer) + grad)
             store(buffer, found)
             step = of_gradient * grad + of_buffer * found
-        store(delta, before - lr * step)
+    store(delta, normal(before - lr * step))

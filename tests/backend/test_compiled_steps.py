@@ -3,6 +3,7 @@
 import functools
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,6 +152,22 @@ def test_bad_input():
         operator([x], [a], [b], [b], operator.initial_state([b]), rates(0))
     with pytest.raises(ValueError, match=r"problem 0: preactivation must have shape \[8, 5\]"):
         operator([x], [a.t()], [w], [w], state, rates(0))
+
+
+def test_state_that_would_have_to_be_converted():
+    """The converted one would be updated, and lost."""
+    operator = lk.LocalSteps(["tanh"], rule="rmsprop")
+    parameters, x = [torch.randn(4, 6)], torch.randn(8, 6)
+    state = [value.bfloat16() for value in operator.initial_state(parameters)]
+    with pytest.raises(ValueError, match=r"state must be .*'square_avg' of .* shape \[4, 6\] .* got torch.bfloat16"):
+        operator([x], [x @ parameters[0].t()], parameters, [torch.ones(4, 6)], state, rates(0))
+
+
+def test_rows_may_be_a_number_of_numpy():
+    operator = lk.LocalSteps(["tanh"], rule="rmsprop", prox=np.float32(0.5), rows=np.int64(4))
+    parameters, x = [torch.randn(4, 6)], torch.randn(8, 6)
+    state = operator.initial_state(parameters)
+    assert operator([x], [x @ parameters[0].t()], parameters, [torch.ones(4, 6)], state, rates(0))
 
 
 def test_an_error_in_a_compiled_step_leaves_gradients_switched_on():

@@ -145,7 +145,7 @@ def test_numbers_are_given_to_one_thread_each():
 @pytest.mark.parametrize("rows", [8, None])
 def test_a_task_that_is_not_ended_is_an_error(monkeypatch, rows):
     """As where a thread has no memory: compiled code has no exceptions for its caller."""
-    monkeypatch.setattr(reference, "_COMPILED_ROWS", 0)
+    monkeypatch.setattr(reference, "_COMPILED_ROWS", {torch.float32: 8})
     one = problem_for(*random_layer(0, 23, 9, 7, dtype=torch.float32), "tanh")
     before = one.weight.clone()
     monkeypatch.setattr(host, "run_all", lambda *arguments: None)
@@ -219,7 +219,11 @@ def test_kernels_are_kept_by_what_they_were_made_of(monkeypatch, tmp_path):
     monkeypatch.setattr(jit, "__file__", str(copy / "jit.py"))
     assert jit.folder() == first
     (copy / "tiles.py").write_text("# another one")
-    assert jit.folder() != first
+    changed = jit.folder()
+    assert changed != first
+    (copy / "constants.py").write_text("# likewise")
+    monkeypatch.setattr(jit.constants, "__file__", str(copy / "constants.py"))
+    assert jit.folder() not in (first, changed)
     monkeypatch.setenv("LOCOPROP_CACHE_DIR", "")
     assert jit.folder() is None
 

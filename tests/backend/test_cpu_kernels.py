@@ -3,6 +3,8 @@
 import itertools
 import multiprocessing
 import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import locoprop_kernels as lk
 from locoprop_kernels import cpu_kernels, rules
 from locoprop_kernels.chosen import ChosenRows
 from locoprop_torch import LocoProp
-from tests.helpers import force_routes
+from tests.helpers import compile_kernels, force_routes
 from tests.problems import RULES, TRANSFERS, copied, increment_errors, problem_for, random_layer, relative_error
 
 pytest.importorskip("numba", exc_type=ImportError)
@@ -159,6 +161,35 @@ def test_forked_processes_have_threads_of_their_own(monkeypatch):
         child.join()
 
 
+FIRST_IN_A_FORKED_PROCESS = """
+import os
+import signal
+import sys
+
+import torch
+
+import locoprop_kernels as lk
+
+torch.set_num_threads(2)
+torch.randn(2_000_000).exp_()  # now there are threads that a forked process does not have
+x = torch.randn(64, 100)
+weight = torch.randn(100, 100)
+problem = lk.LocalProblem(x, x @ weight.t(), weight, grad_weight=torch.randn(100, 100), transfer="tanh")
+if (child := os.fork()) == 0:
+    signal.alarm(60)  # whose parent may have been ended
+    assert lk.local_steps_([problem], lr=[1e-3] * 3).driver == "numba"
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_may_be_the_first_to_solve_anything():
+    compile_kernels()
+    script = [sys.executable, "-c", FIRST_IN_A_FORKED_PROCESS]
+    assert subprocess.run(script, timeout=120, check=False).returncode == 0
+
+
 class Own(rules.Adam):
     """A rule of the user's own."""
 
@@ -209,6 +240,19 @@ def test_many_rows_of_one_batch_are_multiplied_by_pytorch():
     narrow = {**OPTIONS, "rows": None, "compute_dtype": torch.bfloat16}
     assert lk.local_steps_([problem()], "adam", **narrow).driver == "phases"
     assert lk.local_steps_([problem(b=5000)], "adam", **OPTIONS).driver == "numba"
+
+
+@pytest.mark.parametrize(("operands", "most"), [(torch.float32, 256), (torch.bfloat16, 128)])
+def test_many_rows_of_a_local_step_are_multiplied_by_pytorch(operands, most):
+    """Not those that are asked for: a batch that is hardly larger falls into halves."""
+    options = {**OPTIONS, "compute_dtype": operands}
+    for b, rows, driver in (
+        (4 * most, most, "numba"),
+        (4 * most + 4, most + 1, "product"),
+        (2 * most, 2 * most - 1, "numba"),
+        (3 * most, 3 * most - 1, "product"),
+    ):
+        assert lk.local_steps_([problem(b=b)], "adam", **{**options, "rows": rows}).driver == driver
 
 
 def test_a_large_softmax_goes_through_pytorch():
