@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from locoprop_kernels.problem import LocalProblem, State, rule_states
 from locoprop_kernels.rules import Rule
 
@@ -59,7 +61,7 @@ def check(problems: Sequence[LocalProblem], rule: Rule) -> Checked:
         if problem.weight.device != device:
             raise ValueError(f"{label} must be on the device of problem 0, {device}, got {problem.weight.device}")
     written = [
-        tensor.data_ptr()
+        _memory_of(tensor)
         for problem, own in zip(problems, states, strict=True)
         for name, slots in own.items()
         for tensor in (getattr(problem, name), *slots.values())
@@ -85,14 +87,19 @@ def _checked_kind(problem: LocalProblem, label: str) -> int:
     return number
 
 
+def _memory_of(tensor: Tensor) -> int:
+    """What two tensors have in common that begin at one place in memory; meta tensors are in none."""
+    return id(tensor) if tensor.is_meta else tensor.data_ptr()
+
+
 def _refuse_shared(problems: Sequence[LocalProblem], states: Sequence[State], labels: Sequence[str]) -> None:
     """Say which memory, or which dictionary of state, a call would write to twice."""
     owners: dict[tuple[str, int], str] = {}
     for problem, own, label in zip(problems, states, labels, strict=True):
         found = [("state", ("dict", id(problem.state)))]
         for name, slots in own.items():
-            found.append((name, ("memory", getattr(problem, name).data_ptr())))
-            found += [(f"state {slot!r} of {name}", ("memory", value.data_ptr())) for slot, value in slots.items()]
+            found.append((name, ("memory", _memory_of(getattr(problem, name)))))
+            found += [(f"state {slot!r} of {name}", ("memory", _memory_of(value))) for slot, value in slots.items()]
         for what, key in found:
             if key in owners:
                 raise ValueError(

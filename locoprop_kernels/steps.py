@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import reference, rules
+from locoprop_kernels.arguments import as_flag, shown
 from locoprop_kernels.autocasting import without_autocast
 from locoprop_kernels.checked import Checked, check
-from locoprop_kernels.problem import LocalProblem, shown
+from locoprop_kernels.problem import LocalProblem
 from locoprop_kernels.regularisers import Regulariser
 from locoprop_kernels.reports import ProblemReport, StepReport
 from locoprop_kernels.settings import Settings
@@ -112,6 +113,7 @@ def local_steps_(
     Raises:
         TypeError, ValueError: before anything is changed; naming the argument, what was expected and what came.
     """
+    commit = as_flag("commit", commit)
     settings = Settings.checked(rule, lr, prox, reduction, compute_dtype, trace, regulariser, rows, rows_seed)
     checked = check(problems, settings.rule)
     report = solve(checked, settings, backend)
@@ -132,7 +134,7 @@ def solve(checked: Checked, settings: Settings, backend: str, done: Callable[[in
         done: called with the index of each problem that is solved, where they are solved one after the other (by the
             reference backend): the caller may then let go of its rows and gradients.
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {shown(backend)}")
     names = [problem.name or f"problem {i}" for i, problem in enumerate(checked.problems)]
     rows = [problem.x.shape[-2] for problem in checked.problems]

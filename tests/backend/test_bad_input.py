@@ -258,3 +258,18 @@ def test_conditions_of_a_commit(condition, backend):
         report = run([problem()], commit=False, backend=backend)
         report.commit_(value)
         assert report.committed is condition
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"commit": "no"}, TypeError, "commit must be True or False, got 'no'"),
+        ({"backend": np.zeros(3)}, ValueError, "backend must be one of auto, triton, reference; got a ndarray"),
+    ],
+)
+def test_odd_arguments_of_the_call_are_refused(options, error, message):
+    one = problem()
+    before = one.weight.clone()
+    with pytest.raises(error, match=message):
+        run([one], **options)
+    assert torch.equal(one.weight, before)
