@@ -9,14 +9,15 @@ import torch
 
 __all__ = ["without_autocast"]
 
+# Each has a switch of its own; ROCm's devices are called cuda.
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Compute as if no ``torch.autocast`` were on, on the CPU and on the accelerator."""
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
+    """Compute as if no ``torch.autocast`` were on."""
     with ExitStack() as stack:
-        for kind in sorted(kinds):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
