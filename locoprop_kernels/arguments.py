@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-__all__ = ["as_flag", "is_finite", "is_number", "shown"]
+__all__ = ["as_flag", "check_choice", "is_finite", "is_number", "shown"]
 
 
 def shown(value: Any) -> str:
@@ -43,3 +44,9 @@ def as_flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise a ``ValueError`` unless ``value`` is one of ``choices``."""
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {shown(value)}")

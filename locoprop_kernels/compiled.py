@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import rules, transfers
-from locoprop_kernels.arguments import shown
+from locoprop_kernels.arguments import check_choice
 from locoprop_kernels.problem import LocalProblem, accumulation_dtype, initial_state
 from locoprop_kernels.settings import Settings
 from locoprop_kernels.steps import BACKENDS, local_steps_
@@ -57,8 +57,7 @@ class LocalSteps:
         rule = rules.get(rule)
         if type(rule) not in _RULES.values():
             raise ValueError(f"rule must be one of {', '.join(_RULES)} to be part of a compiled graph, got {rule!r}")
-        if not isinstance(backend, str) or backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {shown(backend)}")
+        check_choice("backend", backend, BACKENDS)
         settings = Settings.checked(rule, [0.0], prox, reduction, compute_dtype, False, None, rows)
         functions = [transfers.get(layer) for layer in layers]
         self.rule = rule

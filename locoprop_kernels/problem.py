@@ -24,10 +24,9 @@ __all__ = [
     "State",
     "accumulation_dtype",
     "initial_state",
-    "is_number",
     "of_outputs",
     "rule_states",
-    "shown",
+    "why_no_slot",
 ]
 
 REDUCTIONS = ("mean", "sum")
@@ -306,7 +305,7 @@ def rule_states(problem: LocalProblem, rule: Rule, label: str) -> State:
             if not isinstance(value, Tensor):
                 raise TypeError(f"{label}: state {slot!r} of {name} must be a torch.Tensor, got {shown(value)}")
             fits = value.device == device and (counts or value.dtype is dtype)
-            fault = _why_no_slot(value, () if counts else shape, counts) or (fits and _why_not_written(value))
+            fault = why_no_slot(value, () if counts else shape, counts) or (fits and _why_not_written(value))
             if fault:
                 raise ValueError(f"{label}: state {slot!r} of {name} {fault}")
             if not fits:
@@ -315,7 +314,7 @@ def rule_states(problem: LocalProblem, rule: Rule, label: str) -> State:
     return states
 
 
-def _why_no_slot(value: Tensor, shape: tuple[int, ...], counts: bool) -> str | None:
+def why_no_slot(value: Tensor, shape: tuple[int, ...], counts: bool) -> str | None:
     """Why a tensor cannot be one of a rule's state, or its number of steps (``counts``); ``None`` where it can."""
     if value.shape != shape:
         return f"must have shape {list(shape)}, got {list(value.shape)}"

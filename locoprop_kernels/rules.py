@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import fused
-from locoprop_kernels.arguments import as_flag, is_finite, is_number, shown
+from locoprop_kernels.arguments import as_flag, check_choice, is_finite, is_number, shown
 
 __all__ = ["SGD", "Adagrad", "Adam", "RMSprop", "Rule", "available", "get", "is_elementwise"]
 
@@ -48,8 +48,7 @@ def _check_flag(rule: Rule, name: str) -> None:
 
 
 def _check_flavor(rule: Rule, flavor: Any) -> None:
-    if not isinstance(flavor, str) or flavor not in _FLAVORS:
-        raise ValueError(f"flavor of {type(rule).__name__} must be one of {', '.join(_FLAVORS)}; got {shown(flavor)}")
+    check_choice(f"flavor of {type(rule).__name__}", flavor, _FLAVORS)
 
 
 class Rule(ABC):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import rules
-from locoprop_kernels.arguments import as_flag, is_finite, is_number, shown
+from locoprop_kernels.arguments import as_flag, check_choice, is_finite, is_number, shown
 from locoprop_kernels.chosen import ChosenRows
 from locoprop_kernels.patches import Stacked
 from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, LocalProblem
@@ -178,5 +178,4 @@ def check_objective(prox: float, reduction: str) -> None:
         raise TypeError(f"prox must be a number, got {shown(prox)}")
     if not (is_finite(prox) and prox >= 0):
         raise ValueError(f"prox must be finite and >= 0, got {shown(prox)}")
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {shown(reduction)}")
+    check_choice("reduction", reduction, REDUCTIONS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from locoprop_kernels import reference, rules
-from locoprop_kernels.arguments import as_flag, shown
+from locoprop_kernels.arguments import as_flag, check_choice
 from locoprop_kernels.autocasting import without_autocast
 from locoprop_kernels.checked import Checked, check
 from locoprop_kernels.problem import LocalProblem
@@ -134,8 +134,7 @@ def solve(checked: Checked, settings: Settings, backend: str, done: Callable[[in
         done: called with the index of each problem that is solved, where they are solved one after the other (by the
             reference backend): the caller may then let go of its rows and gradients.
     """
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {shown(backend)}")
+    check_choice("backend", backend, BACKENDS)
     names = [problem.name or f"problem {i}" for i, problem in enumerate(checked.problems)]
     rows = [problem.x.shape[-2] for problem in checked.problems]
     plan, reason = _choose_backend(backend, checked, settings)

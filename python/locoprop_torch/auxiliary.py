@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from locoprop_kernels.problem import shown
-from locoprop_torch.checks import as_list, check_choice, clean_name, is_named
+from locoprop_kernels.arguments import check_choice, shown
+from locoprop_torch.checks import as_list, clean_name, is_named
 
 __all__ = [
     "Aux",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -217,7 +217,7 @@ class CapturedLayer:
     def _gradient_came(self, kind: str, parameter: Tensor) -> None:
         """A gradient was added: the passes of this backward pass count."""
         number = backward_pass()
-        measured = any(captured.measured for captured in self._reached.get(number, ()))
+        measured = any(captured.is_measured for captured in self._reached.get(number, ()))
         self._seen.note(kind, parameter, self.keep_gradients, measured)
         # A backward pass comes to the last call first.
         found = sorted(self._reached.pop(number, ()), key=lambda captured: captured.number)
@@ -346,15 +346,12 @@ class CapturedLayer:
                 f"its weight is now {list(self.weight.shape)}"
             )
 
-    def measured(self, passes: Iterable[Pass]) -> list[Measured]:
-        """What is known of the gradient at the outputs of passes, where a backward pass began there."""
-        found = [
-            Measured.of(gradients.order, self._layout(captured.module).outputs(whole(gradients.output)))
-            if (gradients := captured.gradients) and gradients.order is not None and gradients.output is not None
-            else captured.output
-            for captured in passes
-        ]
-        return [measured for measured in found if measured is not None]
+    def measured(self, captured: Pass) -> Measured | None:
+        """What is known of the gradient at the output of a pass, where a backward pass began there."""
+        gradients = captured.gradients
+        if gradients is None or gradients.order is None or gradients.output is None:
+            return captured.output
+        return Measured.of(gradients.order, self._layout(captured.module).outputs(whole(gradients.output)))
 
     def residual_parts(self) -> Iterator[tuple[Layout, Tensor, Gradients]]:
         """The layout, pre-activation and gradients of each captured pass, in the order of :meth:`rows`."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from locoprop_kernels.problem import shown
+from locoprop_kernels.arguments import shown
+from locoprop_kernels.problem import why_no_slot
 from locoprop_torch.auxiliary import link_state
 from locoprop_torch.checks import checked_hyperparameters
 from locoprop_torch.layers import transfer_in_use
@@ -105,11 +106,9 @@ def _check_slots(place: int, slots: Any, parameter: Tensor, aux: bool) -> None:
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"state {slot!r} of parameter {place} of state_dict must be a tensor, got {shown(value)}")
-        if slot != "step" and value.shape != parameter.shape:
-            raise ValueError(
-                f"state {slot!r} of parameter {place} of state_dict must have shape {list(parameter.shape)}, "
-                f"got {list(value.shape)}"
-            )
+        counts = slot == "step"
+        if fault := why_no_slot(value, () if counts else parameter.shape, counts):
+            raise ValueError(f"state {slot!r} of parameter {place} of state_dict {fault}")
 
 
 def facts(optimizer: LocoProp, group: Mapping[str, Any], iterations: int) -> dict[str, str]:

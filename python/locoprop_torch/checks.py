@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS, is_number, shown
+from locoprop_kernels.arguments import check_choice, is_finite, is_number, shown
+from locoprop_kernels.problem import COMPUTE_DTYPES, REDUCTIONS
 from locoprop_kernels.steps import BACKENDS, triton_unavailable
 from locoprop_torch.unit import PerExample
 
@@ -18,7 +19,6 @@ __all__ = [
     "LOCAL_LOSSES",
     "as_list",
     "check_arguments",
-    "check_choice",
     "check_model",
     "check_number",
     "checked_hyperparameters",
@@ -66,7 +66,7 @@ def check_number(name: str, value: Any, *, zero: bool = True) -> Any:
         number = value.item()
     if not is_number(number):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+    if not is_finite(number) or number < 0 or (number == 0 and not zero):
         raise ValueError(f"{name} must be finite and {'>= 0' if zero else '> 0'}, got {shown(value)}")
     return value if isinstance(value, Tensor) else float(number)
 
@@ -110,12 +110,6 @@ def as_list(params: Any) -> list[Any]:
 def is_named(params: list[Any]) -> bool:
     """Whether these are pairs ``(name, parameter)``, as ``named_parameters()`` gives them."""
     return bool(params) and all(isinstance(p, tuple) for p in params)
-
-
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise a ``ValueError`` unless ``value`` is one of ``choices``."""
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {shown(value)}")
 
 
 def clean_name(path: str) -> str:

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from locoprop_kernels import transfers
 from locoprop_kernels.transfers import Transfer
-from locoprop_torch.functions import FUNCTIONS, METHODS, MODULES, Signature, named_transfer, transfer_of, why_unknown
+from locoprop_torch.functions import FUNCTIONS, METHODS, MODULES, Signature, named_transfer, transfer_of
 from locoprop_torch.isolation import Copier, is_opaque, uncompiled, undisturbed
 from locoprop_torch.modules import GroupedLinear, MultiheadAttention
 
@@ -96,10 +96,10 @@ def _follower(node: fx.Node, modules: dict[str, nn.Module], softmax_dims: tuple[
         signature, values = _signature(user, modules)
         if signature is None:
             break
-        transfer = named_transfer(signature, values, softmax_dims)
+        transfer, reason = named_transfer(signature, values, softmax_dims)
         if transfer is None:
             elsewhere = moved and signature[0] == "softmax"
-            return _Follower(reason=None if elsewhere else why_unknown(signature, values, softmax_dims))
+            return _Follower(reason=None if elsewhere else reason)
         if moved and not transfer.elementwise:
             break
         if transfer.name == "relu" and len(user.users) == 1 and _is_square(next(iter(user.users)), user):

@@ -13,7 +13,7 @@ from torch import nn
 from locoprop_kernels import transfers
 from locoprop_kernels.transfers import Transfer
 
-__all__ = ["FUNCTIONS", "METHODS", "MODULES", "Signature", "named_transfer", "transfer_of", "why_unknown"]
+__all__ = ["FUNCTIONS", "METHODS", "MODULES", "Signature", "named_transfer", "transfer_of"]
 
 # Name of the transfer function, and names of its parameters in the order of the arguments after the first.
 Signature = tuple[str, ...]
@@ -94,37 +94,39 @@ _LEAST_THRESHOLD = 15
 
 def named_transfer(
     signature: Signature, values: Iterable[Any] = (), softmax_dims: tuple[int, ...] = (-1,)
-) -> Transfer | None:
-    """The transfer function of a call with these parameters (``None`` = default); ``None`` if it is unknown."""
+) -> tuple[Transfer | None, str | None]:
+    """The transfer function of a call with these parameters (``None`` = default).
+
+    Returns:
+        It, or ``None`` if it is unknown; and why it is unknown, where the call may be a transfer function.
+    """
     name = signature[0]
-    given = _given(signature, values)
+    given = {key: value for key, value in zip(signature[1:], values, strict=False) if value is not None}
     if name == "softmax":
-        return transfers.get(name) if given.get("dim") in softmax_dims else None
-    if name == "gelu":
-        return {"none": transfers.get("gelu"), "tanh": transfers.get("gelu_tanh")}.get(given.get("approximate", "none"))
-    if not all(isinstance(value, (int, float)) for value in given.values()):
-        return None
-    if name == "softplus" and given.pop("threshold", math.inf) < _LEAST_THRESHOLD:
-        return None
-    return transfers.get(name, **given)
-
-
-def why_unknown(signature: Signature, values: Iterable[Any], softmax_dims: tuple[int, ...]) -> str | None:
-    """Why :func:`named_transfer` knows nothing of a call that may be a transfer function; ``None`` elsewhere."""
-    given = _given(signature, values)
-    if signature[0] == "softmax":
         dim = given.get("dim")
-        if dim is None or (isinstance(dim, int) and dim > 0 and not any(at > 0 for at in softmax_dims)):
-            over = "without dim" if dim is None else f"over dim {dim}"
-            return f"softmax {over}: say 'softmax' in transfers if that is the dimension of the features"
-    threshold = given.get("threshold")
-    if isinstance(threshold, (int, float)) and threshold < _LEAST_THRESHOLD:
-        return f"softplus with threshold {threshold:g} is the identity above it"
-    return None
+        if dim in softmax_dims:
+            return transfers.get(name), None
+        return None, _why_no_softmax(dim, softmax_dims)
+    if name == "gelu":
+        forms = {"none": transfers.get("gelu"), "tanh": transfers.get("gelu_tanh")}
+        return forms.get(given.get("approximate", "none")), None
+    if not all(isinstance(value, (int, float)) for value in given.values()):
+        return None, None
+    threshold = given.pop("threshold", math.inf)
+    if threshold < _LEAST_THRESHOLD:
+        return None, f"softplus with threshold {threshold:g} is the identity above it"
+    return transfers.get(name, **given), None
 
 
-def _given(signature: Signature, values: Iterable[Any]) -> dict[str, Any]:
-    return {key: value for key, value in zip(signature[1:], values, strict=False) if value is not None}
+def _why_no_softmax(dim: Any, softmax_dims: tuple[int, ...]) -> str | None:
+    """Why it is not known whether a softmax is over the features; ``None`` where it is not over them."""
+    if dim is None:
+        over = "without dim"
+    elif isinstance(dim, int) and dim > 0 and not any(at > 0 for at in softmax_dims):
+        over = f"over dim {dim}"
+    else:
+        return None
+    return f"softmax {over}: say 'softmax' in transfers if that is the dimension of the features"
 
 
 def transfer_of(activation: Callable[..., Any], feature_dim: int, ndim: int) -> Transfer | None:
@@ -140,7 +142,7 @@ def transfer_of(activation: Callable[..., Any], feature_dim: int, ndim: int) -> 
         return transfers.get("identity")
     if not isinstance(activation, nn.Module):
         signature = FUNCTIONS.get(activation)
-        return None if signature is None else named_transfer(signature)
+        return None if signature is None else named_transfer(signature)[0]
     signature = MODULES.get(type(activation))
     if signature is None or isinstance(activation, nn.LogSoftmax):
         return None
@@ -149,4 +151,4 @@ def transfer_of(activation: Callable[..., Any], feature_dim: int, ndim: int) -> 
         # Without a dimension, torch chooses by the number of dimensions.
         dim = activation.dim if activation.dim is not None else (0 if ndim in (0, 1, 3) else 1)
         values = [-1 if dim % ndim == feature_dim % ndim else None]
-    return named_transfer(signature, values)
+    return named_transfer(signature, values)[0]

@@ -100,8 +100,9 @@ class LocalRows:
 def _described(layer: CapturedLayer, captured: Pass, x: Tensor, a: Tensor) -> _Described:
     size = layer.layout_at(captured.module).inputs(x).shape[-2]
     module = list(layer.modules.values()).index(captured.module)
+    measured = layer.measured(captured)
     output = (0, 0, 0)
-    for measured in layer.measured([captured]):
+    if measured is not None:
         output = measured.order, _bits(measured.at_step(layer)), measured.rows
     return _Described(module, size, (tuple(x.shape), x.dtype), (tuple(a.shape), a.dtype), output)
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch.utils.hooks import RemovableHandle
 
-from locoprop_kernels.problem import shown
+from locoprop_kernels.arguments import shown
 from locoprop_torch.optimizer import LocoProp
 
 __all__ = ["ScalarWriter", "log_local_losses"]

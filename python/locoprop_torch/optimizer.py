@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from locoprop_kernels import StepReport, rules, transfers
+from locoprop_kernels.arguments import check_choice, shown
 from locoprop_kernels.autocasting import without_autocast
-from locoprop_kernels.problem import shown
 from locoprop_kernels.regularisers import Regulariser, as_regulariser
 from locoprop_kernels.reports import nothing_done
 from locoprop_kernels.sampling import Sampling
@@ -32,7 +32,7 @@ from locoprop_torch.auxiliary import (
     trained_ids,
 )
 from locoprop_torch.capture import CapturedLayer
-from locoprop_torch.checks import LOCAL_LOSSES, as_list, check_arguments, check_choice, checked_hyperparameters
+from locoprop_torch.checks import LOCAL_LOSSES, as_list, check_arguments, checked_hyperparameters
 from locoprop_torch.layers import ModelLayers, table, transfer_in_use
 from locoprop_torch.ownership import Owners
 from locoprop_torch.presets import DEFAULT_RULE

@@ -97,7 +97,7 @@ class Pass:
             self.arriving.pop(number, None)
 
     @property
-    def measured(self) -> bool:
+    def is_measured(self) -> bool:
         """Whether the unit of ``γ`` is to be measured by gradients that have come to it."""
         found = [self.gradients, *(self.arriving or {}).values()]
         return any(one is not None and one.order is not None for one in found)

@@ -90,9 +90,10 @@ class Shares:
         Raises:
             ValueError: at a step, and an input was overwritten.
         """
-        self._open = [weakref.ref(one) for one in self._waiting()]
+        waiting = self._waiting()
+        self._open = [weakref.ref(one) for one in waiting]
         # Where one that has its place already may still count, others cannot know theirs.
-        if not passes or (any(one.kept for one in self._waiting()) and not at_step):
+        if not passes or (any(one.kept for one in waiting) and not at_step):
             return
         end = _end(passes)
         for captured in passes:

@@ -16,10 +16,10 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
+from locoprop_kernels.arguments import check_choice
 from locoprop_kernels.patches import Rows, row_chunks
 from locoprop_kernels.transfers import Transfer
 from locoprop_torch.capture import CapturedLayer
-from locoprop_torch.checks import check_choice
 from locoprop_torch.layouts import Layout
 
 __all__ = ["Target", "check_target", "starting_gradients"]

@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from locoprop_kernels.arguments import is_finite, is_number, shown
 from locoprop_kernels.patches import Rows, row_chunks
-from locoprop_kernels.problem import is_number, shown
 
 if TYPE_CHECKING:
     from locoprop_torch.capture import CapturedLayer
@@ -70,7 +70,7 @@ class PerExample:
     def __post_init__(self) -> None:
         if not is_number(self.scale):
             raise TypeError(f"scale of PerExample must be a number, got {shown(self.scale)}")
-        if not (math.isfinite(self.scale) and self.scale > 0):
+        if not (is_finite(self.scale) and self.scale > 0):
             raise ValueError(f"scale of PerExample must be finite and > 0, got {shown(self.scale)}")
         object.__setattr__(self, "scale", float(self.scale))
 
@@ -201,7 +201,10 @@ class OutputGradient:
 
 def _measured(layers: Mapping[str, CapturedLayer]) -> tuple[float | None, str | None]:
     """``size`` and ``layer`` from what the passes that count have brought; ``None`` if that is nothing usable."""
-    found = {name: sorted(layer.measured(layer.passes)) for name, layer in layers.items()}
+    found = {
+        name: sorted(measured for captured in layer.passes if (measured := layer.measured(captured)) is not None)
+        for name, layer in layers.items()
+    }
     # Backward passes within others, as those of checkpoints are, begin at layers inside of the model.
     name = min((name for name, some in found.items() if some), key=lambda name: found[name][0], default=None)
     if name is None:

@@ -47,8 +47,7 @@ def places(groups: Sequence[dict[str, Any]]) -> dict[int, Place]:
     found = {}
     for number, group in enumerate(groups):
         # Schedulers and users may have set anything since the last step.
-        if isinstance(group["rule"], str):
-            group["rule"] = rules.get(group["rule"])
+        group["rule"] = rules.get(group["rule"])
         group.update(checked_hyperparameters(group))
         place = Place(number, group, float(group["lr"]))
         for parameter in group["params"]:

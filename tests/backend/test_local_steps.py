@@ -42,6 +42,15 @@ def run(problems, **options):
     return lk.local_steps_(problems, **{"rule": "rmsprop", "lr": [0.01] * 3, **options})
 
 
+def assert_refused(error, message, **options):
+    p = problem()
+    before = p.weight.clone()
+    with pytest.raises(error, match=message):
+        run([p], **options)
+    assert torch.equal(p.weight, before)
+    assert p.state == {}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -63,12 +72,7 @@ def run(problems, **options):
     ],
 )
 def test_bad_options(options, error, message):
-    p = problem()
-    before = p.weight.clone()
-    with pytest.raises(error, match=message):
-        run([p], **options)
-    assert torch.equal(p.weight, before)
-    assert p.state == {}
+    assert_refused(error, message, **options)
 
 
 @pytest.mark.parametrize(
